@@ -85,7 +85,9 @@ class _Decoding:
     def __init__(self, model, tokenizer, prompts, sides, *, max_new_tokens=80, seed=0, **sampling):
         positions = model.config.n_positions
         if not 1 <= max_new_tokens < positions:
-            raise AlpacaError(f"max_new_tokens is {max_new_tokens}: choose 1 to {positions - 1}, the model's positions.")
+            raise AlpacaError(
+                f"max_new_tokens is {max_new_tokens}: choose 1 to {positions - 1}, the model's positions."
+            )
         if unknown := set(sides) - {"base", "tuned"}:
             raise AlpacaError(f"There is no side {sorted(unknown)[0]!r} of a model: choose base or tuned.")
         self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens

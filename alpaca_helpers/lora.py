@@ -49,7 +49,9 @@ def load_adapter(base, folder: Path) -> PeftModel:
         raise AlpacaError(f"The adapter in {folder} is missing or not whole ({error}): run notebook 03.") from error
     model = PeftModel.from_pretrained(base, str(folder))
     wanted = {
-        name.replace(".default.", "."): tuple(value.shape) for name, value in model.named_parameters() if "lora_" in name
+        name.replace(".default.", "."): tuple(value.shape)
+        for name, value in model.named_parameters()
+        if "lora_" in name
     }
     if saved != wanted:
         odd = sorted(saved.items() ^ wanted.items())[0][0]

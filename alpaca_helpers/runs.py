@@ -15,7 +15,11 @@ from pathlib import Path
 from . import AlpacaError
 
 PROJECT = Path(__file__).resolve().parent.parent
-MADE_BY = {"data": "02_dataset_and_tokenizer", "adapter": "03_lora_finetuning", "metrics.json": "04_comparison_and_chat"}
+MADE_BY = {
+    "data": "02_dataset_and_tokenizer",
+    "adapter": "03_lora_finetuning",
+    "metrics.json": "04_comparison_and_chat",
+}
 
 
 def run_folder(run: str) -> Path:
