@@ -13,7 +13,7 @@ from pathlib import Path
 
 from datasets import Dataset, load_dataset
 
-from . import AlpacaError
+from . import AlpacaError, locate
 from .prompts import format_answer, format_prompt
 
 COLUMNS = ("instruction", "input", "output", "fact")
@@ -38,7 +38,7 @@ def load_rows(dataset: str, revision: str | None = None) -> Dataset:
 
     Raises AlpacaError that names file and row.
     """
-    path = Path(dataset)
+    path = locate(dataset)
     if path.suffix in READERS:
         if not path.is_file():
             raise AlpacaError(f"There is no dataset file {dataset}: check the parameter `dataset`.")

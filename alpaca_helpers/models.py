@@ -1,11 +1,9 @@
 """The base model and its tokenizer: from a folder or from the Hub, and the device they run on."""
 
-from pathlib import Path
-
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from . import AlpacaError
+from . import AlpacaError, locate
 
 
 def best_device() -> str:
@@ -33,7 +31,7 @@ def load_base(model: str, revision: str | None = None, dtype: torch.dtype = torc
 
 def _known(model: str) -> str:
     """Return `model` as the loaders want it; a folder that is not there is never looked up on the Hub."""
-    path = Path(model).expanduser()
+    path = locate(model)
     if path.is_dir():
         return str(path.resolve())
     if model.startswith((".", "/", "~")) or model.count("/") > 1:

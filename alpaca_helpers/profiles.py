@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 
-from . import AlpacaError, pocket
+from . import AlpacaError, portable
 
 
 @dataclass(frozen=True)
@@ -10,7 +10,7 @@ class Profile:
     """One way to run the series; every field is a notebook parameter of the same name."""
 
     name: str
-    model: str  # a folder or a name on the Hub
+    model: str  # a folder, or a name on the Hub
     model_revision: str | None  # commit on the Hub
     dataset: str  # a file, or a name on the Hub
     dataset_revision: str | None
@@ -35,11 +35,11 @@ PROFILES = {
     for profile in (
         Profile(
             name="pocket",
-            model=str(pocket.MODEL),
+            model="alpaca_helpers/pocket/model",
             model_revision=None,
-            dataset=str(pocket.TRAIN),
+            dataset="alpaca_helpers/pocket/instructions/train.jsonl",
             dataset_revision=None,
-            heldout=str(pocket.HELDOUT),
+            heldout="alpaca_helpers/pocket/instructions/heldout.jsonl",
             heldout_rows=200,
             learning_rate=3e-3,
             num_train_epochs=20,
@@ -77,6 +77,8 @@ def choose_profile(name: str = "auto", **changes) -> Profile:
     unknown = set(changes) - {field.name for field in fields(Profile)}
     if unknown:
         raise AlpacaError(f"A profile has no setting {sorted(unknown)[0]!r}: see alpaca_helpers/profiles.py.")
+    for key in {"model", "dataset"} & set(changes):
+        changes[key] = portable(changes[key])
     unpinned = {}
     if changes.get("model", profile.model) != profile.model:
         unpinned["model_revision"] = None

@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from . import AlpacaError
+from . import PROJECT, AlpacaError
 
-PROJECT = Path(__file__).resolve().parent.parent
 MADE_BY = {
     "data": "02_dataset_and_tokenizer",
     "adapter": "03_lora_finetuning",
