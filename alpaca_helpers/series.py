@@ -13,9 +13,11 @@ import papermill
 from papermill.parameterize import parameterize_notebook
 
 from . import PROJECT, AlpacaError
+from .evaluation import comparison, conclusion
 from .profiles import choose_profile
-from .runs import read_manifest, record, run_folder
+from .runs import artifact, read_manifest, record, run_folder
 
+QUIET = ["--log-level=ERROR"]  # ipykernel warns at each start that its local sockets are not encrypted
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("0*.ipynb"))
 
 
@@ -53,7 +55,7 @@ def run_series(parameters: dict[str, object]) -> Path:
         done = {name: mark for name, mark in done.items() if name < notebook.stem}
         record(folder, "notebooks", done)  # until it is through, this notebook and those after it are not done
         try:
-            papermill.execute_notebook(notebook, executed, chosen, kernel_name="python3")
+            papermill.execute_notebook(notebook, executed, chosen, kernel_name="python3", extra_arguments=QUIET)
         except papermill.PapermillExecutionError as error:
             raise AlpacaError(f"{error.ename}: {error.evalue} [cell {error.exec_count} of {executed}]") from error
         done[notebook.stem] = made_of
@@ -136,7 +138,8 @@ def main() -> None:
     if options.prepare:
         return prepare(options.prepare, parameters)
     folder = run_series(parameters)
-    print(f"\n{json.loads((folder / 'metrics.json').read_text())}\nThe executed notebooks are in {folder}.")
+    metrics = json.loads(artifact(folder, "metrics.json").read_text(encoding="utf-8"))
+    print(f"\n{comparison(metrics).to_string()}\n\n{conclusion(metrics)}\n\nThe executed notebooks are in {folder}.")
 
 
 def _literal(value: str) -> object:
