@@ -1,0 +1,95 @@
+"""The batch driver, on two small notebooks made here."""
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+
+from alpaca_helpers import AlpacaError, series
+from alpaca_helpers.runs import read_manifest
+
+FIRST = 'word: str = "a"  # a word\nrun: str = ""  # the run\nfail: bool = False  # whether to fail'
+SECOND = "open(run + '/seen', 'a').write(word)\nif fail:\n    raise ValueError('the bread is burnt')\nprint(word)"
+
+
+def write(path, *sources):
+    cells = [new_code_cell(source) for source in sources]
+    cells[0].metadata["tags"] = ["parameters"]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(new_notebook(cells=cells, metadata=kernel), path)
+
+
+@pytest.fixture
+def notebooks(tmp_path, monkeypatch):
+    paths = [tmp_path / "01_one.ipynb", tmp_path / "02_two.ipynb"]
+    for path in paths:
+        write(path, FIRST, SECOND)
+    monkeypatch.setattr(series, "NOTEBOOKS", paths)
+    return paths
+
+
+def seen(folder):
+    return (folder / "seen").read_text()
+
+
+def test_only_what_changed_is_executed_again(notebooks, tmp_path):
+    parameters = {"run": str(tmp_path / "r"), "word": "a"}
+    folder = series.run_series(parameters)
+    assert seen(folder) == "aa"
+    series.run_series(parameters)
+    assert seen(folder) == "aa"
+    write(notebooks[1], FIRST, SECOND + "  # changed")
+    series.run_series(parameters)
+    assert seen(folder) == "aaa"
+    series.run_series({**parameters, "word": "b"})
+    assert seen(folder) == "aaabb"
+    series.run_series(parameters)  # the run was remade since
+    assert seen(folder) == "aaabbaa"
+
+
+def test_a_failed_cell_is_its_sentence_and_its_notebook_is_not_done(notebooks, tmp_path):
+    parameters = {"run": str(tmp_path / "r"), "fail": True}
+    with pytest.raises(AlpacaError, match="ValueError: the bread is burnt .*01_one.ipynb"):
+        series.run_series(parameters)
+    assert read_manifest(tmp_path / "r")["notebooks"] == {}
+    series.run_series({**parameters, "fail": False})
+    assert seen(tmp_path / "r") == "aaa"
+
+
+def test_an_unknown_parameter_is_an_error_that_lists_the_names(notebooks):
+    series.check_parameters({"word": "x"})
+    with pytest.raises(AlpacaError, match="has a parameter 'wrod': choose among fail, run, word"):
+        series.check_parameters({"wrod": "x"})
+
+
+@pytest.mark.parametrize(
+    "text, value", [("3", 3), ("3e-4", 3e-4), ("true", True), ("False", False), ("None", None), ("a b", "a b")]
+)
+def test_values_of_the_command_line(text, value):
+    assert series._literal(text) == value
+
+
+def test_clean_drops_what_belongs_to_one_execution():
+    cell = new_code_cell("1", execution_count=7, metadata={"tags": ["x"], "papermill": {"duration": 1}})
+    widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "0"}, "text/plain": "0%"}
+    cell.outputs = [
+        new_output("stream", name="stderr", text="50%"),
+        new_output("display_data", data=widget),
+        new_output("execute_result", data={"text/plain": "1"}, execution_count=7),
+    ]
+    injected = new_code_cell("run = '/x'", metadata={"tags": ["injected-parameters"]})
+    notebook = new_notebook(cells=[injected, cell], metadata={"widgets": {}, "papermill": {}, "accelerator": "GPU"})
+    cleaned = series.clean(notebook)
+    assert [c.source for c in cleaned.cells] == ["1"]
+    assert cleaned.cells[0].metadata == {"tags": ["x"]}
+    assert [(o.output_type, o.execution_count) for o in cleaned.cells[0].outputs] == [("execute_result", 1)]
+    assert cleaned.metadata == {"accelerator": "GPU", "language_info": {"name": "python"}}
+
+
+def test_prepared_copies_hold_outputs_and_parameters(notebooks, tmp_path):
+    notebook = nbformat.read(notebooks[0], as_version=4)
+    notebook.cells[1].outputs = [new_output("stream", text="a\n")]
+    nbformat.write(notebook, notebooks[0])
+    series.prepare(tmp_path / "copies", {"word": "b", "run": "r"})
+    copy = nbformat.read(tmp_path / "copies" / "01_one.ipynb", as_version=4)
+    assert copy.cells[1].metadata.tags == ["injected-parameters"] and 'word = "b"' in copy.cells[1].source
+    assert copy.cells[2].outputs[0].text == "a\n"
