@@ -42,7 +42,8 @@ class Metric:
         sign = "+" if signed else ""
         if self.unit == "%":
             return f"{round(100 * value):{sign}d}" + ("" if signed else "%")
-        return f"{value:{sign}.2f}" if abs(value) < 10 else f"{value:{sign}.1f}"
+        decimals = 1 if abs(value) >= 10 or self.unit == "tokens" else 2
+        return f"{value:{sign}.{decimals}f}"
 
 
 METRICS = {
