@@ -10,6 +10,7 @@ from pathlib import Path
 
 import nbformat
 import papermill
+from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from . import PROJECT, AlpacaError
@@ -69,7 +70,7 @@ def prepare(folder: Path, parameters: dict[str, object]) -> None:
     folder.mkdir(parents=True)
     for notebook in NOTEBOOKS:
         chosen = {key: value for key, value in parameters.items() if key in notebook_parameters(notebook)}
-        nbformat.write(parameterize_notebook(nbformat.read(notebook, as_version=4), chosen), folder / notebook.name)
+        nbformat.write(parameterize_notebook(load_notebook_node(str(notebook)), chosen), folder / notebook.name)
 
 
 def refresh() -> None:
@@ -95,8 +96,6 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         for output in cell.outputs:
             if output.output_type == "execute_result":
                 output.execution_count = count
-            if "metadata" in output:
-                output.metadata = {}
     return notebook
 
 
