@@ -12,8 +12,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetsError
 
 from . import AlpacaError, locate
+from .hub import cached_folder, fetch, first_line
 from .prompts import format_answer, format_prompt
 
 COLUMNS = ("instruction", "input", "output", "fact")
@@ -27,6 +29,15 @@ RECIPES = {
     "document+input": frozenset({"input"}),
     "answers": frozenset({"eos", "answer-loss", "input"}),
 }
+# A pinned dataset by its commit: its one file, columns and rows.
+KNOWN = {
+    "dce01c9b08f87459cf36a430d809084718273017": (
+        "data/train-00000-of-00001-a09b74b3ef9c3b56.parquet",
+        ("instruction", "input", "output", "text"),
+        52_002,
+    )
+}
+DATA_FILES = ("*.parquet", "*.json", "*.jsonl", "*.jsonl.*", "*.csv", "*.arrow", "README.md")
 IGNORED = -100  # the label that torch's cross entropy skips
 
 
@@ -48,7 +59,30 @@ def load_rows(dataset: str, revision: str | None = None) -> Dataset:
             f"The dataset {dataset} is neither a .json, .jsonl or .parquet file nor a name on the Hub (owner/name): "
             "check the parameter `dataset`."
         )
-    return Dataset.from_list(list(check_rows(load_dataset(dataset, revision=revision, split="train"), dataset)))
+    return Dataset.from_list(list(check_rows(_hub_rows(dataset, revision), dataset)))
+
+
+def _hub_rows(name: str, revision: str | None) -> Dataset:
+    """Return the train split of a dataset on the Hub, from the cache if it is known to hold all of it."""
+    known_file, known_columns, known_rows = KNOWN.get(revision, (None, None, None))
+    folder = cached_folder(name, revision, "dataset")
+    if folder is None or not known_file or not (folder / known_file).exists():
+        try:
+            folder = fetch(name, revision, "dataset", DATA_FILES)
+        except AlpacaError as error:
+            if folder is None or known_file:
+                raise
+            print(f"Using what the cache holds of {name}. {error}", flush=True)
+    try:
+        rows = load_dataset(str(folder), split="train")
+    except (OSError, ValueError, DatasetsError) as error:
+        raise AlpacaError(f"The dataset {name} in {folder} has no train split ({first_line(error)}).") from error
+    if known_rows and (tuple(rows.column_names), len(rows)) != (known_columns, known_rows):
+        raise AlpacaError(
+            f"{name} in {folder} has {len(rows):,} rows of {', '.join(rows.column_names)}, where "
+            f"{known_rows:,} of {', '.join(known_columns)} are known: delete that folder and run again."
+        )
+    return rows
 
 
 def _read_json(path: Path) -> Iterable[dict]:

@@ -1,9 +1,17 @@
 """The base model and its tokenizer: from a folder or from the Hub, and the device they run on."""
 
+from contextlib import suppress
+from pathlib import Path
+
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import AlpacaError, locate
+from .hub import cached_folder, fetch, first_line
+
+TOKENIZER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "model-*-of-*", "model.*.index.json")
 
 
 def best_device() -> str:
@@ -12,8 +20,11 @@ def best_device() -> str:
 
 
 def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of `model`, padding with its end-of-text token as the document does."""
-    tokenizer = AutoTokenizer.from_pretrained(_known(model), revision=revision)
+    """Return the tokenizer of `model`, padding with its end-of-text token as the document does.
+
+    Arguments and errors as in `load_base`.
+    """
+    tokenizer = _load(AutoTokenizer, model, revision, TOKENIZER_FILES)
     tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -21,19 +32,45 @@ def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokeniz
 def load_base(model: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Return the base model on the best device, in evaluation mode; safetensors only, no code of the model's.
 
+    What the Hub's cache holds is loaded without a network; the rest is downloaded first.
+
     Args:
         model: a folder, or a name on the Hub.
-        revision: the commit on the Hub; None is the newest.
+        revision: the commit on the Hub; None is the one in the cache, else the newest.
+
+    Raises AlpacaError if the model is neither here nor to be had.
     """
-    loaded = AutoModelForCausalLM.from_pretrained(_known(model), revision=revision, dtype=dtype, use_safetensors=True)
+    loaded = _load(AutoModelForCausalLM, model, revision, MODEL_FILES, dtype=dtype, use_safetensors=True)
     return loaded.eval().to(best_device())
 
 
-def _known(model: str) -> str:
-    """Return `model` as the loaders want it; a folder that is not there is never looked up on the Hub."""
-    path = locate(model)
-    if path.is_dir():
-        return str(path.resolve())
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+def _load(loader, model: str, revision: str | None, files: tuple[str, ...], **settings):
+    """Return what `loader` makes of the folder that `model` is, of the cache's, or of the one just fetched."""
+    folder = locate(model)
+    if folder.is_dir():
+        return _from_folder(loader, folder.resolve(), **settings)
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:  # a path: never looked up on the Hub
         raise AlpacaError(f"There is no model folder {model}: check the parameter `model`.")
-    return model
+    loaded = None
+    if folder := cached_folder(model, revision, "model"):
+        with suppress(AlpacaError):  # not whole
+            loaded = _from_folder(loader, folder, **settings)
+    # by folder, because a loader given a name asks the Hub for an adapter's configuration, cache or not
+    loaded = loaded or _from_folder(loader, fetch(model, revision, "model", files), **settings)
+    if hasattr(loaded, "config"):
+        loaded.config._name_or_path = model
+    loaded.name_or_path = model  # what an adapter names as its base is the model, not a folder of this machine
+    return loaded
+
+
+def _from_folder(loader, folder: Path, **settings):
+    try:
+        loaded = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **settings)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise AlpacaError(
+            f"The model in {folder} cannot be loaded ({first_line(error)}): put it right, or delete it."
+        ) from error
+    if isinstance(loaded, PreTrainedTokenizerBase) and not loaded.get_vocab().keys() - set(loaded.all_special_tokens):
+        # the loader makes an empty tokenizer where the vocabulary is missing, and says nothing
+        raise AlpacaError(f"The model in {folder} has no tokenizer: copy its tokenizer.json there.")
+    return loaded

@@ -1,0 +1,317 @@
+"""A stand-in for the Hub on loopback: what `from_pretrained` and `load_dataset` ask, answered from folders.
+
+    python tests/hub.py --layers 24 --width 1024      # the true shape, with random weights, under the real names
+    HF_ENDPOINT=http://127.0.0.1:PORT HF_HOME=EMPTY_FOLDER make run PROFILE=gpt2-medium
+
+Large files are redirected to another address with their size and hash in the headers, as the Hub does; small ones are
+served where they are. `faults` makes it misbehave.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import threading
+import time
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
+
+LARGE = (".safetensors", ".parquet", ".bin")  # kept outside git on the Hub, hence redirected
+
+
+@dataclass
+class Fault:
+    """What goes wrong with the next `times` requests whose "METHOD path" matches `pattern`."""
+
+    pattern: str
+    times: int = 10**9
+    status: int = 0  # answer this instead
+    cut_at: int = -1  # close the connection after so many bytes of the body
+    delay: float = 0  # seconds before the answer
+    rate: float = 0  # bytes a second of the body; 0: as fast as it goes
+
+
+@dataclass
+class Repository:
+    folder: Path
+    commit: str
+
+    def files(self) -> dict[str, Path]:
+        found = (path for path in sorted(self.folder.rglob("*")) if path.is_file())
+        return {path.relative_to(self.folder).as_posix(): path for path in found}
+
+
+@dataclass
+class Hub:
+    """The server: `with Hub() as hub`, then `hub.url`. Repositories are keyed by `models/owner/name` and so on."""
+
+    repositories: dict[str, Repository] = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)  # "METHOD path status bytes"
+    port: int = 0  # 0: any free one
+
+    def add(self, key: str, folder: Path, commit: str) -> None:
+        self.repositories[key] = Repository(folder, commit)
+
+    def __enter__(self) -> "Hub":
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", self.port), handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.elsewhere = f"http://localhost:{self.server.server_address[1]}"  # another host, as the Hub's storage is
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def fault(self, request: str) -> Fault | None:
+        for fault in self.faults:
+            if fault.times > 0 and fnmatch(request, fault.pattern):
+                fault.times -= 1
+                return fault
+        return None
+
+
+_HASHES: dict[tuple[Path, int], str] = {}
+
+
+def _sha256(path: Path) -> str:
+    key = (path, path.stat().st_mtime_ns)
+    if key not in _HASHES:
+        with path.open("rb") as file:
+            _HASHES[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    return _HASHES[key]
+
+
+def _git_hash(path: Path) -> str:
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def do_POST(self) -> None:
+        self._answer(self.rfile.read(int(self.headers.get("Content-Length", 0))).decode())
+
+    def _answer(self, body: str = "") -> None:
+        address = urlsplit(self.path)
+        path, query = unquote(address.path).strip("/"), parse_qs(address.query)
+        self.fault = self.hub.fault(f"{self.command} {path}") or Fault("")
+        time.sleep(self.fault.delay)
+        if self.fault.status:
+            return self._send(self.fault.status, b'{"error": "out of order"}')
+        if path.startswith("cdn/"):
+            return self._send_file(self._by_hash(path.removeprefix("cdn/")))
+        if path.startswith("api/"):
+            return self._api(path.removeprefix("api/"), query, body)
+        key, _, rest = path.partition("/resolve/")
+        key = key if key.startswith("datasets/") else f"models/{key}"
+        repository, revision, name = self._find(key, rest)
+        if repository is None:
+            return
+        file = repository.files().get(name)
+        commit = {"X-Repo-Commit": repository.commit}
+        if file is None:
+            return self._send(404, b"", commit | {"X-Error-Code": "EntryNotFound", "X-Error-Message": "no such file"})
+        if file.suffix not in LARGE:
+            return self._send_file(file, commit | {"ETag": f'"{_git_hash(file)}"'})
+        linked = {"X-Linked-Size": str(file.stat().st_size), "X-Linked-ETag": f'"{_sha256(file)}"'}
+        self._send(302, b"", commit | linked | {"Location": f"{self.hub.elsewhere}/cdn/{_sha256(file)}"})
+
+    def _find(self, key: str, rest: str) -> tuple[Repository | None, str, str]:
+        """Return repository, revision and the path within; without a repository, None for it, and 404 is answered."""
+        repository = self.hub.repositories.get(key)
+        revision, _, name = rest.partition("/")
+        if repository is None:
+            self._send(404, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+        elif revision not in ("", "main", repository.commit):
+            self._send(404, b"", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"})
+            repository = None
+        return repository, revision, name
+
+    def _api(self, path: str, query: dict, body: str) -> None:
+        kind, owner, name, action, *rest = (path + "/" * 4).split("/")
+        repository, _, inner = self._find(f"{kind}/{owner}/{name}", "/".join(rest).strip("/"))
+        if repository is None:
+            return
+        entries = [self._entry(name, file) for name, file in repository.files().items()]
+        if action in ("", "revision"):
+            blobs = ("rfilename", "size", "blobId", "lfs") if "blobs" in query else ("rfilename",)
+            siblings = [{key: e[key] for key in blobs if key in e} for e in entries]
+            content = {"id": f"{owner}/{name}", "sha": repository.commit, "siblings": siblings, "private": False}
+            return self._send_json(content | {"tags": [], "downloads": 0, "likes": 0})
+        folders = sorted({str(parent) for e in entries for parent in Path(e["path"]).parents} - {"."})
+        entries = [{"type": "directory", "oid": "0" * 40, "path": f, "size": 0} for f in folders] + entries
+        if action == "paths-info":
+            asked = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body)["paths"]
+            return self._send_json([e for e in entries if e["path"] in asked])
+        if action == "tree":
+            if inner and inner not in folders:
+                return self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Error-Message": "no such folder"})
+            below = [e for e in entries if not inner or e["path"].startswith(inner + "/")]
+            whole = query.get("recursive") in (["True"], ["true"], ["1"])
+            return self._send_json([e for e in below if whole or str(Path(e["path"]).parent) == (inner or ".")])
+        self._send(404, b"{}")
+
+    def _entry(self, name: str, file: Path) -> dict:
+        size, oid = file.stat().st_size, _git_hash(file) if file.suffix not in LARGE else "0" * 40
+        entry = {"type": "file", "path": name, "rfilename": name, "size": size, "oid": oid, "blobId": oid}
+        if file.suffix in LARGE:
+            entry["lfs"] = {"oid": _sha256(file), "sha256": _sha256(file), "size": size, "pointerSize": 134}
+        return entry
+
+    def _by_hash(self, sha256: str) -> Path:
+        files = (file for repository in self.hub.repositories.values() for file in repository.files().values())
+        return next(file for file in files if file.suffix in LARGE and _sha256(file) == sha256)
+
+    def _send_json(self, content: object) -> None:
+        self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+
+    def _send_file(self, file: Path, headers: dict[str, str] | None = None) -> None:
+        size = file.stat().st_size
+        start, end, status = 0, size - 1, 200
+        if asked := self.headers.get("Range", "").removeprefix("bytes="):
+            first, _, last = asked.partition("-")
+            start, end = int(first), min(int(last or end), end)
+            status = 206
+        headers = dict(headers or {}) | {"Accept-Ranges": "bytes"}
+        if status == 206:
+            headers["Content-Range"] = f"bytes {start}-{end}/{size}"
+        with file.open("rb") as content:
+            content.seek(start)
+            self._send(status, content, headers, end - start + 1)
+
+    def _send(self, status: int, body, headers: dict[str, str] | None = None, length: int | None = None) -> None:
+        length = len(body) if length is None else length
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(length))
+        sent, cut = 0, self.fault.cut_at
+        try:
+            self.end_headers()
+            while self.command != "HEAD" and sent < length and sent != cut:
+                step = min(1 << 20, length - sent, cut - sent if cut >= 0 else length)
+                if self.fault.rate:
+                    step = min(step, max(1, int(self.fault.rate / 10)))
+                    time.sleep(step / self.fault.rate)
+                self.wfile.write(body[sent : sent + step] if isinstance(body, bytes) else body.read(step))
+                sent += step
+            self.close_connection = sent == cut
+        except (BrokenPipeError, ConnectionResetError):  # the caller hung up
+            self.close_connection = True
+        self.hub.log.append(f"{self.command} {unquote(self.path)} {status} {sent}")
+
+
+# What the two repositories hold
+
+MODEL, MODEL_COMMIT = "models/openai-community/gpt2-medium", "6dcaa7a952f72f9298047fd5137cd6e4f05f41da"
+DATASET, DATASET_COMMIT = "datasets/tatsu-lab/alpaca", "dce01c9b08f87459cf36a430d809084718273017"
+ALPACA_FILE, ALPACA_ROWS = "data/train-00000-of-00001-a09b74b3ef9c3b56.parquet", 52_002
+
+
+def write_model(folder: Path, vocabulary: Path, layers: int = 2, width: int = 64, heads: int = 2) -> None:
+    """Write a random GPT-2 as gpt2-medium lies on the Hub: tensors named without a prefix, the layers' masks among them.
+
+    Args:
+        vocabulary: folder with GPT-2's `vocab.json` and `merges.txt`.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = GPT2Tokenizer(vocab=str(vocabulary / "vocab.json"), merges=str(vocabulary / "merges.txt"))
+    tokenizer.save_pretrained(folder)  # tokenizer.json
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).write_bytes((vocabulary / name).read_bytes())
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
+    eos = tokenizer.eos_token_id
+    shape = {"n_layer": layers, "n_embd": width, "n_head": heads, "n_positions": 1024, "n_ctx": 1024}
+    ends = {"bos_token_id": eos, "eos_token_id": eos}
+    dropout = {"attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1}
+    sampling = {"task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}}}
+    config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": len(tokenizer)}
+    (folder / "config.json").write_text(json.dumps(config | shape | ends | dropout | sampling))
+    (folder / "generation_config.json").write_text(json.dumps({"_from_model_config": True} | ends))
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **shape, **ends))
+    tensors = {name: value.contiguous() for name, value in model.transformer.state_dict().items()}
+    mask = torch.tril(torch.ones(1024, 1024)).view(1, 1, 1024, 1024)
+    tensors |= {f"h.{layer}.attn.bias": mask.clone() for layer in range(layers)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "pytorch_model.bin").write_bytes(b"never to be downloaded")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+
+
+def write_dataset(folder: Path, rows: list[dict], count: int = ALPACA_ROWS) -> None:
+    """Write `count` rows, resampled from `rows`, as Alpaca lies on the Hub; no two instructions are the same."""
+    import pyarrow
+    import pyarrow.parquet
+
+    columns: dict[str, list[str]] = {"instruction": [], "input": [], "output": [], "text": []}
+    for number in range(count):
+        copy, index = divmod(number, len(rows))
+        row = rows[index]
+        columns["instruction"].append(row["instruction"] + (f" (variant {copy})" if copy else ""))
+        columns["input"].append(row["input"])
+        columns["output"].append(row["output"])
+        columns["text"].append(f"Below is an instruction.\n\n### Instruction:\n{row['instruction']}\n\n### Response:")
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    table = pyarrow.table(columns)
+    pyarrow.parquet.write_table(table, folder / ALPACA_FILE)
+    features = "".join(f"  - name: {name}\n    dtype: string\n" for name in columns)
+    splits = f"  splits:\n  - name: train\n    num_bytes: {table.nbytes}\n    num_examples: {count}\n"
+    card = f"---\nlicense: cc-by-nc-4.0\npretty_name: Alpaca\ndataset_info:\n  features:\n{features}{splits}---\n"
+    (folder / "README.md").write_text(card)
+
+
+def stand_in(folder: Path, data: Path, rows: int = ALPACA_ROWS, port: int = 0, **shape) -> Hub:
+    """Return a Hub with both repositories under their real names and commits, written to `folder` from real `data`."""
+    hub = Hub(port=port)
+    hub.add(MODEL, folder / "model", MODEL_COMMIT)
+    hub.add(DATASET, folder / "dataset", DATASET_COMMIT)
+    write_model(folder / "model", data / "gpt2-tokenizer", **shape)
+    write_dataset(folder / "dataset", json.loads((data / "alpaca_en_demo.json").read_text(encoding="utf-8")), rows)
+    return hub
+
+
+def main() -> None:
+    project = Path(__file__).resolve().parent.parent
+    data = os.environ.get("ALPACA_TEST_DATA", project.parent / "shared" / "data")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where to write the two repositories")
+    parser.add_argument("--data", type=Path, default=data, help="folder with real rows and GPT-2's vocabulary")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--heads", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=ALPACA_ROWS)
+    parser.add_argument("--port", type=int, default=0)
+    o = parser.parse_args()
+    shape = {"layers": o.layers, "width": o.width, "heads": o.heads}
+    with stand_in(o.folder, o.data, o.rows, o.port, **shape) as hub:
+        print(f"HF_ENDPOINT={hub.url}", flush=True)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            print(*hub.log, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

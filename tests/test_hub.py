@@ -1,0 +1,197 @@
+"""Loading from the Hub through a stand-in on loopback: what works, what is said, and each fault."""
+
+import socket
+import time
+
+import datasets
+import pytest
+import torch
+from hub import ALPACA_FILE, DATASET, DATASET_COMMIT, MODEL, MODEL_COMMIT, Fault, Hub, stand_in, write_dataset
+from huggingface_hub import constants
+from safetensors.torch import load_file
+
+from alpaca_helpers import AlpacaError, hub
+from alpaca_helpers.data import load_rows
+from alpaca_helpers.models import load_base, load_tokenizer
+
+NAME, ALPACA = MODEL.removeprefix("models/"), DATASET.removeprefix("datasets/")
+FRANCE = [6310, 2762, 25, 1867, 318, 262, 3139, 286, 4881, 30, 198, 49, 2634, 79, 2591, 25]
+
+
+@pytest.fixture(scope="module")
+def repositories(real_data, tmp_path_factory) -> Hub:
+    return stand_in(tmp_path_factory.mktemp("hub"), real_data)
+
+
+@pytest.fixture
+def server(repositories, tmp_path, monkeypatch):
+    """The stand-in, running, with an empty cache and waits a hundred times shorter."""
+    monkeypatch.setattr(hub, "WAITS", [wait / 100 for wait in hub.WAITS])
+    with Hub(repositories.repositories) as running:
+        point_to(running.url, tmp_path, monkeypatch)
+        yield running
+
+
+def point_to(url: str, home, monkeypatch) -> None:
+    """Do what HF_ENDPOINT and HF_HOME do at start."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "datasets")
+
+
+def refused() -> str:
+    """The address of a port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+def test_tokenizer_and_weights_come_in_two_announced_downloads(server, capsys):
+    tokenizer = load_tokenizer(NAME, MODEL_COMMIT)
+    assert tokenizer("Instruction: What is the capital of France?\nRéponse:").input_ids == FRANCE
+    assert not any("safetensors" in line for line in server.log)
+    model = load_base(NAME, MODEL_COMMIT)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in said] == [f"Downloading {NAME} from the Hub"] * 2
+    assert "5.1 MB" in said[0] and "21.9 MB" in said[1] and "model.safetensors" in said[1]
+    assert not any(".bin" in line for line in server.log)
+    assert model.name_or_path == model.config._name_or_path == tokenizer.name_or_path == NAME
+    saved = load_file(server.repositories[MODEL].folder / "model.safetensors")
+    assert torch.equal(model.transformer.h[1].attn.c_attn.weight.cpu(), saved["h.1.attn.c_attn.weight"])
+    assert model.dtype == torch.float32 and not model.training
+
+
+def test_a_filled_cache_asks_nothing(server, capsys):
+    load_tokenizer(NAME, MODEL_COMMIT), load_base(NAME, MODEL_COMMIT), load_rows(ALPACA, DATASET_COMMIT)
+    asked = len(server.log)
+    load_tokenizer(NAME, MODEL_COMMIT), load_base(NAME, MODEL_COMMIT), load_rows(ALPACA, DATASET_COMMIT)
+    assert len(server.log) == asked
+
+
+def test_without_a_pin_the_newest_is_fetched_and_then_kept(server, monkeypatch):
+    load_tokenizer(NAME), load_base(NAME), load_rows(ALPACA)
+    point_to(refused(), hub.Path(constants.HF_HUB_CACHE).parent, monkeypatch)
+    load_tokenizer(NAME), load_base(NAME)
+    assert len(load_rows(ALPACA)) == 52_002
+
+
+def test_offline_works_from_the_cache_and_says_what_is_missing_without_it(server, monkeypatch, tmp_path):
+    load_tokenizer(NAME, MODEL_COMMIT), load_rows(ALPACA, DATASET_COMMIT)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    load_tokenizer(NAME, MODEL_COMMIT), load_rows(ALPACA, DATASET_COMMIT)
+    with pytest.raises(AlpacaError, match=f"{NAME} at 6dcaa7a9 is not .*HF_HUB_OFFLINE.*PROFILE=pocket"):
+        load_base(NAME, MODEL_COMMIT)
+
+
+def test_alpaca_has_its_known_columns_and_rows(server, tmp_path, monkeypatch, real_data):
+    rows = load_rows(ALPACA, DATASET_COMMIT)
+    assert len(rows) == 52_002 and rows[0]["instruction"] and rows.column_names[:3] == ["instruction", "input", "output"]
+    write_dataset(tmp_path / "short", [{"instruction": "a", "input": "", "output": "b"}], 51_000)
+    short = {DATASET: type(server.repositories[DATASET])(tmp_path / "short", DATASET_COMMIT)}
+    with Hub(short) as other:
+        point_to(other.url, tmp_path / "other", monkeypatch)
+        with pytest.raises(AlpacaError, match=r"has 51,000 rows .* 52,002 of instruction, input, output, text"):
+            load_rows(ALPACA, DATASET_COMMIT)
+
+
+LOADERS = {
+    "tokenizer": lambda: load_tokenizer(NAME, MODEL_COMMIT),
+    "model": lambda: load_base(NAME, MODEL_COMMIT),
+    "dataset": lambda: load_rows(ALPACA, DATASET_COMMIT),
+}
+
+
+@pytest.mark.parametrize("part", LOADERS)
+def test_refused_is_one_sentence_at_once_and_the_next_run_works(part, server, tmp_path, monkeypatch):
+    point_to(refused(), tmp_path, monkeypatch)
+    start = time.perf_counter()
+    with pytest.raises(AlpacaError, match=r"is not \(wholly\) in the cache.*refused.*PROFILE=pocket") as raised:
+        LOADERS[part]()
+    assert time.perf_counter() - start < 2
+    assert "\n" not in str(raised.value) and (ALPACA if part == "dataset" else NAME) in str(raised.value)
+    point_to(server.url, tmp_path, monkeypatch)
+    LOADERS[part]()
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "dataset"])
+def test_a_hub_that_never_answers_is_one_sentence_within_five_seconds(part, server):
+    server.faults.append(Fault("* api/*", delay=20))
+    start = time.perf_counter()
+    with pytest.raises(AlpacaError, match="PROFILE=pocket"):
+        LOADERS[part]()
+    assert time.perf_counter() - start < 5
+    server.faults.clear()
+    LOADERS[part]()
+
+
+def test_what_is_not_on_the_hub_is_named(server):
+    with pytest.raises(AlpacaError, match="There is no model nobody/nothing, neither a path here nor on the Hub"):
+        load_base("nobody/nothing")
+    with pytest.raises(AlpacaError, match="There is no dataset nobody/nothing"):
+        load_rows("nobody/nothing")
+    with pytest.raises(AlpacaError, match="has no revision 0123456"):
+        load_base(NAME, "0123456")
+    with pytest.raises(AlpacaError, match="has no config.json or"):  # a dataset's files under a model's name
+        server.repositories["models/some/thing"] = server.repositories[DATASET]
+        load_base("some/thing")
+
+
+@pytest.mark.parametrize("part, file", [("model", "*cdn/*"), ("dataset", "*cdn/*"), ("model", "*config.json")])
+def test_busy_for_a_while_is_waited_for(part, file, server, capsys):
+    server.faults += [Fault("GET api/*/revision/*", times=3, status=503), Fault(f"GET {file}", times=2, status=503)]
+    LOADERS[part]()
+    assert "The Hub is busy (503): again in" in capsys.readouterr().out
+    assert sum(" 503 " in line for line in server.log) == 5
+
+
+def test_busy_for_good_is_one_sentence_and_the_next_run_works(server):
+    server.faults.append(Fault("GET cdn/*", status=503))
+    with pytest.raises(AlpacaError, match="503.*try again later") as raised:
+        load_base(NAME, MODEL_COMMIT)
+    assert "\n" not in str(raised.value)
+    server.faults.clear()
+    load_base(NAME, MODEL_COMMIT)
+
+
+def test_cut_short_is_taken_up_where_it_broke_off(server):
+    server.faults.append(Fault("GET cdn/*", times=1, cut_at=15 << 20))
+    model = load_base(NAME, MODEL_COMMIT)
+    saved = load_file(server.repositories[MODEL].folder / "model.safetensors")
+    assert torch.equal(model.transformer.wte.weight.cpu(), saved["wte.weight"])
+    sent = [int(line.split()[-1]) for line in server.log if line.startswith("GET /cdn/")]
+    assert sent[0] == 15 << 20 and sent[1] < 21_000_000  # the second try asked for the rest only
+
+
+def test_cut_short_for_good_leaves_nothing_half_and_the_next_run_works(server, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    server.faults.append(Fault("GET cdn/*", cut_at=1 << 20))
+    with pytest.raises(AlpacaError, match="could not be fetched.*PROFILE=pocket"):
+        load_rows(ALPACA, DATASET_COMMIT)
+    with pytest.raises(AlpacaError, match="could not be fetched.*PROFILE=pocket"):
+        load_base(NAME, MODEL_COMMIT)
+    server.faults.clear()
+    assert len(load_rows(ALPACA, DATASET_COMMIT)) == 52_002
+    load_base(NAME, MODEL_COMMIT)
+
+
+def test_slow_is_waited_for(server):
+    server.faults += [Fault("* api/*", delay=1.5), Fault("* cdn/*", rate=2e6)]
+    assert len(load_rows(ALPACA, DATASET_COMMIT)) == 52_002
+
+
+def test_a_damaged_weight_file_is_never_loaded(server):
+    load_base(NAME, MODEL_COMMIT)
+    weights = hub.cached_folder(NAME, MODEL_COMMIT, "model") / "model.safetensors"
+    weights.resolve().write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(AlpacaError, match="cannot be loaded .*delete"):
+        load_base(NAME, MODEL_COMMIT)
+
+
+def test_the_documents_own_lines_work_against_the_stand_in(server):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(NAME)("Réponse:").input_ids == FRANCE[-5:]
+    assert AutoModelForCausalLM.from_pretrained(NAME, use_safetensors=True).config.n_layer == 2
+    assert datasets.load_dataset(ALPACA)["train"].num_rows == 52_002
+    assert any(ALPACA_FILE in line for line in server.log)
