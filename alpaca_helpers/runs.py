@@ -5,12 +5,15 @@
 Notebooks hand over to one another by these files alone.
 """
 
+import errno
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from . import PROJECT, AlpacaError
 
@@ -54,6 +57,34 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             old.rename(folder)
         for leftover in (part, old):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextmanager
+def room_on_disk(folder: Path, needed: int) -> Iterator[None]:
+    """Write to `folder` inside the block, where about `needed` bytes are to be free.
+
+    Raises AlpacaError that says how much room is needed, if there is less or the disk fills up.
+    """
+    disk = next(parent for parent in (folder, *folder.parents) if parent.exists())
+
+    def full() -> AlpacaError:
+        free = shutil.disk_usage(disk).free
+        return AlpacaError(
+            f"The disk under {folder} is full: {needed / 1e6:.1f} MB are needed and {free / 1e6:.1f} MB are free; "
+            "make room and run this again."
+        )
+
+    if shutil.disk_usage(disk).free < needed:
+        raise full()
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's error
+        no_space = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(
+            error
+        )
+        if no_space or shutil.disk_usage(disk).free < needed / 4:
+            raise full() from error
+        raise
 
 
 def write_json(path: Path, content: dict) -> None:
