@@ -12,6 +12,7 @@ import nbformat
 import papermill
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
+from tqdm import tqdm
 
 from . import PROJECT, AlpacaError
 from .evaluation import comparison, conclusion
@@ -20,6 +21,18 @@ from .runs import artifact, read_manifest, record, run_folder
 
 QUIET = ["--log-level=ERROR"]  # ipykernel warns at each start that its local sockets are not encrypted
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("0*.ipynb"))
+
+
+class ProgressFile:
+    """Takes what the cells print and shows of it what a terminal wants to know: downloads and training steps."""
+
+    def write(self, text: str) -> None:
+        for line in text.splitlines():
+            if line.startswith(("step ", "Downloading ", "The Hub is busy")):
+                tqdm.write(f"    {line}")
+
+    def flush(self) -> None:
+        pass
 
 
 def notebook_parameters(notebook: Path) -> list[str]:
@@ -56,7 +69,9 @@ def run_series(parameters: dict[str, object]) -> Path:
         done = {name: mark for name, mark in done.items() if name < notebook.stem}
         record(folder, "notebooks", done)  # until it is through, this notebook and those after it are not done
         try:
-            papermill.execute_notebook(notebook, executed, chosen, kernel_name="python3", extra_arguments=QUIET)
+            papermill.execute_notebook(
+                notebook, executed, chosen, kernel_name="python3", extra_arguments=QUIET, stdout_file=ProgressFile()
+            )
         except papermill.PapermillExecutionError as error:
             raise AlpacaError(f"{error.ename}: {error.evalue} [cell {error.exec_count} of {executed}]") from error
         done[notebook.stem] = made_of

@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
@@ -138,6 +139,7 @@ class AnswerTrainer(Trainer):
     def __init__(self, *arguments, **named):
         super().__init__(*arguments, **named)
         self.add_callback(CompleteCheckpoints())
+        self.add_callback(ProgressLines())
         args = self.args
         self.batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         steps = args.num_train_epochs * math.ceil(len(self.train_dataset) / self.batch_size)
@@ -217,6 +219,25 @@ class CompleteCheckpoints(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero:
             write_json(folder / COMPLETE, {path.name: _sha256(path) for path in _files(folder)})
+
+
+class ProgressLines(TrainerCallback):
+    """Prints a plain line at each logging step, for terminals and the logs of batch runs."""
+
+    def on_train_begin(self, args, state, control, **named) -> None:
+        self.begun, self.first = time.monotonic(), state.global_step
+
+    def on_log(self, args, state, control, logs=None, **named) -> None:
+        if not state.is_world_process_zero or "loss" not in logs:
+            return
+        took, done = time.monotonic() - self.begun, state.global_step - self.first
+        left = took / done * (state.max_steps - state.global_step)
+        rows = done * args.train_batch_size * args.gradient_accumulation_steps * args.world_size / took
+        print(
+            f"step {state.global_step} of {state.max_steps}: loss {float(logs['loss']):.3f}, {rows:.0f} rows a second, "
+            f"{took:.0f} s passed, about {left:.0f} s left",
+            flush=True,
+        )
 
 
 def make_trainer(model, tokenizer, data, settings: Profile, recipe: str, folder: Path) -> Trainer:

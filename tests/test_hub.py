@@ -86,7 +86,9 @@ def test_offline_works_from_the_cache_and_says_what_is_missing_without_it(server
 
 def test_alpaca_has_its_known_columns_and_rows(server, tmp_path, monkeypatch, real_data):
     rows = load_rows(ALPACA, DATASET_COMMIT)
-    assert len(rows) == 52_002 and rows[0]["instruction"] and rows.column_names[:3] == ["instruction", "input", "output"]
+    assert (
+        len(rows) == 52_002 and rows[0]["instruction"] and rows.column_names[:3] == ["instruction", "input", "output"]
+    )
     write_dataset(tmp_path / "short", [{"instruction": "a", "input": "", "output": "b"}], 51_000)
     short = {DATASET: type(server.repositories[DATASET])(tmp_path / "short", DATASET_COMMIT)}
     with Hub(short) as other:
