@@ -1,6 +1,7 @@
 """LoRA: its configuration, and adapters saved and loaded so that a wrong one is noticed."""
 
 import json
+import warnings
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, TaskType
@@ -8,6 +9,9 @@ from safetensors import SafetensorError, safe_open
 
 from . import AlpacaError, portable
 from .runs import room_on_disk, whole_folder
+
+# peft asks transformers by an older name for something that adapters here do not use
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
