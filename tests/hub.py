@@ -227,7 +227,7 @@ ALPACA_FILE, ALPACA_ROWS = "data/train-00000-of-00001-a09b74b3ef9c3b56.parquet",
 
 
 def write_model(folder: Path, vocabulary: Path, layers: int = 2, width: int = 64, heads: int = 2) -> None:
-    """Write a random GPT-2 as gpt2-medium lies on the Hub: tensors named without a prefix, the layers' masks among them.
+    """Write a random GPT-2 as gpt2-medium lies on the Hub: tensors without a prefix, and the layers' masks.
 
     Args:
         vocabulary: folder with GPT-2's `vocab.json` and `merges.txt`.
