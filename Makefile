@@ -1,13 +1,14 @@
 # The series in two commands: `make run` and `make test`. Everything below them is a convenience.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 PROFILE ?= auto
 PARAMS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lab pocket refresh clean
+.PHONY: help setup run test test-colab lab pocket refresh clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -15,11 +16,11 @@ help:  ## list the commands
 
 setup: $(READY)  ## make the environment alone (.venv)
 
-$(READY): requirements.txt constraints.txt pyproject.toml
+$(READY): requirements.txt $(CONSTRAINTS) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 	  || { echo "Python 3.11 to 3.13 is needed: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --progress-bar on -c constraints.txt -e ".[test]"
+	$(BIN)/python -m pip install --progress-bar on -c $(CONSTRAINTS) -e ".[test]"
 	@touch $@
 
 run: $(READY)  ## run the four notebooks into runs/RUN and print the before/after table
@@ -31,6 +32,9 @@ test: $(READY)  ## unit tests, then the notebooks' stored outputs against fresh 
 	$(BIN)/python -m pytest
 	$(BIN)/python -m alpaca_helpers.series --prepare build/nbval --profile pocket
 	$(BIN)/python -m pytest --nbval build/nbval
+
+test-colab:  ## the same with Colab's versions
+	$(MAKE) test VENV=.venv-colab CONSTRAINTS=constraints-colab.txt
 
 lab: $(READY)  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
