@@ -103,70 +103,65 @@ class ChatBox:
 
     def _build(self) -> widgets.VBox:
         settings = self.conversation.settings
-        wide, hidden = widgets.Layout(width="100%"), widgets.Layout(display="none")
-        self.messages = widgets.VBox()
-        self.field = widgets.Text(
-            placeholder="Type an instruction, Enter sends it", continuous_update=False, layout=widgets.Layout(flex="1")
-        )
-        self.input = widgets.Textarea(
-            placeholder="Optional input: the text that the instruction is about",
-            continuous_update=False,
-            rows=2,
-            layout=widgets.Layout(width="100%", display="none"),
-        )
-        button = widgets.Layout(width="auto")
-        self.send = widgets.Button(description="Send", button_style="primary", layout=button)
-        self.stop = widgets.Button(description="Stop", disabled=True, layout=button, tooltip="End this answer here")
-        self.clear = widgets.Button(description="Clear", layout=button, tooltip="Forget the conversation")
-        self.with_input = widgets.ToggleButton(description="Input", layout=button, tooltip="A second field")
-        self.sides = widgets.ToggleButtons(
-            options=[("base and tuned", SIDES[0]), ("tuned only", SIDES[1])],
-            value=settings["sides"],
-            style={"button_width": "auto"},
-        )
-        self.status = widgets.HTML()
         limit = self.conversation.model.config.n_positions - 1
-        name = {"style": {"description_width": "90px"}, "layout": wide}
+        wide, small = widgets.Layout(width="100%"), widgets.Layout(width="auto")
+        line = {"style": {"description_width": "90px"}, "layout": wide}
+        # the front end keeps a reversed column at its end, so the newest message stays in sight without a script
+        self.messages = widgets.VBox(layout=widgets.Layout(flex="0 0 auto", overflow="visible"))
+        scroll = widgets.Layout(flex_flow="column-reverse", overflow="auto", max_height="480px", width="100%")
+        self.status = widgets.HTML()
+        self.field = widgets.Text(placeholder="Type an instruction, Enter sends it", continuous_update=False)
+        self.field.layout = widgets.Layout(flex="1 1 auto", width="auto")
+        self.send = widgets.Button(description="Send", button_style="primary", layout=small)
+        self.stop = widgets.Button(description="Stop", disabled=True, tooltip="End this answer here", layout=small)
+        self.compare = widgets.ToggleButton(
+            description="Compare with base", value=settings["sides"] == SIDES[0], layout=small
+        )
+        self.compare.disabled = not hasattr(self.conversation.model, "peft_config")
+        self.with_input = widgets.ToggleButton(
+            description="Input", tooltip="A text that the instruction is about", layout=small
+        )
+        self.with_settings = widgets.ToggleButton(description="Settings", layout=small)
+        self.clear = widgets.Button(description="Clear", tooltip="Forget the conversation", layout=small)
+        self.input = widgets.Textarea(
+            placeholder="Optional input: the text that the instruction is about", continuous_update=False, rows=3
+        )
+        self.input.layout = widgets.Layout(width="100%", display="none")
         self.knobs = {
-            "temperature": widgets.FloatSlider(description="temperature", min=0, max=2, step=0.05, **name),
-            "top_p": widgets.FloatSlider(description="top-p", min=0.05, max=1, step=0.05, **name),
-            "top_k": widgets.IntSlider(description="top-k (0: all)", min=0, max=200, **name),
-            "max_new_tokens": widgets.IntSlider(description="length", min=1, max=limit, **name),
-            "seed": widgets.BoundedIntText(description="seed", min=0, max=2**31 - 1, **name),
+            "temperature": widgets.FloatSlider(description="temperature", min=0, max=2, step=0.05, **line),
+            "top_p": widgets.FloatSlider(description="top-p", min=0.05, max=1, step=0.05, **line),
+            "top_k": widgets.IntSlider(description="top-k (0: all)", min=0, max=200, **line),
+            "max_new_tokens": widgets.IntSlider(description="length", min=1, max=limit, **line),
+            "seed": widgets.BoundedIntText(description="seed", min=0, max=2**31 - 1, **line),
         }
         for key, knob in self.knobs.items():
             knob.value = settings[key]
-        self.path = widgets.Text(value="chat.md", description="save as", **name)
-        self.save = widgets.Button(description="Save", layout=button, tooltip="Markdown or JSON, by the suffix")
-        panel = widgets.VBox([*self.knobs.values(), widgets.HBox([self.path, self.save])])
-        more = widgets.Accordion([panel], selected_index=None)
-        more.set_title(0, "Settings and saving")
-        # the front end keeps a reversed column at its end, so the newest message stays in sight without a script
-        scroll = widgets.Layout(flex_flow="column-reverse", overflow="auto", max_height="460px", width="100%")
-        self.play = widgets.Play(min=0, max=2**31 - 1, interval=int(TICK * 1000), layout=hidden)
+        self.path = widgets.Text(value="chat.md", description="save as", tooltip=".md or .json", **line)
+        self.save = widgets.Button(description="Save", layout=small)
+        self.panel = widgets.VBox([*self.knobs.values(), widgets.HBox([self.path, self.save])])
+        self.panel.layout = widgets.Layout(width="100%", display="none")
+        self.play = widgets.Play(min=0, max=2**31 - 1, interval=int(TICK * 1000))
+        self.play.layout = widgets.Layout(display="none")
 
         self.field.on_msg(self._on_field_message)
         self.field.observe(self._on_field_text, "value")
+        self.play.observe(self._tick, "value")
         self.send.on_click(lambda _: self._submit())
         self.stop.on_click(lambda _: self._stop())
         self.clear.on_click(lambda _: self._clear())
         self.save.on_click(lambda _: self._save())
-        self.with_input.observe(self._toggle_input, "value")
-        self.play.observe(self._tick, "value")
+        for switch, part in ((self.with_input, self.input), (self.with_settings, self.panel)):
+            switch.observe(lambda change, part=part: _switch(part, change["new"]), "value")
+        buttons = widgets.HBox([self.compare, self.with_input, self.with_settings, self.clear])
+        buttons.layout = widgets.Layout(width="100%", flex_flow="row wrap")
         self.composer = widgets.VBox(
-            [
-                self.input,
-                widgets.HBox([self.field, self.send, self.stop], layout=wide),
-                widgets.HBox(
-                    [self.sides, self.with_input, self.clear], layout=widgets.Layout(width="100%", flex_flow="row wrap")
-                ),
-                more,
-            ]
+            [self.input, widgets.HBox([self.field, self.send, self.stop], layout=wide), buttons, self.panel]
         )
-        return widgets.VBox(
+        box = widgets.VBox(
             [widgets.HTML(STYLE), widgets.Box([self.messages], layout=scroll), self.status, self.composer, self.play],
             layout=widgets.Layout(width="100%", max_width="1000px"),
         )
+        return box.add_class("alpaca-box")
 
     # Messages in
 
@@ -191,7 +186,10 @@ class ChatBox:
             settings = {key: knob.value for key, knob in self.knobs.items()}
             try:
                 self._append(
-                    text, self.input.value if self.with_input.value else "", sides=self.sides.value, **settings
+                    text,
+                    self.input.value if self.with_input.value else "",
+                    sides=SIDES[0] if self.compare.value else SIDES[1],
+                    **settings,
                 )
             except AlpacaError as error:
                 return self._say(str(error))
@@ -307,8 +305,9 @@ class ChatBox:
             except AlpacaError as error:
                 self._say(str(error))
 
-    def _toggle_input(self, change) -> None:
-        self.input.layout.display = "" if change["new"] else "none"
+
+def _switch(part: widgets.Widget, on: bool) -> None:
+    part.layout.display = "" if on else "none"
 
 
 # In a terminal

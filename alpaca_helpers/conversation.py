@@ -178,7 +178,7 @@ def _reply(old: Reply, new, seconds: float, limit: int) -> Reply:
     """Return the reply with what the model has written by now; a finished one keeps its time."""
     if old.ending:
         return old
-    ending = "ended by itself" if new.stopped else f"cut at the limit of {limit} tokens" if new.tokens == limit else ""
+    ending = "ended by itself" if new.stopped else "cut at the limit" if new.tokens == limit else ""
     return Reply(old.side, new.text, new.tokens, ending, new.prompt_cut, seconds)
 
 
@@ -242,18 +242,21 @@ def _fence(text: str) -> str:
 # Jupyter's themes, Colab's and a bare page differ in their colours: the bubbles tint what is behind them and keep the
 # text's own colour, but for the one that brings both.
 STYLE = """<style>
+.alpaca-box {border: 1px solid rgba(128, 128, 128, .35); border-radius: 12px; padding: 8px}
 .alpaca-chat {line-height: 1.45; font-size: 14px; font-family: system-ui, -apple-system, "Segoe UI", sans-serif;
   white-space: normal; padding: 2px 6px 8px}
-.alpaca-chat .you {display: flex; flex-direction: column; align-items: flex-end; margin: 10px 0 8px 12%}
-.alpaca-chat .replies {display: flex; flex-wrap: wrap; gap: 8px 10px; margin-right: 4%}
+.alpaca-chat .you {display: flex; flex-direction: column; align-items: flex-end; margin: 8px 0 6px 12%}
+.alpaca-chat .replies {display: flex; flex-wrap: wrap; gap: 8px 10px}
 .alpaca-chat .reply {flex: 1 1 240px; min-width: 0; display: flex; flex-direction: column; align-items: flex-start}
-.alpaca-chat pre {font: inherit; color: inherit; white-space: pre-wrap; overflow-wrap: anywhere; margin: 2px 0;
-  padding: 8px 13px; border: 0; border-radius: 16px; max-width: 100%; box-sizing: border-box; min-height: 1.45em}
-.alpaca-chat .you pre {background: #1b62b5; color: #fff; border-bottom-right-radius: 4px}
-.alpaca-chat .you pre.input {background: none; color: inherit; border: 1px dashed rgba(128, 128, 128, .7)}
-.alpaca-chat .reply pre {border-bottom-left-radius: 4px}
-.alpaca-chat .base pre {background: rgba(128, 128, 128, .18)}
-.alpaca-chat .tuned pre {background: rgba(46, 160, 90, .22)}
+.alpaca-chat .reply:only-child {margin-right: 12%}
+.alpaca-chat .bubble.bubble {font: inherit; color: inherit; white-space: pre-wrap; overflow-wrap: anywhere;
+  word-break: normal; text-align: start; margin: 2px 0; padding: 8px 13px; border: 0; border-radius: 16px;
+  max-width: 100%; box-sizing: border-box; min-height: 37px}
+.alpaca-chat .you .bubble.bubble {background: #1b62b5; color: #fff; border-bottom-right-radius: 4px}
+.alpaca-chat .you .input.bubble.bubble {background: none; color: inherit; border: 1px dashed rgba(128, 128, 128, .7)}
+.alpaca-chat .reply .bubble.bubble {border-bottom-left-radius: 4px}
+.alpaca-chat .base .bubble.bubble {background: rgba(128, 128, 128, .18)}
+.alpaca-chat .tuned .bubble.bubble {background: rgba(46, 160, 90, .22)}
 .alpaca-chat b {font-size: 12px; font-weight: 600; margin: 0 4px; opacity: .8}
 .alpaca-chat small {font-size: 12px; margin: 0 4px; opacity: .75}
 .alpaca-chat .error {background: rgba(211, 47, 47, .15); border: 1px solid rgba(211, 47, 47, .6);
@@ -290,4 +293,4 @@ def _bubble(text: str, kind: str = "") -> str:
     if len(text) > SHOWN:
         left_out = f"\n… {len(text) - SHOWN:,} characters not shown …\n"
         text = text[: SHOWN // 2] + left_out + text[-SHOWN // 2 :]
-    return f'<pre dir="auto" class="{kind}"><bdi>{html.escape(visible(text))}</bdi></pre>'
+    return f'<pre dir="auto" class="bubble {kind}"><bdi>{html.escape(visible(text))}</bdi></pre>'
