@@ -414,7 +414,7 @@ def answers_table(answers: pd.DataFrame, rows: int = 8, letters: int = 160) -> H
         line = " ".join(text.split())
         cut = "" if stopped and len(line) <= letters else " …"
         mark = "" if pd.isna(right) else "✓ " if right else "✗ "
-        return mark + line[:letters] + cut
+        return mark + line[:letters].rstrip() + cut
 
     table = [
         {
