@@ -30,7 +30,7 @@ test: $(READY)  ## unit tests, then the notebooks' stored outputs against fresh 
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
-	$(BIN)/python -m alpaca_helpers.series --prepare build/nbval --profile pocket
+	$(BIN)/python -m alpaca_helpers.series --prepare build/nbval --profile $(PROFILE:auto=pocket)
 	$(BIN)/python -m pytest --nbval build/nbval
 
 test-colab:  ## the same with Colab's versions

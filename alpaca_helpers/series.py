@@ -80,12 +80,19 @@ def run_series(parameters: dict[str, object]) -> Path:
 
 
 def prepare(folder: Path, parameters: dict[str, object]) -> None:
-    """Write copies of the notebooks with `parameters` injected and their stored outputs kept, for nbval to check."""
+    """Write copies of the notebooks with `parameters` injected and their stored outputs kept, for nbval to check.
+
+    The stored outputs are the pocket's: for another profile only cells tagged `every-profile` are to be compared.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for notebook in NOTEBOOKS:
         chosen = {key: value for key, value in parameters.items() if key in notebook_parameters(notebook)}
-        nbformat.write(parameterize_notebook(load_notebook_node(str(notebook)), chosen), folder / notebook.name)
+        copy = parameterize_notebook(load_notebook_node(str(notebook)), chosen)
+        for cell in copy.cells:
+            if parameters["profile"] != "pocket" and "every-profile" not in cell.metadata["tags"]:
+                cell.metadata["tags"].append("nbval-ignore-output")
+        nbformat.write(copy, folder / notebook.name)
 
 
 def refresh() -> None:
