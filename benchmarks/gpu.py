@@ -1,0 +1,203 @@
+"""The whole series as on a GPU runtime, in one call: figures to benchmarks/gpu.json, or a sentence on what is wrong.
+
+    python benchmarks/gpu.py                                          # the true shape; wants a GPU
+    python benchmarks/gpu.py --layers 2 --width 64 --heads 2 --max-train-rows 200 --out /tmp/gpu.json   # a rehearsal
+
+A stand-in Hub on loopback serves a model of gpt2-medium's shape with random weights and 52,002 rows in Alpaca's form,
+so no network is needed; real rows and GPT-2's vocabulary come from --data (see tests/hub.py). The four notebooks run
+by papermill; then a second run is killed during its training and started again.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
+
+from hub import stand_in  # noqa: E402
+
+from alpaca_helpers.profiles import choose_profile  # noqa: E402
+from alpaca_helpers.runs import read_manifest, write_json  # noqa: E402
+
+LIBRARIES = ("torch", "transformers", "peft", "datasets", "accelerate", "huggingface_hub")
+
+
+class Memory:
+    """Watches, twice a second, what the GPU has in use, or without one the resident memory of a process group."""
+
+    def __init__(self, group: int):
+        self.group, self.peak = group, 0
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            self.peak = max(self.peak, gpu_bytes() if torch.cuda.is_available() else group_bytes(self.group))
+            time.sleep(0.5)
+
+    def taken(self) -> int:
+        """Return the peak in bytes since the last call."""
+        peak, self.peak = self.peak, 0
+        return peak
+
+
+def gpu_bytes() -> int:
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return int(subprocess.run(query, capture_output=True, text=True).stdout.split()[0]) * 2**20
+
+
+def group_bytes(group: int) -> int:
+    """Return the resident bytes of the processes of a session (a kernel starts its own group, not its own session)."""
+    total = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            after_name = stat.read_text().rpartition(")")[2].split()
+            if int(after_name[3]) == group:
+                total += int(after_name[21]) * os.sysconf("SC_PAGE_SIZE")
+        except (OSError, ValueError):  # it ended meanwhile
+            pass
+    return total
+
+
+def series(run: Path, environment: dict, given: list[str], kill_when=None) -> tuple[dict[str, dict], str]:
+    """Run the series into `run` and return seconds and peak memory by notebook, and what it printed.
+
+    Args:
+        kill_when: a function of no arguments; once it is true, the whole session is killed.
+
+    Raises SystemExit with the series' last lines if it fails.
+    """
+    command = [sys.executable, "-m", "alpaca_helpers.series", "--run", str(run), *given]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, env=environment, cwd=PROJECT, start_new_session=True, **pipes)
+    memory, parts, printed, part, begun = Memory(process.pid), {}, [], "", time.monotonic()
+    killed = threading.Event()
+
+    def watch() -> None:
+        while process.poll() is None:
+            if kill_when():
+                killed.set()
+                for stat in Path("/proc").glob("[0-9]*/stat"):
+                    try:
+                        if int(stat.read_text().rpartition(")")[2].split()[3]) == process.pid:
+                            os.kill(int(stat.parent.name), signal.SIGKILL)
+                    except (OSError, ValueError):
+                        pass
+            time.sleep(0.05)
+
+    if kill_when:
+        threading.Thread(target=watch, daemon=True).start()
+
+    def close() -> None:
+        if part:
+            parts[part] = {"seconds": round(time.monotonic() - begun, 1), "peak_gb": round(memory.taken() / 1e9, 2)}
+
+    for line in process.stdout:
+        printed.append(line)
+        print(line, end="", flush=True)
+        if line.startswith("[") and "/4] " in line:
+            close()
+            part, begun = line.split("] ")[1].strip(), time.monotonic()
+            memory.taken()
+    if process.wait() and not killed.is_set():
+        sys.exit(f"The series failed: {''.join(printed[-3:]).strip()}")
+    close()
+    return parts, "".join(printed)
+
+
+def losses(run: Path) -> list[float]:
+    """Return the training losses of the run's newest checkpoint, in order."""
+    newest = max((run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def trained_parameters(run: Path) -> int:
+    with safe_open(run / "adapter" / "adapter_model.safetensors", framework="pt") as file:
+        sizes = [file.get_slice(name).get_shape() for name in file.keys()]
+    return sum(rows * columns for rows, columns in sizes)
+
+
+def main() -> None:
+    data = os.environ.get("ALPACA_TEST_DATA", PROJECT.parent / "shared" / "data")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--data", type=Path, default=data, help="folder with real rows and GPT-2's vocabulary")
+    parser.add_argument("--max-train-rows", type=int, help="train on fewer rows (a rehearsal)")
+    parser.add_argument("--killed-rows", type=int, default=2000, help="rows of the run that is killed and resumed")
+    parser.add_argument("--out", type=Path, default=PROJECT / "benchmarks" / "gpu.json")
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="for the notebooks")
+    o = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="gpu-"))
+    gpu = torch.cuda.is_available()
+    chosen = choose_profile("auto").name
+    given = ["--profile", "auto" if gpu else "gpt2-medium", *(word for pair in o.p for word in ("-p", *pair))]
+    limited = [*given, "-p", "max_train_rows", str(o.max_train_rows)] if o.max_train_rows else given
+    print("Writing the stand-in's model and rows", flush=True)
+    with stand_in(folder / "repositories", o.data, layers=o.layers, width=o.width, heads=o.heads) as hub:
+        away = {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home")}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | away
+        parts, _ = series(folder / "whole", environment | {"PATH": path}, limited)
+        small = [*given, "-p", "max_train_rows", str(min(o.killed_rows, o.max_train_rows or o.killed_rows))]
+        killed = folder / "killed"
+        whole_checkpoint = lambda: any(killed.glob("checkpoints/*/complete.json"))  # noqa: E731
+        series(killed, environment | {"PATH": path}, small, kill_when=whole_checkpoint)
+        resumed_at = sorted(path.name for path in killed.glob("checkpoints/checkpoint-*"))
+        finished_before = (killed / "metrics.json").exists()
+        _, said = series(killed, environment | {"PATH": path}, small)
+    notebook = (killed / "03_lora_finetuning.ipynb").read_text(encoding="utf-8")
+    curve, manifest = losses(folder / "whole"), read_manifest(folder / "whole")
+    expected = o.layers * 8 * (o.width + 3 * o.width)
+    figures = {
+        "device": torch.cuda.get_device_name() if gpu else f"CPU {platform.machine()}: a rehearsal, not a GPU figure",
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "shape": {"layers": o.layers, "width": o.width, "heads": o.heads},
+        "train_rows": o.max_train_rows or "all",
+        "profile_of_auto": chosen,
+        "precision": manifest.get("training", {}).get("dtype"),
+        "parts": parts,
+        "trainable_parameters": trained_parameters(folder / "whole"),
+        "loss": {"first": curve[0], "last": curve[-1]},
+        "killed_and_resumed": {"checkpoints_at_the_kill": resumed_at, "went_on": "Going on after step" in notebook},
+        "downloads": [line for line in hub.log if line.startswith("GET /cdn/")],
+        "metrics": json.loads((folder / "whole" / "metrics.json").read_text()),
+    }
+    wrong = [
+        sentence
+        for sentence, right in {
+            f"{figures['trainable_parameters']:,} parameters were trained, not {expected:,}": figures[
+                "trainable_parameters"
+            ]
+            == expected,
+            f"the loss did not fall: {curve}": curve[-1] < curve[0],
+            "auto did not choose gpt2-medium on a GPU": chosen == "gpt2-medium" or not gpu,
+            "the second run was not killed during its training": resumed_at and not finished_before,
+            "the killed run did not go on from its checkpoint": figures["killed_and_resumed"]["went_on"],
+        }.items()
+        if not right
+    ]
+    write_json(o.out, figures)
+    shutil.rmtree(folder)
+    print(json.dumps(figures, indent=2))
+    if wrong:
+        sys.exit("; ".join(wrong))
+
+
+if __name__ == "__main__":
+    main()
