@@ -31,6 +31,7 @@ from .runs import artifact, read_manifest, run_folder
 
 TICK = 0.05  # seconds between two looks at what the model has written
 PLAYING = "playing" if widgets.Play.class_traits().get("playing") else "_playing"  # ipywidgets 8, 7
+HELLO = '<div class="alpaca-chat hello">Ask something, as you would in a message. “exit” closes the chat.</div>'
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -92,7 +93,7 @@ class ChatBox:
         return Transcript(self.conversation.exchanges)
 
     def __repr__(self) -> str:
-        return f"ChatBox ({len(self.conversation.exchanges)} messages): type a question and press Enter"
+        return f"ChatBox with {len(self.conversation.exchanges)} exchanges: run the cell to open it"
 
     def _ipython_display_(self, **_) -> None:
         view = {"version_major": 2, "version_minor": 0, "model_id": self.widget.model_id}
@@ -108,7 +109,8 @@ class ChatBox:
         line = {"style": {"description_width": "90px"}, "layout": wide}
         # the front end keeps a reversed column at its end, so the newest message stays in sight without a script
         self.messages = widgets.VBox(layout=widgets.Layout(flex="0 0 auto", overflow="visible"))
-        scroll = widgets.Layout(flex_flow="column-reverse", overflow="auto", max_height="480px", width="100%")
+        scroll = widgets.Layout(flex_flow="column-reverse", overflow="auto", height="420px", width="100%")
+        self.hello = widgets.HTML(HELLO)
         self.status = widgets.HTML()
         self.field = widgets.Text(placeholder="Type an instruction, Enter sends it", continuous_update=False)
         self.field.layout = widgets.Layout(flex="1 1 auto", width="auto")
@@ -158,7 +160,13 @@ class ChatBox:
             [self.input, widgets.HBox([self.field, self.send, self.stop], layout=wide), buttons, self.panel]
         )
         box = widgets.VBox(
-            [widgets.HTML(STYLE), widgets.Box([self.messages], layout=scroll), self.status, self.composer, self.play],
+            [
+                widgets.HTML(STYLE),
+                widgets.Box([self.messages, self.hello], layout=scroll),
+                self.status,
+                self.composer,
+                self.play,
+            ],
             layout=widgets.Layout(width="100%", max_width="1000px"),
         )
         return box.add_class("alpaca-box")
@@ -205,6 +213,7 @@ class ChatBox:
         view = widgets.HTML(exchange_html(exchange))
         self._live.append((exchange, view))
         self.messages.children = [*self.messages.children, view]
+        _switch(self.hello, False)
         self._say("")
         return exchange
 
@@ -258,7 +267,7 @@ class ChatBox:
 
     def _static(self) -> dict[str, str]:
         exchanges = self.conversation.exchanges
-        title = f"Transcript of {len(exchanges)} messages, as the saved notebook keeps it"
+        title = f"Transcript ({len(exchanges)}), as the saved notebook keeps it"
         text = as_html(exchanges) if exchanges else ""
         return {
             "text/html": f'<details style="opacity: .8"><summary><small>{title}</small></summary>{text}</details>',
@@ -281,6 +290,7 @@ class ChatBox:
             self._live.clear()
             self.conversation.exchanges = []
             views, self.messages.children = self.messages.children, ()
+            _switch(self.hello, True)
             for view in views:
                 view.close()
             self._say("")
@@ -324,7 +334,7 @@ def talk(conversation: Conversation, lines: Iterator[str]) -> None:
             print(error)
             continue
         print_answer(conversation, exchange)
-        print(f"[Error: {visible(exchange.error)}]" if exchange.error else "", end="\n\n")
+        print(f"{visible(exchange.error)}\n" if exchange.error else "")
 
 
 def typed_lines() -> Iterator[str]:
@@ -359,7 +369,7 @@ def print_answer(conversation: Conversation, exchange: Exchange, notes: bool = T
 
 def open_run(run: str):
     """Return the tuned model and the tokenizer of a run; raise AlpacaError that says which notebook is missing."""
-    folder = run_folder(run)
+    folder = run_folder(run, make=False)
     adapter = artifact(folder, "adapter")
     made_of = read_manifest(folder).get("data")
     if made_of is None:

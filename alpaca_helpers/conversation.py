@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from . import AlpacaError
-from .generation import stream
+from .generation import Answer, stream
 from .prompts import format_prompt
 
 DEFAULTS = {"max_new_tokens": 100, "temperature": 0.7, "top_p": 0.9, "top_k": 0, "seed": 0}  # the document's
@@ -174,7 +174,7 @@ def _picture(found: re.Match) -> str:
     return chr(0x2400 + code) if code < 0x20 else "␡" if code == 0x7F else "\ufffd"
 
 
-def _reply(old: Reply, new, seconds: float, limit: int) -> Reply:
+def _reply(old: Reply, new: Answer, seconds: float, limit: int) -> Reply:
     """Return the reply with what the model has written by now; a finished one keeps its time."""
     if old.ending:
         return old
@@ -245,6 +245,7 @@ STYLE = """<style>
 .alpaca-box {border: 1px solid rgba(128, 128, 128, .35); border-radius: 12px; padding: 8px}
 .alpaca-chat {line-height: 1.45; font-size: 14px; font-family: system-ui, -apple-system, "Segoe UI", sans-serif;
   white-space: normal; padding: 2px 6px 8px}
+.alpaca-chat.hello {text-align: center; opacity: .65; padding: 150px 10px}
 .alpaca-chat .you {display: flex; flex-direction: column; align-items: flex-end; margin: 8px 0 6px 12%}
 .alpaca-chat .replies {display: flex; flex-wrap: wrap; gap: 8px 10px}
 .alpaca-chat .reply {flex: 1 1 240px; min-width: 0; display: flex; flex-direction: column; align-items: flex-start}

@@ -163,12 +163,14 @@ def _sampler(
     seed: int, rows: int, *, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0
 ) -> Callable[[list[int], torch.Tensor], list[int]]:
     """Return the function that picks each row's next token id from its logits."""
-    if not 0 <= temperature < math.inf:
-        raise AlpacaError(f"temperature is {temperature}: choose 0 (greedy) or more.")
+    if not (temperature == 0 or 0.01 <= temperature < math.inf):  # logits over less would overflow
+        raise AlpacaError(f"temperature is {temperature}: choose 0 (greedy), or 0.01 or more.")
     if not 0 < top_p <= 1:
         raise AlpacaError(f"top_p is {top_p}: choose more than 0, up to 1 (all).")
     if top_k < 0:
         raise AlpacaError(f"top_k is {top_k}: choose 0 (all) or more.")
+    if not 0 <= seed < 2**63:
+        raise AlpacaError(f"seed is {seed}: choose 0 to 2**63 - 1.")
     if temperature == 0:
         return lambda _, logits: logits.argmax(-1).tolist()
     warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])

@@ -24,11 +24,12 @@ MADE_BY = {
 }
 
 
-def run_folder(run: str) -> Path:
-    """Return the run's folder, made if needed: `runs/<run>` of the project, or the path that `run` is."""
+def run_folder(run: str, make: bool = True) -> Path:
+    """Return the run's folder, made if needed (unless `make` is False): `runs/<run>`, or the path that `run` is."""
     path = Path(run).expanduser()
     folder = path.resolve() if len(path.parts) > 1 else PROJECT / "runs" / run
-    folder.mkdir(parents=True, exist_ok=True)
+    if make:
+        folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
