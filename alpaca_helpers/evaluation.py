@@ -42,7 +42,7 @@ class Metric:
         sign = "+" if signed else ""
         if self.unit == "%":
             return f"{round(100 * value):{sign}d}" + ("" if signed else "%")
-        decimals = 1 if abs(value) >= 10 or self.unit == "tokens" else 2
+        decimals = 1 if abs(value) >= 10 or self.unit in ("tokens", "seconds") else 2
         return f"{value:{sign}.{decimals}f}"
 
 

@@ -7,6 +7,7 @@ by the colour-blind (Okabe and Ito's palette).
 import io
 import math
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from functools import cache, wraps
 from pathlib import Path
@@ -21,7 +22,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from .data import IGNORED, RECIPES, encode, tokenize
-from .evaluation import METRICS
+from .evaluation import METRICS, Metric
 from .prompts import format_prompt
 
 INK, PALE, BLUE, ORANGE = "#222222", "#e4e4e4", "#0072b2", "#e69f00"
@@ -405,7 +406,7 @@ def answer_lengths(answers: pd.DataFrame, max_new_tokens: int = 80) -> Picture:
 
 
 def answers_table(answers: pd.DataFrame, rows: int = 8, letters: int = 160) -> HTML:
-    """Return the first answers side by side as a table: question, expected, base, tuned.
+    """Return answers side by side as a table, evenly spread over the rows: question, expected, base, tuned.
 
     ✓ and ✗ tell whether an answer holds the fact; … ends an answer that did not stop, or is longer than `letters`.
     """
@@ -416,6 +417,7 @@ def answers_table(answers: pd.DataFrame, rows: int = 8, letters: int = 160) -> H
         mark = "" if pd.isna(right) else "✓ " if right else "✗ "
         return mark + line[:letters].rstrip() + cut
 
+    chosen = sorted(set(np.linspace(0, len(answers) - 1, rows).round().astype(int)))
     table = [
         {
             "question": shown(f"{row.instruction} {row.input}"),
@@ -423,8 +425,46 @@ def answers_table(answers: pd.DataFrame, rows: int = 8, letters: int = 160) -> H
             "base": shown(row.base, row.base_stopped, row.base_right),
             "tuned": shown(row.tuned, row.tuned_stopped, row.tuned_right),
         }
-        for row in answers.head(rows).itertuples()
+        for row in answers.iloc[chosen].itertuples()
     ]
     # text of a user or a model: escaped, and no $…$ in it is taken for a formula
     with pd.option_context("display.max_colwidth", None, "display.html.use_mathjax", False):
         return HTML(pd.DataFrame(table).to_html(index=False, justify="left", border=0))
+
+
+@_in_style
+def recipes(lines: Sequence[Mapping], metrics: Mapping[str, Metric]) -> Picture:
+    """Return what each choice of settings came to: a dot a seed, a bar at their mean, a panel a metric.
+
+    Args:
+        lines: a mapping a choice, with `choice` and for each metric its `mean` and `values`.
+        metrics: the metrics to show, with their names.
+    """
+    names = [_choice(line["choice"]) for line in lines]
+    shown = [name for name in metrics if all(line[name]["values"] for line in lines)]
+    picture, panels = _figure(10, 0.32 * len(lines) + 1.3, columns=len(shown), sharey=True)
+    for axes, name in zip(panels, shown):
+        metric = metrics[name]
+        scale = 100 if metric.unit == "%" else 1
+        for y, line in enumerate(lines):
+            values = [scale * value for value in line[name]["values"]]
+            axes.barh(y, scale * line[name]["mean"], 0.7, facecolor=PALE, edgecolor=INK, linewidth=0.8)
+            axes.plot(values, [y] * len(values), "o", color=BLUE, markeredgecolor="white", markersize=5, clip_on=False)
+        axes.set_xlim(0, 105 if scale == 100 else None)
+        axes.set_xlabel(f"{textwrap.fill(metric.label, 14)}\n({metric.unit})")
+        axes.grid(axis="x")
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].set_ylim(len(names) - 0.4, -0.6)
+    said = (
+        f"{name}: " + ", ".join(f"{metrics[key].label} {metrics[key].show(line[key]['mean'])}" for key in shown)
+        for name, line in zip(names, lines)
+    )
+    picture.alt = "A bar a choice at the mean over seeds, a dot a seed. " + "; ".join(said) + "."
+    return picture
+
+
+def _choice(choice: Mapping[str, object]) -> str:
+    return ", ".join(
+        str(value) if name == "recipe" else f"{name.removeprefix('lora_').replace('_', ' ')} {value}"
+        for name, value in choice.items()
+    )

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
@@ -47,23 +48,27 @@ def check_parameters(given: dict[str, object]) -> None:
         raise AlpacaError(f"No notebook has a parameter {unknown[0]!r}: choose among {', '.join(sorted(known))}.")
 
 
-def run_series(parameters: dict[str, object]) -> Path:
+def run_series(parameters: dict[str, object], notebooks: Sequence[Path] | None = None) -> Path:
     """Execute the notebooks in order into the folder of the run that `parameters` names, and return that folder.
 
     A notebook is left alone while its cells, its parameters, the helpers, the dataset file that it names and the
     notebooks before it are those of its last whole execution.
 
+    Args:
+        notebooks: those to execute; None: all.
+
     Raises AlpacaError with the sentence of the cell that failed.
     """
+    notebooks = notebooks or NOTEBOOKS
     folder = run_folder(str(parameters["run"]))
     done = read_manifest(folder).get("notebooks", {})
     made_of = _hash(*(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.rglob("*.py"))))
-    for number, notebook in enumerate(NOTEBOOKS, 1):
+    for number, notebook in enumerate(notebooks, 1):
         chosen = {key: value for key, value in parameters.items() if key in notebook_parameters(notebook)}
         made_of = _hash(made_of, _cells(notebook), json.dumps(chosen, sort_keys=True), _content(chosen.get("dataset")))
         executed = folder / notebook.name
         unchanged = done.get(notebook.stem) == made_of and executed.exists()
-        print(f"[{number}/{len(NOTEBOOKS)}] {notebook.stem}{': unchanged' if unchanged else ''}", flush=True)
+        print(f"[{number}/{len(notebooks)}] {notebook.stem}{': unchanged' if unchanged else ''}", flush=True)
         if unchanged:
             continue
         done = {name: mark for name, mark in done.items() if name < notebook.stem}

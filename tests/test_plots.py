@@ -140,4 +140,4 @@ def test_answers_table_shows_text_as_text():
     table = plots.answers_table(ANSWERS).data
     assert "What &lt;b&gt;is&lt;/b&gt; $a$?" in table and "mathjax_ignore" in table
     assert "✗ on and on …" in table and "✓ Paris.<" in table and "Say. 1 | 2" in table
-    assert "x " * 79 + "x …" in table and "x " * 80 not in table
+    assert "x " * 79 + "x …" in table and "x " * 81 not in table

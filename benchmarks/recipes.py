@@ -1,0 +1,169 @@
+"""What each choice buys: the series over a grid of recipes and LoRA ranks, and the table of any finished runs.
+
+    python -m benchmarks.recipes            run the grid on the pocket, two runs at a time: runs/recipes.md, .json, .png
+    python -m benchmarks.recipes RUN RUN …  print the table of these finished runs
+
+A sweep that was interrupted goes on where it was: finished runs are left alone. Runs that differ in nothing but their
+seed are one line of the table, with the mean over seeds and the standard deviation.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import fields
+from multiprocessing import get_context
+from pathlib import Path
+
+import nbformat
+from tqdm import tqdm
+
+from alpaca_helpers import PROJECT, AlpacaError, plots
+from alpaca_helpers.data import RECIPES
+from alpaca_helpers.evaluation import METRICS, Metric
+from alpaca_helpers.profiles import Profile
+from alpaca_helpers.runs import artifact, read_manifest, write_json
+from alpaca_helpers.series import NOTEBOOKS, run_series
+
+SEEDS = (0, 1, 2)
+RANKS = (1, 2, 4, 8, 16, 32)
+AT_ONCE = 2  # runs, with a thread each
+SHOWN = {
+    "contains": METRICS["contains"],
+    "exact_match": METRICS["exact_match"],
+    "stop_rate": METRICS["stop_rate"],
+    "mean_answer_tokens": METRICS["mean_answer_tokens"],
+    "seconds": Metric("notebook 03", "seconds", 0),
+}
+SAME = {"seed", "micro_batch_size", "name"}  # what runs of one line may differ in
+
+
+def grid() -> dict[str, dict[str, object]]:
+    """Return the sweep's runs, name to notebook parameters: each recipe, and the recipe `answers` with each rank.
+
+    Alpha is twice the rank throughout, as in the document's 8 and 16, so that the correction's scale stays the same.
+    """
+    ranked = {f"rank {rank}": {"recipe": "answers", "lora_rank": rank, "lora_alpha": 2 * rank} for rank in RANKS}
+    choices = {recipe: {"recipe": recipe, "lora_rank": 8, "lora_alpha": 16} for recipe in RECIPES} | ranked
+    del choices["rank 8"]  # the recipe `answers` itself
+    return {
+        f"{name} seed {seed}".replace(" ", "-"): {**choice, "seed": seed}
+        for seed in SEEDS
+        for name, choice in choices.items()
+    }
+
+
+def sweep(folder: Path, runs: dict[str, dict[str, object]]) -> list[Path]:
+    """Execute notebooks 02 to 04 for each run, finished ones excepted, and return the runs' folders.
+
+    Raises AlpacaError for the first run that fails, with the place of its log.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # the kernels inherit it
+    with ProcessPoolExecutor(AT_ONCE, mp_context=get_context("spawn")) as pool:
+        waiting = {pool.submit(run_one, folder / name, parameters): name for name, parameters in runs.items()}
+        with tqdm(total=len(waiting), desc="runs", unit="run") as progress:
+            for future in as_completed(waiting):
+                try:
+                    future.result()
+                except BaseException as error:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    log = folder / f"{waiting[future]}.log"
+                    raise AlpacaError(f"The run {waiting[future]} failed ({error}): see {log}, then go on.") from error
+                progress.set_postfix_str(waiting[future])
+                progress.update()
+    return [folder / name for name in runs]
+
+
+def run_one(folder: Path, parameters: dict[str, object]) -> None:
+    """Execute notebooks 02 to 04 into the run's folder; what they print goes into a log beside it."""
+    fixed = {"profile": "pocket", "run": str(folder), "resume": False}  # a resumed training would not tell its seconds
+    with (
+        open(f"{folder}.log", "w", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        run_series(fixed | parameters, NOTEBOOKS[1:])
+
+
+def read_run(folder: Path) -> tuple[dict[str, object], dict[str, float | None]]:
+    """Return a finished run's settings and what it came to.
+
+    Raises AlpacaError if the run is not finished.
+    """
+    metrics = json.loads(artifact(folder, "metrics.json").read_text(encoding="utf-8"))
+    made_by = read_manifest(folder).get("training", {})
+    settings = {field.name: made_by.get(field.name) for field in fields(Profile)} | {"recipe": metrics["recipe"]}
+    executed = folder / "03_lora_finetuning.ipynb"  # papermill notes how long it took
+    about = nbformat.read(executed, as_version=4).metadata.get("papermill", {}) if executed.exists() else {}
+    tuned = {name: metrics["tuned"][name] for name in SHOWN if name != "seconds"}
+    return settings, tuned | {"seconds": about.get("duration")}
+
+
+def summarize(folders: Iterable[Path]) -> list[dict]:
+    """Return a line for each choice of settings, in the order of `folders`.
+
+    A line holds `choice` (the settings in which the lines differ), `seeds`, and under each name of `SHOWN` the `mean`
+    and `spread` (standard deviation; None for one seed) over the seeds' `values`.
+    """
+    groups: dict[str, list] = {}
+    for folder in folders:
+        settings, values = read_run(folder)
+        key = json.dumps({name: value for name, value in settings.items() if name not in SAME}, sort_keys=True)
+        groups.setdefault(key, []).append((settings, values))
+    choices = [json.loads(key) for key in groups]
+    varying = [name for name in choices[0] if any(choice[name] != choices[0][name] for choice in choices)]
+    varying = ["recipe"] + [name for name in varying if name != "recipe"]
+    lines = []
+    for choice, runs in zip(choices, groups.values()):
+        line = {"choice": {name: choice[name] for name in varying}, "seeds": [settings["seed"] for settings, _ in runs]}
+        for name in SHOWN:
+            values = [run[name] for _, run in runs if run[name] is not None]
+            line[name] = {
+                "mean": statistics.fmean(values) if values else None,
+                "spread": statistics.stdev(values) if len(values) > 1 else None,
+                "values": values,
+            }
+        lines.append(line)
+    return lines
+
+
+def markdown(lines: Sequence[dict]) -> str:
+    """Return the summary as a Markdown table."""
+    head = [name.replace("_", " ") for name in lines[0]["choice"]] + ["seeds"]
+    head += [metric.label + (f", {metric.unit}" if len(metric.unit) > 1 else "") for metric in SHOWN.values()]
+    table = [head, ["---"] * len(head)]
+    for line in lines:
+        cells = [str(value) for value in line["choice"].values()] + [str(len(line["seeds"]))]
+        for name, metric in SHOWN.items():
+            cell, spread = metric.show(line[name]["mean"]), line[name]["spread"]
+            cells.append(cell if spread is None else f"{cell} ± {metric.show(spread).rstrip('%')}")
+        table.append(cells)
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |\n" for cells in table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.recipes", description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="*", help="finished runs to compare: names, or paths to their folders")
+    names = parser.parse_args().runs
+    if names:
+        folders = [Path(name) if os.sep in name else PROJECT / "runs" / name for name in names]
+        return print(markdown(summarize(folders)), end="")
+    out = PROJECT / "runs"
+    lines = summarize(sweep(out / "recipes", grid()))
+    write_json(out / "recipes.json", {"lines": lines})
+    (out / "recipes.md").write_text(markdown(lines), encoding="utf-8")
+    plots.recipes(lines, SHOWN).save(out / "recipes.png")
+    print(markdown(lines))
+    print(f"The table is in {out / 'recipes.md'} and recipes.json, the picture in {out / 'recipes.png'}.")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except AlpacaError as error:
+        sys.exit(str(error))
