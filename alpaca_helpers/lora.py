@@ -14,6 +14,7 @@ from .runs import room_on_disk, whole_folder
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+TOKENIZER_BYTES = 5_000_000  # room that a tokenizer takes on disk; GPT-2's is 3.6 MB
 
 
 def lora_config(
@@ -35,7 +36,7 @@ def save_adapter(model: PeftModel, tokenizer, folder: Path) -> None:
     """Write adapter and tokenizer to `folder`: all of it, or nothing and the earlier one stays."""
     weights = 4 * sum(value.numel() for value in model.parameters() if value.requires_grad)
     model.active_peft_config.base_model_name_or_path = portable(model.active_peft_config.base_model_name_or_path)
-    with room_on_disk(folder, needed=weights + 10_000_000), whole_folder(folder) as part:
+    with room_on_disk(folder, needed=weights + TOKENIZER_BYTES), whole_folder(folder) as part:
         model.save_pretrained(part, save_embedding_layers=False)  # "auto" may ask the Hub for the base's config
         tokenizer.save_pretrained(part)
         (part / "README.md").unlink(missing_ok=True)  # peft's, with this machine's paths

@@ -23,9 +23,11 @@ import torch.distributed
 import torch.nn.functional as F
 from datasets import load_from_disk
 from peft import get_peft_model
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Sampler
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.activations import NewGELUActivation
 
 from . import PROJECT, AlpacaError
 from .data import IGNORED
@@ -33,6 +35,7 @@ from .lora import lora_config, save_adapter
 from .models import load_base, load_tokenizer
 from .profiles import Profile
 from .runs import artifact, read_manifest, record, room_on_disk, run_folder, write_json
+from .sharing import write_card
 
 COMPLETE = "complete.json"  # written last into a checkpoint: the SHA-256 of each of its files
 INPUTS = {"input_ids", "attention_mask", "labels"}  # the columns that a batch is made of
@@ -240,10 +243,23 @@ class ProgressLines(TrainerCallback):
         )
 
 
+def lighten(model):
+    """Return `model` with less to compute: its activation in one operation instead of seven, no dropout in the base.
+
+    LoRA's own dropout stays. The base's was for its pretraining: nothing of it is trained here.
+    """
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "act", None), NewGELUActivation):
+            module.act = nn.GELU(approximate="tanh")
+        if isinstance(module, nn.Dropout) and "lora" not in name:
+            module.p = 0.0
+    return model
+
+
 def make_trainer(model, tokenizer, data, settings: Profile, recipe: str, folder: Path) -> Trainer:
     """Return the trainer of `model` on `data` (`train` and `heldout`, tokenized)."""
     return AnswerTrainer(
-        model=model,
+        model=lighten(model),
         args=training_arguments(settings, folder),
         train_dataset=data["train"],
         eval_dataset=data["heldout"],
@@ -286,12 +302,14 @@ def resume_point(folder: Path, settings: Profile, recipe: str, resume: bool = Tr
 
     Raises AlpacaError that shows the differences if the checkpoints were made by settings that give another result.
     """
-    made_by = training_record(folder, settings, recipe)
     if is_main_process():
+        made_by = training_record(folder, settings, recipe)
         if not resume:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         if any((folder / "checkpoints").glob("checkpoint-*")):
-            refuse_changes(read_manifest(folder).get("training", {}), made_by)
+            before = read_manifest(folder).get("training", {})
+            refuse_changes(before, made_by)
+            made_by["earlier"] = made_elsewhere(before, made_by)
         record(folder, "training", made_by)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
@@ -302,6 +320,12 @@ def resume_point(folder: Path, settings: Profile, recipe: str, resume: bool = Tr
         finished = f"This training is finished, all {steps} steps of it: `resume = False` would start it over."
         print(finished if done == steps else f"Going on after step {done} of {steps}.")
     return checkpoint
+
+
+def made_elsewhere(before: dict, now: dict) -> list[dict]:
+    """Return on what the parts of a training were made before it came here, if that was elsewhere."""
+    place = {name: before.get(name) for name in ("versions", "hardware", "commit", "processes")}
+    return before.get("earlier", []) + [place] * any(now[name] != value for name, value in place.items())
 
 
 def refuse_changes(before: dict, now: dict) -> None:
@@ -344,6 +368,15 @@ def is_main_process() -> bool:
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
+def record_result(trainer: Trainer, folder: Path) -> None:
+    """Add to the run's manifest what the training came to, and write the adapter's model card."""
+    history = trainer.state.log_history
+    last = {name: entry[name] for entry in history for name in ("loss", "eval_loss") if name in entry}
+    result = {"steps": trainer.state.global_step, **last}
+    record(folder, "training", read_manifest(folder)["training"] | {"result": result})
+    write_card(folder)
+
+
 def finetune(folder: Path, settings: Profile, recipe: str, resume: bool = True) -> None:
     """Train the run's adapter from its prepared data, as notebook 03's cells do, on all of torchrun's devices."""
     data = load_from_disk(artifact(folder, "data"))
@@ -356,6 +389,7 @@ def finetune(folder: Path, settings: Profile, recipe: str, resume: bool = True) 
     trainer.train(resume_from_checkpoint=resume_point(folder, settings, recipe, resume))
     if is_main_process():
         save_adapter(model, tokenizer, folder / "adapter")
+        record_result(trainer, folder)
 
 
 def _step(checkpoint: Path) -> int:
@@ -383,12 +417,12 @@ def main() -> None:
         "-p", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="a setting, as notebook 03's"
     )
     options = parser.parse_args()
-    folder = run_folder(options.run)
-    artifact(folder, "data")
-    made_by = read_manifest(folder)["data"]
-    settings = Profile(**{field.name: made_by[field.name] for field in fields(Profile)})
-    settings = replace(settings, **{key: type(getattr(settings, key))(value) for key, value in options.p})
     try:
+        folder = run_folder(options.run)
+        artifact(folder, "data")
+        made_by = read_manifest(folder)["data"]
+        settings = Profile(**{field.name: made_by[field.name] for field in fields(Profile)})
+        settings = replace(settings, **{key: type(getattr(settings, key))(value) for key, value in options.p})
         finetune(folder, settings, made_by["recipe"], resume=not options.no_resume)
     except AlpacaError as error:
         sys.exit(f"{error}")

@@ -1,0 +1,114 @@
+"""The adapter taken elsewhere: its model card, its weights merged into the base, the Hub."""
+
+import json
+import os
+from pathlib import Path
+
+from huggingface_hub import create_repo, upload_folder
+
+from . import AlpacaError
+from .data import RECIPES
+from .hub import first_line
+from .lora import TOKENIZER_BYTES, load_adapter
+from .prompts import format_prompt
+from .runs import artifact, read_manifest, room_on_disk, whole_folder
+
+SHOWN = (  # the settings that a card lists
+    "lora_rank lora_alpha lora_dropout target_modules learning_rate num_train_epochs batch_size max_words max_length "
+    "max_train_rows seed"
+).split()
+LICENCES = {  # of the data, by dataset: the card's tag, and the sentence
+    "tatsu-lab/alpaca": (
+        "cc-by-nc-4.0",
+        "Alpaca is CC BY-NC 4.0: non-commercial use, with attribution, the adapter's too.",
+    ),
+    "alpaca_helpers/pocket/instructions/train.jsonl": (
+        None,
+        "The rows were written for this project: its licence holds.",
+    ),
+}
+UNKNOWN_LICENCE = (None, "Not known here: the licence of the dataset holds for the adapter too.")
+
+
+def save_merged(base, tokenizer, adapter: Path, folder: Path) -> None:
+    """Write `base` with the adapter's correction added to its weights: a plain model that needs no peft.
+
+    Args:
+        base: a fresh base model; it is changed. In float32 the merged logits equal the adapter's to 1e-4.
+    """
+    merged = load_adapter(base, adapter).merge_and_unload()
+    size = sum(value.numel() * value.element_size() for value in merged.parameters())
+    with room_on_disk(folder, needed=size + TOKENIZER_BYTES), whole_folder(folder) as part:
+        merged.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+
+
+def push_adapter(adapter: Path, repository: str) -> str:
+    """Upload the adapter's folder to the Hub and return its address; a new repository is private.
+
+    Raises AlpacaError where the Hub refuses, or is out of reach.
+    """
+    try:
+        name = create_repo(repository, private=True, exist_ok=True).repo_id
+        return str(upload_folder(repo_id=name, folder_path=adapter, commit_message="LoRA adapter and model card"))
+    except Exception as error:  # the library's exceptions differ from release to release
+        raise AlpacaError(
+            f"The adapter was not pushed to {repository} ({first_line(error)}): it is whole on disk; log in with "
+            "`hf auth login` and check the name (owner/name) and the network."
+        ) from error
+
+
+def write_card(folder: Path) -> None:
+    """Write the model card of the run's adapter, from the run's manifest and, once they are there, its metrics."""
+    metrics = folder / "metrics.json"
+    measured = json.loads(metrics.read_text(encoding="utf-8")) if metrics.exists() else {}
+    card = artifact(folder, "adapter") / "README.md"
+    part = card.with_suffix(".part")
+    part.write_text(model_card(read_manifest(folder)["training"], measured), encoding="utf-8")
+    os.replace(part, card)
+
+
+def model_card(made_by: dict, metrics: dict) -> str:
+    """Return the model card in Markdown: what the adapter is, its prompt, what made it, what it reached, whose data.
+
+    Args:
+        made_by: the manifest's part `training`.
+        metrics: the content of metrics.json, or nothing.
+    """
+    tag, licence = LICENCES.get(made_by["dataset"], UNKNOWN_LICENCE)
+    features = RECIPES[made_by["recipe"]]
+    head = ["library_name: peft", "pipeline_tag: text-generation"] + [f"license: {tag}"] * bool(tag)
+    if made_by["model_revision"]:  # only a model on the Hub has one
+        head.append(f"base_model: {made_by['model']}")
+    facts = {
+        "base": f"{made_by['model']}, revision {made_by['model_revision'] or 'none'}, held in {made_by['dtype']}",
+        "data": f"{made_by['dataset']}, SHA-256 of the rows {made_by['fingerprint']}",
+        "recipe": f"{made_by['recipe']} ({', '.join(sorted(features)) or 'as the document has it'})",
+        **{name: made_by[name] for name in SHOWN},
+        **made_by.get("result", {}),
+        "versions": ", ".join(f"{name} {number}" for name, number in made_by["versions"].items()),
+        "hardware": made_by["hardware"],
+        "commit": made_by["commit"],
+    }
+    return "\n".join(
+        ["---", *head, "---", "", f"# {made_by['model']} with LoRA, answering instructions", "", "## Prompt", ""]
+        + ["```", format_prompt("{instruction}", "{input, or no such line}" if "input" in features else ""), "```", ""]
+        + [
+            "The answer follows after a space"
+            + (", and ends with the end-of-text token." * ("eos" in features) or "."),
+            "",
+        ]
+        + ["## What made it", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
+        + ["## What it reached on held-out rows", "", *_table(metrics), ""]
+        + ["## Licence of the data", "", licence, ""]
+    )
+
+
+def _table(metrics: dict) -> list[str]:
+    """Return the lines of a table of the metrics, base against tuned."""
+    if not metrics:
+        return ["Not measured yet: notebook 04 does it."]
+    base, tuned = metrics["base"], metrics["tuned"]
+    numbers = [name for name, value in base.items() if isinstance(value, int | float) and name in tuned]
+    rows = [f"| {name} | {base[name]:.3g} | {tuned[name]:.3g} |" for name in numbers]
+    return [f"| {metrics['n']} rows | base | tuned |", "|---|---:|---:|", *rows]

@@ -1,0 +1,212 @@
+"""Interrupted trainings: `python -m pytest tests/test_checkpoints.py`. Processes are killed for real."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import prepare_run
+
+from alpaca_helpers import PROJECT, AlpacaError, training
+from alpaca_helpers.lora import WEIGHTS, save_adapter
+from alpaca_helpers.runs import room_on_disk
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])}
+
+
+def copy_run(run: Path, to: Path) -> Path:
+    """A copy of a run's prepared data, without its training."""
+    shutil.copytree(run, to, ignore=shutil.ignore_patterns("checkpoints", "adapter", "base"))
+    return to
+
+
+def history(folder: Path) -> list[dict]:
+    """The losses by step, from the newest checkpoint, without timings."""
+    state = json.loads((training.last_complete_checkpoint(folder) / "trainer_state.json").read_text())
+    kept = ("step", "loss", "grad_norm", "learning_rate", "eval_loss")
+    return [{name: entry[name] for name in kept if name in entry} for entry in state["log_history"]]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run trained without interruption, dropout included: 24 steps, 6 an epoch, a checkpoint each third step."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    settings = prepare_run(folder, micro_batch_size=4)
+    training.finetune(folder, settings, "answers")
+    return folder, settings
+
+
+@pytest.mark.parametrize(
+    "step, place, goes_on_from",
+    [
+        (10, "step", 9),  # in mid-epoch
+        (15, "optimizer.pt", 12),  # inside the writing of a checkpoint, in mid-epoch
+        (3, "adapter_model.safetensors", 0),  # inside the writing of the first one
+    ],
+)
+def test_a_killed_training_resumes_to_the_same_losses_and_adapter_bit_for_bit(step, place, goes_on_from, run, tmp_path):
+    whole, settings = run
+    folder = copy_run(whole, tmp_path / "run")
+    command = [sys.executable, str(Path(__file__).with_name("train_and_die.py")), str(folder), str(step), place]
+    killed = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (folder / "adapter").exists()
+    if place == "step":
+        found = training.last_complete_checkpoint(folder)
+    else:
+        with pytest.warns(UserWarning, match=f"checkpoint-{step} is not used: its writing was cut"):
+            found = training.last_complete_checkpoint(folder)
+    assert (int(found.name.split("-")[1]) if found else 0) == goes_on_from
+    training.finetune(folder, settings, "answers")
+    assert history(folder) == history(whole)
+    saved, wanted = (load_file(where / "adapter" / WEIGHTS) for where in (folder, whole))
+    assert saved.keys() == wanted.keys() and all(torch.equal(saved[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+)
+@pytest.mark.parametrize("fault", ["missing", "damaged"])
+def test_a_broken_checkpoint_is_named_and_the_one_before_it_is_taken(name, fault, run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run[0] / "checkpoints", folder / "checkpoints")
+    assert training.last_complete_checkpoint(folder).name == "checkpoint-24"
+    broken = folder / "checkpoints" / "checkpoint-24" / name
+    if fault == "missing":
+        broken.unlink()
+    else:
+        content = bytearray(broken.read_bytes())
+        content[len(content) // 2] ^= 1
+        broken.write_bytes(content)
+    with pytest.warns(UserWarning, match=f"checkpoint-24 is not used: {name} is {fault}"):
+        assert training.last_complete_checkpoint(folder).name == "checkpoint-21"
+
+
+def test_a_run_without_checkpoints_begins_at_the_beginning(tmp_path):
+    assert training.last_complete_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "change, shown",
+    [
+        ({"learning_rate": 1e-4}, "learning_rate 0.003 -> 0.0001"),
+        ({"lora_rank": 4, "seed": 1}, "lora_rank 8 -> 4; seed 0 -> 1"),
+        ({"batch_size": 16}, "batch_size 8 -> 16"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused_and_the_difference_shown(change, shown, run):
+    folder, settings = run
+    before = (folder / "manifest.json").read_text()
+    with pytest.raises(AlpacaError, match=f"other settings \\({shown}\\): .* set `resume = False`"):
+        training.resume_point(folder, replace(settings, **change), "answers")
+    with pytest.raises(AlpacaError, match="recipe answers -> document"):
+        training.resume_point(folder, settings, "document")
+    assert (folder / "manifest.json").read_text() == before
+
+
+def test_other_data_under_the_same_settings_are_refused(run, tmp_path):
+    folder, settings = tmp_path / "run", run[1]
+    shutil.copytree(run[0], folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["data"]["fingerprint"] = "other"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(AlpacaError, match="fingerprint .* -> other"):
+        training.resume_point(folder, settings, "answers")
+
+
+def test_a_smaller_micro_batch_may_go_on_and_resume_false_starts_over(run, tmp_path):
+    folder, settings = tmp_path / "run", run[1]
+    shutil.copytree(run[0], folder)
+    fewer = replace(settings, micro_batch_size=2)
+    assert training.resume_point(folder, fewer, "answers").name == "checkpoint-24"
+    assert training.resume_point(folder, replace(settings, seed=1), "answers", resume=False) is None
+    assert not (folder / "checkpoints").exists() and (folder / "adapter").is_dir()
+
+
+def test_no_pickle_of_a_checkpoint_is_executed(run, tmp_path):
+    folder, settings = tmp_path / "run", run[1]
+    shutil.copytree(run[0], folder)
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-24")
+    checkpoint = folder / "checkpoints" / "checkpoint-21"
+    assert not (checkpoint / "training_args.bin").exists()
+
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({"state": Trap()}, checkpoint / name)
+    files = {path.name: training._sha256(path) for path in checkpoint.iterdir() if path.name != training.COMPLETE}
+    (checkpoint / training.COMPLETE).write_text(json.dumps(files))
+    with pytest.raises(Exception, match="(?i)weights.only"):
+        training.finetune(folder, settings, "answers")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 1 MB (a tmpfs; where it may not be mounted, the test is the mocked one alone)."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def adapter_of(rank: int):
+    from peft import get_peft_model
+    from tiny_run import tiny_gpt2
+
+    from alpaca_helpers.lora import lora_config
+
+    return get_peft_model(tiny_gpt2(), lora_config(rank=rank))
+
+
+def test_a_disk_too_small_for_the_adapter_leaves_the_earlier_one_whole(small_disk, monkeypatch):
+    from tiny_run import byte_tokenizer
+
+    monkeypatch.setattr("alpaca_helpers.lora.TOKENIZER_BYTES", 100_000)
+    save_adapter(adapter_of(8), byte_tokenizer(), small_disk / "adapter")
+    before = {path.name: path.read_bytes() for path in (small_disk / "adapter").iterdir()}
+    with pytest.raises(AlpacaError, match=r"is full: 2\.\d MB are needed and 0\.\d MB are free"):
+        save_adapter(adapter_of(2000), byte_tokenizer(), small_disk / "adapter")
+    assert {path.name: path.read_bytes() for path in (small_disk / "adapter").iterdir()} == before
+    assert [path.name for path in small_disk.iterdir()] == ["adapter"]
+
+
+def test_a_disk_that_fills_up_while_training_says_how_much_is_needed(small_disk, run):
+    with room_on_disk(small_disk, needed=0):
+        pass
+    with pytest.raises(AlpacaError, match=r"is full: 0\.9 MB are needed and 0\.0 MB are free; make room"):
+        with room_on_disk(small_disk, needed=900_000):
+            torch.save(torch.zeros(1_000_000), small_disk / "optimizer.pt")
+
+
+@pytest.mark.parametrize(
+    "failure", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("No space left on device")]
+)
+def test_a_full_disk_while_saving_leaves_the_earlier_adapter_whole(failure, tmp_path, monkeypatch):
+    from tiny_run import byte_tokenizer
+
+    model, tokenizer = adapter_of(8), byte_tokenizer()
+    save_adapter(model, tokenizer, tmp_path / "adapter")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+
+    def fail(part):
+        (part / "tokenizer.json").write_text("half")
+        raise failure
+
+    monkeypatch.setattr(tokenizer, "save_pretrained", fail)
+    with pytest.raises(AlpacaError, match="MB are needed"):
+        save_adapter(model, tokenizer, tmp_path / "adapter")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

@@ -1,0 +1,73 @@
+"""Several processes: `python -m pytest tests/test_distributed.py`. Two gloo processes on the CPU, by torchrun."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import prepare_run
+
+from alpaca_helpers import PROJECT, training
+from alpaca_helpers.lora import WEIGHTS
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(PROJECT), str(PROJECT / "tests")]),
+    "OMP_NUM_THREADS": "1",
+    "ACCELERATE_USE_CPU": "true",
+}
+
+
+def torchrun(*command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*TORCHRUN, *command], env=ENVIRONMENT, cwd=PROJECT, capture_output=True, text=True, timeout=300
+    )
+
+
+def losses(folder: Path) -> list[float]:
+    state = json.loads((training.last_complete_checkpoint(folder) / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run trained by one process, without dropout; 44 rows, so that the last batch of an epoch is filled up."""
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    settings = prepare_run(folder, micro_batch_size=4, lora_dropout=0.0)
+    training.finetune(folder, settings, "answers")
+    return folder
+
+
+def same_training(folder: Path, wanted: Path) -> None:
+    assert losses(folder) == pytest.approx(losses(wanted), rel=1e-4)
+    saved, one = (load_file(where / "adapter" / WEIGHTS) for where in (folder, wanted))
+    assert saved.keys() == one.keys()
+    for name in one:
+        torch.testing.assert_close(saved[name], one[name], atol=1e-4, rtol=1e-3)
+
+
+def test_two_processes_train_as_one_and_resume_after_one_is_killed(run, tmp_path):
+    folder = tmp_path / "two"
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("checkpoints", "adapter", "base"))
+    killed = torchrun(str(Path(__file__).with_name("train_and_die.py")), str(folder), "10", "step:1")
+    assert killed.returncode != 0 and "SIGKILL" in killed.stderr
+    assert not (folder / "adapter").exists()
+    assert training.last_complete_checkpoint(folder).name == "checkpoint-9"
+    again = torchrun("-m", "alpaca_helpers.training", "--run", str(folder))
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("Going on after step 9 of 24.") == 1
+    same_training(folder, run)
+    assert json.loads((folder / "manifest.json").read_text())["training"]["processes"] == 2
+
+
+def test_the_command_names_the_missing_notebook(tmp_path):
+    command = [sys.executable, "-m", "alpaca_helpers.training", "--run", str(tmp_path / "none")]
+    failed = subprocess.run(command, env=ENVIRONMENT, cwd=PROJECT, capture_output=True, text=True)
+    assert failed.returncode == 1 and "run notebook 02_dataset_and_tokenizer first" in failed.stderr
+    assert "Traceback" not in failed.stderr

@@ -1,0 +1,272 @@
+"""Training: `python -m pytest tests/test_training.py`. Compared with the plain model on padded rows, all logits."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from datasets import DatasetDict, load_from_disk
+from peft import get_peft_model
+from tiny_run import byte_tokenizer, prepare_run, random_rows, tiny_gpt2
+from transformers import DataCollatorForLanguageModeling, Trainer
+
+from alpaca_helpers import AlpacaError, sharing, training
+from alpaca_helpers.data import IGNORED, RECIPES, tokenize
+from alpaca_helpers.lora import load_adapter, lora_config
+from alpaca_helpers.profiles import choose_profile
+
+SETTINGS = choose_profile("pocket", batch_size=8, micro_batch_size=4, num_train_epochs=1)
+
+
+def tokens(rows, recipe="answers"):
+    return rows.map(tokenize, batched=True, fn_kwargs={"tokenizer": byte_tokenizer(), "recipe": recipe})
+
+
+def random_lora():
+    """A tiny model with a random adapter and no dropout anywhere, so that losses can be compared."""
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    model = get_peft_model(tiny_gpt2(**no_dropout), lora_config(dropout=0.0))
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=0.3)
+    return model
+
+
+def trainer_on(rows, folder, model, recipe="answers", settings=SETTINGS):
+    data = DatasetDict(train=rows, heldout=rows)
+    return training.make_trainer(model, byte_tokenizer(), data, settings, recipe, folder)
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+
+
+def plain_batch(rows):
+    """The rows padded right under an attention mask, as torch tensors."""
+    width = max(len(ids) for ids in rows["input_ids"])
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    return {
+        "input_ids": torch.tensor([ids + [256] * (width - len(ids)) for ids in rows["input_ids"]]),
+        "labels": torch.tensor([labels + [IGNORED] * (width - len(labels)) for labels in rows["labels"]]),
+        "attention_mask": torch.tensor([[1] * n + [0] * (width - n) for n in lengths]),
+    }
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "document"])
+def test_loss_and_gradients_are_those_of_the_plain_padded_model(recipe, tmp_path):
+    model, rows = random_lora(), tokens(random_rows(12), recipe)
+    trainer = trainer_on(rows, tmp_path, model, recipe)
+    batch = trainer.data_collator([rows[i] for i in range(12)])
+    assert "attention_mask" not in batch
+    plain = model(**plain_batch(rows)).loss
+    wanted = gradients(model, plain)
+    ours = trainer.compute_loss(model, batch)
+    got = gradients(model, ours)
+    assert ours.item() == pytest.approx(plain.item(), abs=1e-5)
+    assert got.keys() == wanted.keys() and len(got) == 4  # A and B of two layers; nothing of the base
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], atol=1e-5, rtol=1e-5)
+
+
+def test_logits_are_computed_where_a_label_is_learned_only(tmp_path):
+    model, rows = random_lora(), tokens(random_rows(6))
+    trainer = trainer_on(rows, tmp_path, model)
+    batch = trainer.data_collator([rows[i] for i in range(6)])
+    learned = int((batch["labels"] != IGNORED).sum())
+    _, outputs = trainer.compute_loss(model, batch, return_outputs=True)
+    assert outputs.logits.shape == (learned, 257)
+    assert model(input_ids=batch["input_ids"] if "input_ids" in batch else None).logits.dim() == 3  # the hook is gone
+
+
+def test_rows_of_a_batch_do_not_see_one_another(tmp_path):
+    model, rows = random_lora(), tokens(random_rows(5))
+    trainer = trainer_on(rows, tmp_path, model)
+    together = trainer.compute_loss(model, trainer.data_collator([rows[i] for i in range(5)]), num_items_in_batch=1)
+    alone = sum(trainer.compute_loss(model, trainer.data_collator([rows[i]]), num_items_in_batch=1) for i in range(5))
+    assert together.item() == pytest.approx(alone.item(), rel=1e-5)
+
+
+def test_a_training_is_the_plain_trainers_on_the_same_batches(tmp_path):
+    """Micro-batches, averaging over the learned tokens of a batch, clipping, AdamW: as transformers does them."""
+    rows, one = tokens(random_rows(32)), replace(SETTINGS, batch_size=32, micro_batch_size=8, num_train_epochs=4)
+    ours = random_lora()
+    trainer_on(rows, tmp_path / "ours", ours, settings=one).train()
+    plain = random_lora()
+    args = training.training_arguments(one, tmp_path / "plain")
+    args.eval_strategy = args.save_strategy = "no"
+    names = ["input_ids", "labels"]
+    order = list(training.LengthGroups([len(ids) for ids in rows["input_ids"]], 32, 0, lambda: 0))
+    args.train_sampling_strategy = "sequential"  # a batch is all rows: only the order in it differs
+
+    def collate(chosen):
+        return plain_batch({name: [row[name] for row in chosen] for name in names})
+
+    Trainer(model=plain, args=args, train_dataset=rows.select(order), data_collator=collate).train()
+    for (name, ours_is), (_, plain_is) in zip(ours.named_parameters(), plain.named_parameters()):
+        if "lora" in name:
+            torch.testing.assert_close(ours_is, plain_is, atol=1e-5, rtol=1e-4)
+
+
+def test_the_lightened_model_computes_the_same_and_keeps_loras_dropout():
+    model = get_peft_model(tiny_gpt2(), lora_config(dropout=0.25)).eval()
+    ids = torch.arange(24).reshape(2, 12)
+    before = model(ids).logits
+    torch.testing.assert_close(training.lighten(model)(ids).logits, before, atol=1e-5, rtol=1e-5)
+    dropouts = {name: module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
+    assert {p for name, p in dropouts.items() if "lora" in name} == {0.25}
+    assert {p for name, p in dropouts.items() if "lora" not in name} == {0.0}
+
+
+def test_the_documents_recipe_keeps_its_collator():
+    assert isinstance(training.data_collator(byte_tokenizer(), "document"), DataCollatorForLanguageModeling)
+
+
+def test_every_row_comes_once_an_epoch_in_batches_of_like_length_and_another_order_each_epoch():
+    lengths = [(7 * i) % 101 for i in range(1000)]
+    epochs = [list(training.LengthGroups(lengths, 8, 0, lambda number=number: number)) for number in (0, 0, 1)]
+    assert epochs[0] == epochs[1] != epochs[2]
+    assert sorted(epochs[0]) == sorted(epochs[2]) == list(range(1000))
+    batches = [epochs[0][i : i + 8] for i in range(0, 1000, 8)]
+    padded = sum(8 * max(lengths[row] for row in batch) for batch in batches)
+    assert padded < 1.1 * sum(lengths)
+
+
+def test_the_last_batch_is_filled_up_even_by_fewer_rows_than_a_batch():
+    assert sorted(training.LengthGroups([5, 6, 7], 8, 0, lambda: 0)) == [0, 0, 0, 1, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "batch_size, micro_batch_size, processes, wanted",
+    [(16, 8, 1, (8, 2)), (16, 16, 2, (8, 1)), (16, 5, 1, (4, 4)), (6, 8, 1, (6, 1)), (12, 8, 2, (6, 1))],
+)
+def test_a_batch_is_split_evenly(batch_size, micro_batch_size, processes, wanted, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: processes)
+    changed = replace(SETTINGS, batch_size=batch_size, micro_batch_size=micro_batch_size)
+    assert training.split_batch(changed) == wanted
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    with pytest.raises(AlpacaError, match="16 rows cannot be shared by 3 processes"):
+        training.split_batch(replace(SETTINGS, batch_size=16))
+
+
+@pytest.mark.parametrize(
+    "capability, wanted", [((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
+)
+def test_a_gpu_holds_the_base_in_bfloat16_from_compute_capability_8(capability, wanted, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert training.base_dtype() == wanted
+
+
+@pytest.mark.parametrize("units", [(), ("_is_avx512_bf16_supported",), ("_is_amx_tile_supported",)])
+def test_a_cpu_holds_the_base_in_bfloat16_if_it_has_the_units(units, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for unit in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, unit, lambda has=unit in units: has, raising=False)
+    assert training.base_dtype() == (torch.bfloat16 if units else torch.float32)
+
+
+def test_over_a_bfloat16_base_the_trained_weights_are_float32_and_learn_as_well(tmp_path):
+    rows, final = tokens(random_rows(64)), {}
+    settings = replace(SETTINGS, num_train_epochs=8, learning_rate=1e-2)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = get_peft_model(tiny_gpt2().to(dtype), lora_config())
+        trained = {value.dtype for value in model.parameters() if value.requires_grad}
+        assert trained == {torch.float32}
+        trainer = trainer_on(rows, tmp_path / str(dtype), model, settings=settings)
+        trainer.train()
+        final[dtype] = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert final[torch.float32][-1] < 0.9 * final[torch.float32][0]
+    assert final[torch.bfloat16][-1] == pytest.approx(final[torch.float32][-1], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_out_of_memory_says_what_to_change(error, tmp_path, monkeypatch):
+    trainer = trainer_on(tokens(random_rows(8)), tmp_path, random_lora())
+
+    def fail(*arguments, **named):
+        raise error
+
+    monkeypatch.setattr(trainer, "compute_loss", fail)
+    with pytest.raises(AlpacaError, match="with 4 rows at once: set `micro_batch_size` to 2"):
+        trainer.train()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    settings = prepare_run(folder)
+    training.finetune(folder, settings, "answers")
+    return folder, settings
+
+
+def test_a_finished_training_says_so_and_trains_no_further(finished, capsys):
+    folder, settings = finished
+    before = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    capsys.readouterr()
+    training.finetune(folder, settings, "answers")
+    assert "finished, all 24 steps of it" in capsys.readouterr().out
+    assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_the_manifest_says_what_made_the_training_without_this_machines_paths(finished):
+    folder, settings = finished
+    text = (folder / "manifest.json").read_text()
+    made_by = json.loads(text)["training"]
+    assert {name: made_by[name] for name in ("recipe", "dtype", "seed")} == {
+        "recipe": "answers",
+        "dtype": "float32",
+        "seed": 0,
+    }
+    assert made_by["result"]["steps"] == 24 and made_by["result"]["eval_loss"] > 0
+    assert {"torch", "transformers", "peft"} <= made_by["versions"].keys() and made_by["hardware"]
+    assert asdict(settings).keys() <= made_by.keys()
+    assert f'"{folder}' not in text
+
+
+def test_the_card_holds_prompt_recipe_losses_licence_and_no_path(finished):
+    folder, _ = finished
+    card = (folder / "adapter" / "README.md").read_text()
+    assert "Instruction: {instruction}\n{input, or no such line}\nRéponse:" in card
+    for text in ("recipe: answers", "lora_rank: 8", "eval_loss: ", "## Licence of the data", "notebook 04 does it"):
+        assert text in card
+    assert f" {folder}" not in card
+    (folder / "metrics.json").write_text(
+        '{"n": 8, "base": {"stop_rate": 0.0, "contains": null}, "tuned": {"stop_rate": 0.95, "contains": null}}'
+    )
+    sharing.write_card(folder)
+    assert "| stop_rate | 0 | 0.95 |" in (folder / "adapter" / "README.md").read_text()
+
+
+def test_merged_weights_give_the_adapters_logits_without_peft(finished):
+    folder, settings = finished
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from alpaca_helpers.models import load_base
+
+    sharing.save_merged(load_base(settings.model), byte_tokenizer(), folder / "adapter", folder / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged").eval()
+    ids = torch.tensor(load_from_disk(folder / "data")["heldout"]["input_ids"][0])[None]
+    with torch.inference_mode():
+        tuned = load_adapter(load_base(settings.model), folder / "adapter")(ids).logits
+        base = load_base(settings.model)(ids).logits
+        torch.testing.assert_close(merged(ids).logits, tuned, atol=1e-4, rtol=0)
+    assert (tuned - base).abs().max() > 1e-2
+    assert AutoTokenizer.from_pretrained(folder / "merged")("abc").input_ids == byte_tokenizer()("abc").input_ids
+
+
+def test_a_push_that_the_hub_refuses_is_one_sentence(finished, monkeypatch):
+    def refuse(*arguments, **named):
+        raise OSError("401 Unauthorized\nmore")
+
+    monkeypatch.setattr(sharing, "create_repo", refuse)
+    with pytest.raises(AlpacaError, match=r"not pushed to me/it \(401 Unauthorized\): it is whole on disk"):
+        sharing.push_adapter(finished[0] / "adapter", "me/it")

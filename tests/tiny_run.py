@@ -1,0 +1,59 @@
+"""A run prepared for training in a second: random rows of bytes, a random GPT-2 of 2 layers x 32."""
+
+import random
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from datasets import Dataset, DatasetDict
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from alpaca_helpers.data import fingerprint, tokenize
+from alpaca_helpers.profiles import Profile, choose_profile
+from alpaca_helpers.runs import record
+
+
+def byte_tokenizer() -> GPT2Tokenizer:
+    """GPT-2's tokenizer without merges: a token a byte, and the end of text."""
+    symbols = [*bytes_to_unicode().values(), "<|endoftext|>"]
+    tokenizer = GPT2Tokenizer(vocab={symbol: number for number, symbol in enumerate(symbols)}, merges=[])
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def tiny_gpt2(**changes) -> GPT2LMHeadModel:
+    """A random GPT-2 over `byte_tokenizer`, with weights large enough for its answers to differ."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 257, "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 128, "initializer_range": 0.2}
+    return GPT2LMHeadModel(GPT2Config(**shape | {"bos_token_id": 256, "eos_token_id": 256} | changes))
+
+
+def random_rows(number: int, seed: int = 0) -> Dataset:
+    """Rows of instruction, input and output, of many lengths."""
+    draw = random.Random(seed)
+
+    def words(most: int) -> str:
+        return " ".join("".join(draw.choices("abcdefgh", k=draw.randint(1, 6))) for _ in range(draw.randint(1, most)))
+
+    rows = [{"instruction": words(5), "input": words(3), "output": words(6), "fact": ""} for _ in range(number)]
+    return Dataset.from_list(rows)
+
+
+def prepare_run(folder: Path, rows: int = 44, recipe: str = "answers", **changes) -> Profile:
+    """Write what notebook 02 leaves to notebook 03, and the base model beside it; return the settings."""
+    model = tiny_gpt2(
+        **({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if changes.get("lora_dropout") == 0 else {})
+    )
+    model.save_pretrained(folder / "base")
+    byte_tokenizer().save_pretrained(folder / "base")
+    settings = choose_profile(
+        "pocket", model=str(folder / "base"), **{"num_train_epochs": 4, "batch_size": 8} | changes
+    )
+    text = {"train": random_rows(rows), "heldout": random_rows(8, seed=1)}
+    options = {"tokenizer": byte_tokenizer(), "recipe": recipe, "max_length": settings.max_length}
+    data = {side: part.map(tokenize, batched=True, fn_kwargs=options) for side, part in text.items()}
+    DatasetDict(data).save_to_disk(folder / "data")
+    mark = fingerprint(text["train"], text["heldout"])
+    record(folder, "data", {**asdict(settings), "recipe": recipe, "fingerprint": mark})
+    return settings

@@ -1,0 +1,48 @@
+"""Train a prepared run and be killed by SIGKILL on the way: `python train_and_die.py FOLDER STEP PLACE`.
+
+PLACE is `step`: right after optimizer step STEP, all processes or, as `step:1`, the one of that rank; or the name of a
+checkpoint's file: while it is being written, half of it on disk.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from transformers import TrainerCallback
+
+from alpaca_helpers import training
+from alpaca_helpers.profiles import Profile
+from alpaca_helpers.runs import read_manifest
+
+folder, step, place = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class DieAtStep(TrainerCallback):
+    def on_step_end(self, args, state, control, **named):
+        if place in ("step", f"step:{os.environ.get('RANK')}") and state.global_step == step:
+            die()
+
+
+class DyingTrainer(training.AnswerTrainer):
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **named)
+        self.add_callback(DieAtStep())
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        if not place.startswith("step") and output_dir.endswith(f"-{step}"):
+            cut = Path(output_dir) / place
+            cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+            die()
+
+
+training.AnswerTrainer = DyingTrainer
+made_by = read_manifest(folder)["data"]
+recipe = made_by.pop("recipe")
+del made_by["fingerprint"]
+training.finetune(folder, Profile(**made_by), recipe)
