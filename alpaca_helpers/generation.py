@@ -1,0 +1,186 @@
+"""Answers from a model: a batch at once or token by token, base or tuned, with one decoding loop for all."""
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from . import AlpacaError
+from .data import encode
+from .prompts import parse_answer
+
+_FORWARD = threading.Lock()  # while a forward switches adapters off, no other thread may use the model
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote after a prompt, in the end or so far."""
+
+    text: str
+    tokens: int  # written, without the end-of-text token
+    stopped: bool  # it wrote the end-of-text token; else it was cut, or goes on
+    prompt_cut: int  # tokens dropped from the front of a prompt too long for the model's positions
+
+
+def generate(
+    model, tokenizer, prompts: Sequence[str], *, side: str = "tuned", batch_size: int = 64, **settings
+) -> list[Answer]:
+    """Return one answer a prompt, in order.
+
+    Args:
+        prompts: made by `prompts.format_prompt`.
+        side: `tuned` uses the model as it is, `base` switches its adapter off.
+        batch_size: prompts decoded together; it changes the speed, not the answers.
+        settings: those of `stream`.
+
+    Raises AlpacaError for a setting out of range.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # like lengths pad little
+    answers: dict[int, Answer] = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        decoding = _Decoding(model, tokenizer, [prompts[i] for i in chosen], [side] * len(chosen), **settings)
+        for _ in decoding.steps():
+            pass
+        answers.update(zip(chosen, decoding.answers(final=True)))
+    return [answers[index] for index in range(len(prompts))]
+
+
+def stream(
+    model, tokenizer, prompts: Sequence[str], *, sides: Sequence[str], stop: threading.Event | None = None, **settings
+) -> Iterator[list[Answer]]:
+    """Yield the answers so far, one a prompt, after each step; the last yield is the final one.
+
+    All prompts are decoded in one batch, base and tuned rows side by side.
+
+    Args:
+        sides: `base` or `tuned`, one a prompt.
+        stop: set it to end the answers where they are.
+        settings: `max_new_tokens` (80); `temperature` (0: greedy); `top_k` (0: all) and `top_p` (1: all), what a
+            sample is drawn from; `seed` (the same prompt, settings and seed give the same answer, in any batch).
+
+    Raises AlpacaError for a setting out of range.
+    """
+    decoding = _Decoding(model, tokenizer, prompts, sides, **settings)
+    for _ in decoding.steps():
+        if stop is not None and stop.is_set():
+            break
+        yield decoding.answers(final=False)
+    yield decoding.answers(final=True)
+
+
+class _Decoding:
+    """A batch of prompts being answered: what `generate` and `stream` share."""
+
+    def __init__(self, model, tokenizer, prompts, sides, *, max_new_tokens=80, seed=0, **sampling):
+        positions = model.config.n_positions
+        if not 1 <= max_new_tokens < positions:
+            raise AlpacaError(
+                f"max_new_tokens is {max_new_tokens}: choose 1 to {positions - 1}, the model's positions."
+            )
+        if unknown := set(sides) - {"base", "tuned"}:
+            raise AlpacaError(f"There is no side {sorted(unknown)[0]!r} of a model: choose base or tuned.")
+        self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
+        self.eos = tokenizer.eos_token_id
+        ids = encode(list(prompts), tokenizer)
+        room = positions - max_new_tokens
+        self.prompts = [row[-room:] or [self.eos] for row in ids]
+        self.prompt_cut = [max(0, len(row) - room) for row in ids]
+        # peft's own switch, row by row; an adapterless model is the base on both sides
+        mixed = isinstance(model, PeftModel) and "base" in sides
+        self.adapters = ["__base__" if side == "base" else model.active_adapter for side in sides] if mixed else None
+        self.choose = _sampler(seed, len(ids), **sampling)
+        self.written: list[list[int]] = [[] for _ in ids]
+        self.stopped = [False] * len(ids)
+
+    def answers(self, final: bool) -> list[Answer]:
+        texts = [parse_answer(text) for text in self.tokenizer.batch_decode(self.written)]
+        if not final:  # a character may span two tokens: show it when it is whole
+            texts = [text.rstrip("\ufffd") for text in texts]
+        counts = map(len, self.written)
+        return [Answer(t.strip(), *rest) for t, *rest in zip(texts, counts, self.stopped, self.prompt_cut)]
+
+    def steps(self) -> Iterator[None]:
+        """Add a token to every unfinished answer, once a step."""
+        device, width = self.model.device, max(map(len, self.prompts))
+        tokens = torch.tensor([[self.eos] * (width - len(row)) + row for row in self.prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in self.prompts], device=device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        cache, rows = DynamicCache(config=self.model.config), list(range(len(self.prompts)))
+        for _ in range(self.max_new_tokens):
+            logits = self._forward(rows, tokens, mask, positions, cache)
+            chosen = self.choose(rows, logits)
+            going = [token != self.eos for token in chosen]
+            for row, token, goes in zip(rows, chosen, going):
+                self.written[row] += [token] if goes else []
+                self.stopped[row] = not goes
+            yield
+            if not any(going):
+                return
+            if not all(going):  # finished rows leave the batch
+                left = torch.tensor([index for index, goes in enumerate(going) if goes], device=device)
+                cache.batch_select_indices(left)
+                mask, positions = mask[left], positions[left]
+                rows = [row for row, goes in zip(rows, going) if goes]
+            tokens = torch.tensor([[self.written[row][-1]] for row in rows], device=device)
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            positions = positions[:, -1:] + 1
+
+    def _forward(self, rows, tokens, mask, positions, cache) -> torch.Tensor:
+        """Return the logits of each row's next token, float32, (rows, vocabulary)."""
+        adapters = {"adapter_names": [self.adapters[row] for row in rows]} if self.adapters else {}
+        with _FORWARD, torch.inference_mode():
+            training = self.model.training
+            if training:
+                self.model.eval()
+            try:
+                output = self.model(
+                    input_ids=tokens,
+                    attention_mask=mask,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                    **adapters,
+                )
+            finally:
+                if training:
+                    self.model.train()
+        return output.logits[:, -1].float()
+
+
+def _sampler(
+    seed: int, rows: int, *, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0
+) -> Callable[[list[int], torch.Tensor], list[int]]:
+    """Return the function that picks each row's next token id from its logits."""
+    if not 0 <= temperature < math.inf:
+        raise AlpacaError(f"temperature is {temperature}: choose 0 (greedy) or more.")
+    if not 0 < top_p <= 1:
+        raise AlpacaError(f"top_p is {top_p}: choose more than 0, up to 1 (all).")
+    if top_k < 0:
+        raise AlpacaError(f"top_k is {top_k}: choose 0 (all) or more.")
+    if temperature == 0:
+        return lambda _, logits: logits.argmax(-1).tolist()
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(float(top_p)))
+    # a generator a row, on the CPU: the draw depends neither on the batch nor on the device
+    draws = [torch.Generator().manual_seed(seed) for _ in range(rows)]
+
+    def sample(chosen: list[int], logits: torch.Tensor) -> list[int]:
+        odds = warpers(None, logits.cpu()).softmax(-1)
+        return [int(torch.multinomial(odd, 1, generator=draws[row])) for row, odd in zip(chosen, odds)]
+
+    return sample

@@ -1,0 +1,154 @@
+"""The four notebooks in one batch, by papermill: `python -m alpaca_helpers.series --help`."""
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+import papermill
+from papermill.parameterize import parameterize_notebook
+
+from . import PROJECT, AlpacaError
+from .profiles import choose_profile
+from .runs import read_manifest, record, run_folder
+
+NOTEBOOKS = sorted((PROJECT / "notebooks").glob("0*.ipynb"))
+
+
+def notebook_parameters(notebook: Path) -> list[str]:
+    """Return the names in the notebook's cell tagged `parameters`."""
+    return list(papermill.inspect_notebook(str(notebook)))
+
+
+def check_parameters(given: dict[str, object]) -> None:
+    """Raise AlpacaError for a parameter that no notebook has; papermill would only warn."""
+    known = {name for notebook in NOTEBOOKS for name in notebook_parameters(notebook)}
+    if unknown := sorted(set(given) - known):
+        raise AlpacaError(f"No notebook has a parameter {unknown[0]!r}: choose among {', '.join(sorted(known))}.")
+
+
+def run_series(parameters: dict[str, object]) -> Path:
+    """Execute the notebooks in order into the folder of the run that `parameters` names, and return that folder.
+
+    A notebook is left alone while its cells, its parameters, the helpers, the dataset file that it names and the
+    notebooks before it are those of its last whole execution.
+
+    Raises AlpacaError with the sentence of the cell that failed.
+    """
+    folder = run_folder(str(parameters["run"]))
+    done = read_manifest(folder).get("notebooks", {})
+    made_of = _hash(*(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.rglob("*.py"))))
+    for number, notebook in enumerate(NOTEBOOKS, 1):
+        chosen = {key: value for key, value in parameters.items() if key in notebook_parameters(notebook)}
+        made_of = _hash(made_of, _cells(notebook), json.dumps(chosen, sort_keys=True), _content(chosen.get("dataset")))
+        executed = folder / notebook.name
+        unchanged = done.get(notebook.stem) == made_of and executed.exists()
+        print(f"[{number}/{len(NOTEBOOKS)}] {notebook.stem}{': unchanged' if unchanged else ''}", flush=True)
+        if unchanged:
+            continue
+        done = {name: mark for name, mark in done.items() if name < notebook.stem}
+        record(folder, "notebooks", done)  # until it is through, this notebook and those after it are not done
+        try:
+            papermill.execute_notebook(notebook, executed, chosen, kernel_name="python3")
+        except papermill.PapermillExecutionError as error:
+            raise AlpacaError(f"{error.ename}: {error.evalue} [cell {error.exec_count} of {executed}]") from error
+        done[notebook.stem] = made_of
+        record(folder, "notebooks", done)
+    return folder
+
+
+def prepare(folder: Path, parameters: dict[str, object]) -> None:
+    """Write copies of the notebooks with `parameters` injected and their stored outputs kept, for nbval to check."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for notebook in NOTEBOOKS:
+        chosen = {key: value for key, value in parameters.items() if key in notebook_parameters(notebook)}
+        nbformat.write(parameterize_notebook(nbformat.read(notebook, as_version=4), chosen), folder / notebook.name)
+
+
+def refresh() -> None:
+    """Execute the notebooks on the pocket and store their outputs in place, cleaned."""
+    with tempfile.TemporaryDirectory() as folder:
+        executed = run_series({"profile": "pocket", "run": f"{folder}/pocket"})
+        for notebook in NOTEBOOKS:
+            nbformat.write(clean(nbformat.read(executed / notebook.name, as_version=4)), notebook)
+
+
+def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Return the notebook without what belongs to one execution: timings, progress, widgets, injected parameters."""
+    notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    kept = {"kernelspec", "accelerator", "colab"}
+    notebook.metadata = {key: value for key, value in notebook.metadata.items() if key in kept}
+    notebook.metadata["language_info"] = {"name": "python"}
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for cell in notebook.cells:
+        cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+    for count, cell in enumerate(code, 1):
+        cell.execution_count = count
+        cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
+        for output in cell.outputs:
+            if output.output_type == "execute_result":
+                output.execution_count = count
+            if "metadata" in output:
+                output.metadata = {}
+    return notebook
+
+
+def _is_progress(output: nbformat.NotebookNode) -> bool:
+    widget = "application/vnd.jupyter.widget-view+json"
+    return output.get("name") == "stderr" or widget in output.get("data", {})
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _cells(notebook: Path) -> str:
+    return json.dumps([cell.source for cell in nbformat.read(notebook, as_version=4).cells])
+
+
+def _content(dataset: object) -> str:
+    path = Path(str(dataset))
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m alpaca_helpers.series", description=__doc__)
+    parser.add_argument("--profile", default="auto", help="auto, pocket or gpt2-medium (auto)")
+    parser.add_argument("--run", help="name of the run, or a path to its folder (the profile's name)")
+    parser.add_argument(
+        "-p", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="a notebook parameter, as papermill"
+    )
+    parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="only write copies for nbval to FOLDER")
+    parser.add_argument("--refresh", action="store_true", help="store fresh outputs of the pocket in the notebooks")
+    options = parser.parse_args()
+    if options.refresh:
+        return refresh()
+    profile = choose_profile(options.profile).name
+    run = str((options.prepare / "run").resolve()) if options.prepare else options.run or profile
+    given = {key: _literal(value) for key, value in options.p}
+    check_parameters(given)
+    parameters = {"profile": profile, "run": run, **given}
+    if options.prepare:
+        return prepare(options.prepare, parameters)
+    folder = run_series(parameters)
+    print(f"\n{json.loads((folder / 'metrics.json').read_text())}\nThe executed notebooks are in {folder}.")
+
+
+def _literal(value: str) -> object:
+    """Return a command-line value as the literal it spells, else as text."""
+    try:
+        return json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
+    except ValueError:
+        return value
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except AlpacaError as error:
+        sys.exit(str(error))

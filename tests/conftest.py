@@ -1,0 +1,54 @@
+"""What the tests share: tiny models made on the spot, and real rows and the real vocabulary where they are at hand."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+
+from alpaca_helpers import PROJECT, pocket
+from alpaca_helpers.lora import lora_config
+from alpaca_helpers.models import load_tokenizer
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with real Alpaca-style rows and GPT-2's vocabulary; it is not part of the project."""
+    folder = Path(os.environ.get("ALPACA_TEST_DATA", PROJECT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"real rows and vocabulary are not at {folder}: set ALPACA_TEST_DATA to their folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokenizer(real_data) -> GPT2Tokenizer:
+    vocabulary = real_data / "gpt2-tokenizer"
+    tokenizer = GPT2Tokenizer(vocab=str(vocabulary / "vocab.json"), merges=str(vocabulary / "merges.txt"))
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def pocket_tokenizer():
+    return load_tokenizer(str(pocket.MODEL))
+
+
+@pytest.fixture
+def tiny_base(pocket_tokenizer) -> GPT2LMHeadModel:
+    """A random GPT-2 of 2 layers x 32 with 128 positions, over the pocket's vocabulary."""
+    torch.manual_seed(0)
+    ids = {"bos_token_id": pocket_tokenizer.eos_token_id, "eos_token_id": pocket_tokenizer.eos_token_id}
+    config = GPT2Config(vocab_size=len(pocket_tokenizer), n_layer=2, n_embd=32, n_head=2, n_positions=128, **ids)
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.fixture
+def tiny_model(tiny_base):
+    """The tiny base under an adapter that changes its answers."""
+    model = get_peft_model(tiny_base, lora_config())
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=0.5)
+    return model.eval()

@@ -1,0 +1,161 @@
+import json
+
+import pytest
+from datasets import Dataset
+
+from alpaca_helpers import AlpacaError
+from alpaca_helpers.data import (
+    IGNORED,
+    RECIPES,
+    filter_rows,
+    fingerprint,
+    has_answer,
+    load_rows,
+    question_key,
+    split_rows,
+    tokenize,
+)
+from alpaca_helpers.prompts import format_example, format_prompt
+
+ROW = {"instruction": "Add the numbers.", "input": "1 and 2", "output": "3"}
+
+
+def rows_of(*rows):
+    return Dataset.from_list([{"input": "", "fact": "", **row} for row in rows])
+
+
+def batch_of(*rows):
+    return {column: [row.get(column, "") for row in rows] for column in ("instruction", "input", "output")}
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+def test_the_same_rows_from_every_format(tmp_path, suffix):
+    path = tmp_path / f"rows{suffix}"
+    rows = [ROW, {"instruction": "Dis « été »", "input": "<noinput>", "output": "été 😀", "text": "ignored"}]
+    if suffix == ".json":
+        path.write_text(json.dumps(rows), encoding="utf-8-sig")
+    elif suffix == ".jsonl":
+        path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    else:
+        Dataset.from_list([{"text": "", **row} for row in rows]).to_parquet(path)
+    loaded = load_rows(str(path))
+    assert loaded.column_names == ["instruction", "input", "output", "fact"]
+    assert loaded[0] == {**ROW, "fact": ""}
+    assert loaded[1] == {"instruction": "Dis « été »", "input": "", "output": "été 😀", "fact": ""}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("[]", "no rows"),
+        ("{}", "no JSON array"),
+        ('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "row 2: no column `output`"),
+        ('[{"question": "a", "answer": "b"}]', r"row 1: no column `instruction` \(it has question, answer\)"),
+        ('[{"instruction": "a", "output": 3}]', "row 1: `output` is 3, not text"),
+        ('[{"instruction": null, "output": "b"}]', "row 1: `instruction` is None, not text"),
+        ('["a"]', "row 1: not an object"),
+        ('[{"instruction": "a",\n "output": }]', "line 2: not valid JSON"),
+    ],
+)
+def test_a_bad_file_is_one_sentence_with_file_and_row(tmp_path, content, message):
+    path = tmp_path / "rows.json"
+    path.write_text(content)
+    with pytest.raises(AlpacaError, match=message) as error:
+        load_rows(str(path))
+    assert "rows.json" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_never_looked_up_on_the_hub():
+    with pytest.raises(AlpacaError, match="no dataset file here/rows.json"):
+        load_rows("here/rows.json")
+    with pytest.raises(AlpacaError, match="neither"):
+        load_rows("./owner/name")
+
+
+def test_filter_counts_by_reason():
+    rows = rows_of(
+        {"instruction": "a", "output": "w " * 80},
+        {"instruction": "b", "output": "w " * 81},
+        {"instruction": " ", "output": "x"},
+        {"instruction": "c", "output": " \n"},
+    )
+    kept, dropped = filter_rows(rows, 80)
+    assert list(kept["instruction"]) == ["a"]
+    assert dropped == {"answer over 80 words": 1, "empty instruction": 1, "empty answer": 1}
+    with pytest.raises(AlpacaError, match="No row is left of 4"):
+        filter_rows(rows, 0)
+
+
+def test_split_keeps_a_question_on_one_side_and_is_seeded():
+    rows = rows_of(*({"instruction": f"Q{i // 2}" + " " * (i % 2), "output": str(i)} for i in range(40)))
+    train, heldout = split_rows(rows, 3, seed=1)
+    assert (len(train), len(heldout)) == (34, 6)
+    assert not {question_key(row) for row in train} & {question_key(row) for row in heldout}
+    assert split_rows(rows, 3, seed=1)[1].to_list() == heldout.to_list()
+    assert split_rows(rows, 3, seed=2)[1].to_list() != heldout.to_list()
+    assert len(split_rows(rows, 1000)[1]) == 8  # a fifth at most
+
+
+def test_fingerprint_is_of_the_text():
+    one = rows_of(ROW)
+    assert fingerprint(one) == fingerprint(Dataset.from_list(one.to_list()))
+    assert fingerprint(one) != fingerprint(rows_of({**ROW, "output": "4"}))
+    assert fingerprint(one, one) != fingerprint(rows_of(ROW, ROW))
+
+
+def test_tokenize_document_is_the_documents(gpt2_tokenizer):
+    got = tokenize(batch_of(ROW), gpt2_tokenizer, "document", 32)
+    text = format_example(ROW["instruction"], ROW["output"])  # the input is dropped
+    expected = gpt2_tokenizer(text, truncation=True, max_length=32, padding="max_length")
+    assert got["input_ids"] == [expected["input_ids"]]
+    assert got["attention_mask"] == [expected["attention_mask"]]
+    length = sum(expected["attention_mask"])
+    assert got["labels"] == [expected["input_ids"][:length] + [IGNORED] * (32 - length)]
+
+
+def test_tokenize_answers_learns_the_answer_and_its_end(gpt2_tokenizer):
+    got = tokenize(batch_of(ROW), gpt2_tokenizer)
+    prompt = gpt2_tokenizer(format_prompt(ROW["instruction"], ROW["input"])).input_ids
+    assert got["input_ids"] == [prompt + [513, 50256]]  # " 3", then the end
+    assert got["labels"] == [[IGNORED] * len(prompt) + [513, 50256]]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_each_recipe_is_its_features(gpt2_tokenizer, recipe):
+    got = tokenize(batch_of(ROW), gpt2_tokenizer, recipe, 64)
+    text = gpt2_tokenizer.decode([i for i, label in zip(got["input_ids"][0], got["labels"][0]) if label != IGNORED])
+    assert ("<|endoftext|>" in text) == ("eos" in RECIPES[recipe])
+    assert ("Instruction" not in text) == ("answer-loss" in RECIPES[recipe])
+    assert ("1 and 2" in gpt2_tokenizer.decode(got["input_ids"][0])) == ("input" in RECIPES[recipe])
+
+
+def test_known_ids_of_the_documents_prompt(gpt2_tokenizer):
+    row = {"instruction": "What is the capital of France?", "output": "Paris"}
+    ids = tokenize(batch_of(row), gpt2_tokenizer)["input_ids"][0]
+    assert ids[:16] == [6310, 2762, 25, 1867, 318, 262, 3139, 286, 4881, 30, 198, 49, 2634, 79, 2591, 25]
+
+
+def test_real_rows_with_the_real_tokenizer(real_data, gpt2_tokenizer):
+    rows, _ = filter_rows(load_rows(str(real_data / "alpaca_en_demo.json")))
+    got = tokenize(rows[:], gpt2_tokenizer)
+    for row, ids, labels in zip(rows, got["input_ids"], got["labels"]):
+        text = format_example(row["instruction"], row["output"], row["input"])
+        whole = gpt2_tokenizer(text).input_ids + [50256]  # tokenized in one piece, the ids are the same
+        assert ids == whole[:128] and len(labels) == len(ids)
+        assert (50256 in labels) == (len(whole) <= 128)  # a cut answer does not learn to end there
+
+
+def test_markers_in_a_row_stay_text(gpt2_tokenizer):
+    row = {"instruction": "Say <|endoftext|>", "output": "<|endoftext|> it is"}
+    ids = tokenize(batch_of(row), gpt2_tokenizer)["input_ids"][0]
+    assert ids.count(50256) == 1 and ids[-1] == 50256
+
+
+def test_a_row_without_room_for_an_answer_is_noticed(pocket_tokenizer):
+    got = tokenize(batch_of({"instruction": "x " * 300, "output": "y"}, ROW), pocket_tokenizer)
+    assert [has_answer({"labels": labels}) for labels in got["labels"]] == [False, True]
+
+
+def test_unknown_recipe(pocket_tokenizer):
+    with pytest.raises(AlpacaError, match="no recipe 'x': choose document"):
+        tokenize(batch_of(ROW), pocket_tokenizer, "x")

@@ -1,0 +1,33 @@
+import pytest
+import torch
+
+from alpaca_helpers import PROJECT, AlpacaError
+from alpaca_helpers.profiles import PROFILES, choose_profile
+
+
+def test_auto_follows_the_gpu(monkeypatch):
+    for there, name in ((True, "gpt2-medium"), (False, "pocket")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert choose_profile("auto").name == name
+
+
+def test_the_documents_settings_on_gpt2_medium():
+    p = PROFILES["gpt2-medium"]
+    assert (p.lora_rank, p.lora_alpha, p.lora_dropout, p.target_modules) == (8, 16, 0.1, ("c_attn",))
+    assert (p.learning_rate, p.num_train_epochs, p.batch_size, p.max_words, p.max_length) == (3e-4, 2, 16, 80, 128)
+    assert len(p.model_revision) == len(p.dataset_revision) == 40
+
+
+def test_changes_and_what_they_unpin(tmp_path):
+    changed = choose_profile("gpt2-medium", model="openai-community/gpt2-large", seed=3, learning_rate=None)
+    assert (changed.model_revision, changed.seed, changed.learning_rate) == (None, 3, 3e-4)
+    assert changed.dataset_revision == PROFILES["gpt2-medium"].dataset_revision
+    changed = choose_profile("pocket", dataset=str(PROJECT / "mine.json"))
+    assert (changed.dataset, changed.heldout) == ("mine.json", None)  # no path of this machine in a manifest
+
+
+def test_unknown_names():
+    with pytest.raises(AlpacaError, match="no profile 'big': choose auto, pocket or gpt2-medium"):
+        choose_profile("big")
+    with pytest.raises(AlpacaError, match="no setting 'lr'"):
+        choose_profile("pocket", lr=1)

@@ -1,0 +1,20 @@
+from alpaca_helpers.prompts import format_answer, format_example, format_prompt, parse_answer
+
+
+def test_prompt_is_the_documents():
+    assert format_prompt("What is the capital of France?") == "Instruction: What is the capital of France?\nRéponse:"
+
+
+def test_an_input_has_its_own_line():
+    assert format_prompt("Give the opposite.", "hot") == "Instruction: Give the opposite.\nhot\nRéponse:"
+
+
+def test_example_is_prompt_then_answer_after_one_space():
+    assert format_example("Hi", "Hello!", "you") == "Instruction: Hi\nyou\nRéponse: Hello!"
+
+
+def test_parse_answer_is_the_inverse_also_for_answers_that_look_like_the_template():
+    for answer in ["", " ", "Paris", " two spaces", "a\nRéponse: b", "Instruction: x\nRéponse: y", "\u200f\u05d0\n"]:
+        prompt = format_prompt("Q\nRéponse: no")
+        assert parse_answer(format_example("Q\nRéponse: no", answer)[len(prompt) :]) == answer
+        assert parse_answer(format_answer(answer)) == answer
