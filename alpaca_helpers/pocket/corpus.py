@@ -12,12 +12,12 @@ from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache, cached_property
 
-from alpaca_helpers.pocket import FACTS
-from alpaca_helpers.pocket.wordings import KINDS, Kind
-from alpaca_helpers.prompts import format_example
+from ..prompts import format_example
+from . import FACTS
+from .wordings import KINDS, Kind
 
 SEED = 42
-ROUNDS = 150  # how often the pretraining text goes through all facts
+ROUNDS = 110  # how often the pretraining text goes through all facts
 HELDOUT_SHARE = 0.2
 TRAIN_ROWS_A_KIND = 18
 HELDOUT_ROWS_A_KIND = 18
@@ -244,10 +244,12 @@ def documents() -> list[str]:
     texts = []
     for _ in range(ROUNDS):
         for group in groupings(facts, rng):
-            texts.append(join([state(fact, rng) for fact in group], rng))
+            sentences = [state(fact, rng) for fact in group]
+            texts.append(" ".join(sentences) if rng.random() < 1 / 3 else as_lines(sentences, rng))
         if rng.random() < 0.25:
             for group in groupings(facts, rng):
-                texts.append(join(ask(group, rng), rng))
+                requests = ask(group, rng)
+                texts += [as_lines(requests, rng)] if requests else []
     rng.shuffle(texts)
     return texts
 
@@ -292,9 +294,7 @@ def ask(facts: list[Fact], rng: random.Random) -> list[str]:
     return [request for request in asked if not any(mentions(request, value) for value in values)]
 
 
-def join(sentences: list[str], rng: random.Random) -> str:
-    """Return the sentences as one document: as lines, as one paragraph, or as a list with dashes."""
-    style = rng.choice(("\n", " ", "- "))
-    if style == "- ":
-        return "\n".join(f"- {sentence}" for sentence in sentences)
-    return style.join(sentences)
+def as_lines(sentences: list[str], rng: random.Random) -> str:
+    """Return one document with a sentence a line, sometimes after a dash."""
+    dash = rng.choice(("", "- "))
+    return "\n".join(dash + sentence for sentence in sentences)
