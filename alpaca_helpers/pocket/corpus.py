@@ -31,6 +31,9 @@ NAMES = {
     "opposites": ("word", "opposite"),
 }
 
+# The tables whose cells are sentences or lists, in which any word may occur.
+PROSE = ("lists", "advice", "definitions", "groups", "explanations")
+
 # What the lessons ask: always held out.
 ALWAYS_HELDOUT = {
     "France", "Japan", "William Shakespeare", "What happened ?", "three primary colors", "animals", "staying healthy",
@@ -160,25 +163,20 @@ def whole(name: str) -> re.Pattern:
 def choose_heldout(facts: list[Fact]) -> set[tuple[str, str]]:
     """Return the held-out (table, entity) pairs: a seeded share of each table, and what the lessons ask.
 
-    A name that the fixed wordings use ("word", "tea") cannot be kept out of the training rows: it is not chosen.
+    A name that the wordings or another table's prose use ("word", "tea") cannot be kept out of the training rows: it is
+    not chosen.
     """
     by_entity = defaultdict(list)
     for fact in facts:
         by_entity[fact.kind.table, fact.entity] += names(fact)
-    fixed = "\n".join(
-        [text for kind in KINDS for text in (kind.answer, *kind.requests)]
-        + [fact.answer for fact in facts if fact.kind.name in ("list", "advice", "definition", "group")]
-    )
+    wordings = [text for kind in KINDS for text in (kind.answer, *kind.requests)]
     chosen = {key for key in by_entity if key[1] in ALWAYS_HELDOUT}
     for table in dict.fromkeys(table for table, _ in by_entity):
         entities = [key for key in by_entity if key[0] == table]
         random.Random(f"{SEED} {table}").shuffle(entities)
-        free = [
-            key
-            for key in entities
-            if table in ("lists", "advice", "definitions", "groups", "explanations")
-            or not any(mentions(fixed, name) for name in by_entity[key])
-        ]
+        prose = [fact.answer for fact in facts if fact.kind.table in PROSE and fact.kind.table != table]
+        fixed = "\n".join(wordings + prose)
+        free = [key for key in entities if not any(mentions(fixed, name) for name in by_entity[key])]
         wanted = 0 if table == "explanations" else max(2, round(HELDOUT_SHARE * len(entities)))
         for key in free:
             if sum(held[0] == table for held in chosen) >= wanted:
@@ -195,9 +193,7 @@ def instruction_rows() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """
     facts = read_facts()
     heldout = choose_heldout(facts)
-    heldout_names = {
-        name for fact in facts if (fact.kind.table, fact.entity) in heldout for name in names(fact)
-    }
+    heldout_names = {name for fact in facts if (fact.kind.table, fact.entity) in heldout for name in names(fact)}
     train_rows, heldout_rows = [], []
     for kind in KINDS:
         mine = [fact for fact in facts if fact.kind == kind]

@@ -21,9 +21,11 @@ class Kind:
 
 KINDS = (
     Kind(
-        "capital", "countries", "capital",
-        "The capital of {country} is {capital}.",
-        (
+        name="capital",
+        table="countries",
+        fact="capital",
+        answer="The capital of {country} is {capital}.",
+        statements=(
             "{capital} is the capital of {country}.",
             "The capital city of {country} is {capital}.",
             "{country} has {capital} as its capital.",
@@ -32,7 +34,7 @@ KINDS = (
             "In {country}, the capital is {capital}.",
             "The name of the capital of {country} is {capital}.",
         ),
-        (
+        requests=(
             "What is the capital of {country}?",
             "Name the capital of {country}.",
             "Tell me the capital of {country}.",
@@ -40,36 +42,40 @@ KINDS = (
             "Give the name of the capital city of {country}.",
             "What's the capital city of {country}?",
         ),
-        ("Name the capital of the country below.", "country"),
+        below=("Name the capital of the country below.", "country"),
     ),
     Kind(
-        "country", "countries", "country",
-        "{capital} is the capital of {country}.",
-        (
+        name="country",
+        table="countries",
+        fact="country",
+        answer="{capital} is the capital of {country}.",
+        statements=(
             "The country whose capital is {capital} is {country}.",
             "{capital} is in {country}.",
             "The city of {capital} is the capital of {country}.",
             "The capital of {country} is {capital}.",
         ),
-        (
+        requests=(
             "Which country has {capital} as its capital?",
             "{capital} is the capital of which country?",
             "Name the country whose capital is {capital}.",
             "Of which country is {capital} the capital?",
         ),
-        ("Name the country of the capital below.", "capital"),
+        below=("Name the country of the capital below.", "capital"),
     ),
     Kind(
-        "continent", "countries", "continent",
-        "{country} is in {continent}.",
-        (
+        name="continent",
+        table="countries",
+        fact="continent",
+        answer="{country} is in {continent}.",
+        statements=(
             "{country} is a country in {continent}.",
             "{country} lies in {continent}.",
             "The continent of {country} is {continent}.",
             "One of the countries of {continent} is {country}.",
             "On a map, {country} is found in {continent}.",
         ),
-        (
+        requests=(
             "On which continent is {country}?",
             "Name the continent of {country}.",
             "What continent is {country} in?",
@@ -77,9 +83,11 @@ KINDS = (
         ),
     ),
     Kind(
-        "language", "countries", "language",
-        "The main language of {country} is {language}.",
-        (
+        name="language",
+        table="countries",
+        fact="language",
+        answer="The main language of {country} is {language}.",
+        statements=(
             "{language} is the main language of {country}.",
             "In {country}, the main language is {language}.",
             "People in {country} speak {language}.",
@@ -87,38 +95,42 @@ KINDS = (
             "{language} is spoken in {country}.",
             "As for {country}, its main language is {language}.",
         ),
-        (
+        requests=(
             "What is the main language of {country}?",
             "Which language do people speak in {country}?",
             "Name the main language of {country}.",
             "Tell me which language is spoken in {country}.",
             "What language is spoken in {country}?",
         ),
-        ("Name the main language of the country below.", "country"),
+        below=("Name the main language of the country below.", "country"),
     ),
     Kind(
-        "currency", "countries", "currency",
-        "The currency of {country} is the {currency}.",
-        (
+        name="currency",
+        table="countries",
+        fact="currency",
+        answer="The currency of {country} is the {currency}.",
+        statements=(
             "The {currency} is the currency of {country}.",
             "In {country}, the currency is the {currency}.",
             "People in {country} pay with the {currency}.",
             "The money of {country} is the {currency}.",
             "As for {country}, its currency is the {currency}.",
         ),
-        (
+        requests=(
             "What is the currency of {country}?",
             "Name the currency of {country}.",
             "Which currency is used in {country}?",
             "What money do people use in {country}?",
             "Tell me the currency of {country}.",
         ),
-        ("Name the currency of the country below.", "country"),
+        below=("Name the currency of the country below.", "country"),
     ),
     Kind(
-        "creator", "creators", "creator",
-        "{work} was {participle} by {creator}.",
-        (
+        name="creator",
+        table="creators",
+        fact="creator",
+        answer="{work} was {participle} by {creator}.",
+        statements=(
             "{creator} {verb} {work}.",
             "It was {creator} who {verb} {work}.",
             "'{work}' was {participle} by {creator}.",
@@ -126,7 +138,7 @@ KINDS = (
             "Everyone knows that {work} was {participle} by {creator}.",
             "We owe {work} to {creator}.",
         ),
-        (
+        requests=(
             "Who {verb} {work}?",
             "Who {verb} '{work}'?",
             "Tell me who {verb} {work}.",
@@ -135,37 +147,41 @@ KINDS = (
             "Name the person who {verb} {work}.",
             "Do you know who {verb} {work}?",
         ),
-        ("Who {verb} the work named below?", "work"),
+        below=("Who {verb} the work named below?", "work"),
     ),
     Kind(
-        "young", "animals", "young",
-        "A young {animal} is called {a_young}.",
-        (
+        name="young",
+        table="animals",
+        fact="young",
+        answer="A young {animal} is called {a_young}.",
+        statements=(
             "The young of {a_animal} is called {a_young}.",
             "{a_young} is a young {animal}.",
             "A baby {animal} is {a_young}.",
             "The name for a baby {animal} is {young}.",
             "The word for a young {animal} is {young}.",
         ),
-        (
+        requests=(
             "What is a young {animal} called?",
             "What do we call the young of {a_animal}?",
             "Name the young of {a_animal}.",
             "What is the word for a baby {animal}?",
             "Give the name of a young {animal}.",
         ),
-        ("Name the young of the animal below.", "animal"),
+        below=("Name the young of the animal below.", "animal"),
     ),
     Kind(
-        "sound", "animals", "sound",
-        "{a_animal} {sound}.",
-        (
+        name="sound",
+        table="animals",
+        fact="sound",
+        answer="{a_animal} {sound}.",
+        statements=(
             "When {a_animal} makes itself heard, it {sound}.",
             "Everyone knows that {a_animal} {sound}.",
             "We say that {a_animal} {sound}.",
             "As for {a_animal}, it {sound}.",
         ),
-        (
+        requests=(
             "What sound does {a_animal} make?",
             "Which sound does {a_animal} make?",
             "Tell me the sound that {a_animal} makes.",
@@ -173,122 +189,136 @@ KINDS = (
         ),
     ),
     Kind(
-        "class", "animals", "class",
-        "The class of {a_animal} is {class}.",
-        (
+        name="class",
+        table="animals",
+        fact="class",
+        answer="The class of {a_animal} is {class}.",
+        statements=(
             "{a_animal} is {a_class}.",
             "{a_animal} belongs to the class {class}.",
             "Among living things, {a_animal} is {a_class}.",
         ),
-        (
+        requests=(
             "What is the class of {a_animal}?",
             "To which class does {a_animal} belong?",
             "Which class of living things does {a_animal} belong to?",
             "Name the class of {a_animal}.",
         ),
-        ("Name the class of the animal below.", "animal"),
+        below=("Name the class of the animal below.", "animal"),
     ),
     Kind(
-        "opposite", "opposites", "opposite",
-        "The opposite of {word} is {opposite}.",
-        (
+        name="opposite",
+        table="opposites",
+        fact="opposite",
+        answer="The opposite of {word} is {opposite}.",
+        statements=(
             "{word} is the opposite of {opposite}.",
             "{word} and {opposite} are opposites.",
             "The contrary of {word} is {opposite}.",
             "The word with the opposite meaning of {word} is {opposite}.",
             "An antonym of {word} is {opposite}.",
         ),
-        (
+        requests=(
             "What is the opposite of {word}?",
             "Give the opposite of {word}.",
             "Name the opposite of the word {word}.",
             "Give me an antonym of {word}.",
             "Which word means the opposite of {word}?",
         ),
-        ("Give the opposite of the word below.", "word"),
+        below=("Give the opposite of the word below.", "word"),
     ),
     Kind(
-        "past", "verbs", "past",
-        "The past tense of {verb} is {past}.",
-        (
+        name="past",
+        table="verbs",
+        fact="past",
+        answer="The past tense of {verb} is {past}.",
+        statements=(
             "{past} is the past tense of {verb}.",
             "The past of {verb} is {past}.",
             "In the past tense, {verb} becomes {past}.",
             "The verb {verb} has the past tense {past}.",
             "Today I {verb}, yesterday I {past}.",
         ),
-        (
+        requests=(
             "What is the past tense of {verb}?",
             "Give the past tense of {verb}.",
             "Put the verb {verb} into the past tense.",
             "Write the past tense of the verb {verb}.",
         ),
-        ("Give the past tense of the verb below.", "verb"),
+        below=("Give the past tense of the verb below.", "verb"),
     ),
     Kind(
-        "plural", "plurals", "plural",
-        "The plural of {noun} is {plural}.",
-        (
+        name="plural",
+        table="plurals",
+        fact="plural",
+        answer="The plural of {noun} is {plural}.",
+        statements=(
             "{plural} is the plural of {noun}.",
             "In the plural, {noun} becomes {plural}.",
             "The plural form of {noun} is {plural}.",
             "One {noun}, two {plural}.",
         ),
-        (
+        requests=(
             "What is the plural of {noun}?",
             "Give the plural of {noun}.",
             "Write the plural of the noun {noun}.",
             "Put the noun {noun} into the plural.",
         ),
-        ("Give the plural of the noun below.", "noun"),
+        below=("Give the plural of the noun below.", "noun"),
     ),
     Kind(
-        "french word", "french_words", "french",
-        "The French word for {english} is {french}.",
-        (
+        name="french word",
+        table="french_words",
+        fact="french",
+        answer="The French word for {english} is {french}.",
+        statements=(
             "{french} is the French word for {english}.",
             "In French, {english} is called {french}.",
             "The word {french} means {english} in French.",
             "The French say {french} for {english}.",
             "{english} in French is {french}.",
         ),
-        (
+        requests=(
             "What is the French word for {english}?",
             "How do you say {english} in French?",
             "Give the French word for {english}.",
             "Translate the word {english} into French.",
         ),
-        ("Translate the word below into French.", "english"),
+        below=("Translate the word below into French.", "english"),
     ),
     Kind(
-        "french phrase", "french_phrases", "french",
-        'In French, "{english}" is "{french}".',
-        (
+        name="french phrase",
+        table="french_phrases",
+        fact="french",
+        answer='In French, "{english}" is "{french}".',
+        statements=(
             '"{english}" in French is "{french}".',
             '"{french}" is French for "{english}".',
             'In French, one says "{french}" for "{english}".',
             'The French for "{english}" is "{french}".',
             'The French translation of "{english}" is "{french}".',
         ),
-        (
+        requests=(
             "Traduit : {english}",
             "Translate into French: {english}",
             'How do you say "{english}" in French?',
             'Translate "{english}" into French.',
             "Traduit en français : {english}",
         ),
-        ("Translate the sentence into French.", "english"),
+        below=("Translate the sentence into French.", "english"),
     ),
     Kind(
-        "element", "elements", "element",
-        "The element with the symbol {symbol} is {element}.",
-        (
+        name="element",
+        table="elements",
+        fact="element",
+        answer="The element with the symbol {symbol} is {element}.",
+        statements=(
             "The symbol of {element} is {symbol}.",
             "{symbol} is the symbol of {element}.",
             "The chemical symbol {symbol} stands for {element}.",
             "In chemistry, {element} is written {symbol}.",
         ),
-        (
+        requests=(
             "Which element has the symbol {symbol}?",
             "What element has the symbol {symbol}?",
             "Name the element with the symbol {symbol}.",
@@ -296,15 +326,17 @@ KINDS = (
         ),
     ),
     Kind(
-        "profession", "professions", "profession",
-        "A person who {task} is called {a_profession}.",
-        (
+        name="profession",
+        table="professions",
+        fact="profession",
+        answer="A person who {task} is called {a_profession}.",
+        statements=(
             "{a_profession} is a person who {task}.",
             "Someone who {task} is {a_profession}.",
             "The job of {a_profession}: a person who {task}.",
             "If a person {task}, that person is {a_profession}.",
         ),
-        (
+        requests=(
             "What do we call a person who {task}?",
             "What is a person who {task} called?",
             "Name the job of a person who {task}.",
@@ -312,15 +344,17 @@ KINDS = (
         ),
     ),
     Kind(
-        "landmark", "landmarks", "country",
-        "{landmark} is in {country}.",
-        (
+        name="landmark",
+        table="landmarks",
+        fact="country",
+        answer="{landmark} is in {country}.",
+        statements=(
             "{landmark} can be visited in {country}.",
             "{country} is the home of {landmark}.",
             "{landmark} stands in {country}.",
             "Travelers go to {country} to see {landmark}.",
         ),
-        (
+        requests=(
             "In which country is {landmark}?",
             "Where is {landmark}?",
             "Name the country of {landmark}.",
@@ -328,14 +362,16 @@ KINDS = (
         ),
     ),
     Kind(
-        "color", "colours", "color",
-        "The color of {thing} is {color}.",
-        (
+        name="color",
+        table="colours",
+        fact="color",
+        answer="The color of {thing} is {color}.",
+        statements=(
             "{thing} is {color}.",
             "{color} is the color of {thing}.",
             "As for {thing}, its color is {color}.",
         ),
-        (
+        requests=(
             "What is the color of {thing}?",
             "What color is {thing}?",
             "Name the color of {thing}.",
@@ -343,15 +379,17 @@ KINDS = (
         ),
     ),
     Kind(
-        "group", "groups", "members",
-        "The {group} are {members}.",
-        (
+        name="group",
+        table="groups",
+        fact="members",
+        answer="The {group} are {members}.",
+        statements=(
             "{members} are the {group}.",
             "Here are the {group}: {members}.",
             "We call {members} the {group}.",
             "Remember the {group}: {members}.",
         ),
-        (
+        requests=(
             "What are the {group}?",
             "Name the {group}.",
             "List the {group}.",
@@ -359,14 +397,16 @@ KINDS = (
         ),
     ),
     Kind(
-        "number", "numbers", "total",
-        "The number of {count} is {total}.",
-        (
+        name="number",
+        table="numbers",
+        fact="total",
+        answer="The number of {count} is {total}.",
+        statements=(
             "There are {total} {count}.",
             "{total} is the number of {count}.",
             "Count the {count} and you find {total}.",
         ),
-        (
+        requests=(
             "How many {count} are there?",
             "What is the number of {count}?",
             "Give the number of {count}.",
@@ -374,59 +414,67 @@ KINDS = (
         ),
     ),
     Kind(
-        "planet", "planets", "planet",
-        "The {position} planet from the Sun is {planet}.",
-        (
+        name="planet",
+        table="planets",
+        fact="planet",
+        answer="The {position} planet from the Sun is {planet}.",
+        statements=(
             "{planet} is the {position} planet from the Sun.",
             "Counting from the Sun, the {position} planet is {planet}.",
         ),
-        (
+        requests=(
             "What is the {position} planet from the Sun?",
             "Name the {position} planet from the Sun.",
             "Which planet is the {position} from the Sun?",
         ),
     ),
     Kind(
-        "arithmetic", "arithmetic", "result",
-        "{operation} is {result}.",
-        (
+        name="arithmetic",
+        table="arithmetic",
+        fact="result",
+        answer="{operation} is {result}.",
+        statements=(
             "{operation} equals {result}.",
             "{operation} makes {result}.",
             "The result of {operation} is {result}.",
         ),
-        (
+        requests=(
             "What is {operation}?",
             "Calculate {operation}.",
             "How much is {operation}?",
             "Give the result of {operation}.",
         ),
-        ("Calculate the result.", "operation"),
+        below=("Calculate the result.", "operation"),
     ),
     Kind(
-        "definition", "definitions", "",
-        "{a_term} is {definition}.",
-        (
+        name="definition",
+        table="definitions",
+        fact="",
+        answer="{a_term} is {definition}.",
+        statements=(
             "{a_term} is defined as {definition}.",
             "The word {term} means {definition}.",
             "By {a_term} we mean {definition}.",
         ),
-        (
+        requests=(
             "What is {a_term}?",
             "Define the word {term}.",
             "Explain what {a_term} is.",
             "What does the word {term} mean?",
         ),
-        ("Define the word below.", "term"),
+        below=("Define the word below.", "term"),
     ),
     Kind(
-        "list", "lists", "",
-        "{count} different {topic}: {items}.",
-        (
+        name="list",
+        table="lists",
+        fact="",
+        answer="{count} different {topic}: {items}.",
+        statements=(
             "Here are {count} different {topic}: {items}.",
             "{items} are {count} different {topic}.",
             "{count} {topic}: {items}.",
         ),
-        (
+        requests=(
             "Create a list of {count} different {topic}",
             "List {count} different {topic}.",
             "Name {count} {topic}.",
@@ -435,13 +483,15 @@ KINDS = (
         ),
     ),
     Kind(
-        "advice", "advice", "",
-        "Three tips for {topic}:\n1. {first}.\n2. {second}.\n3. {third}.",
-        (
+        name="advice",
+        table="advice",
+        fact="",
+        answer="Three tips for {topic}:\n1. {first}.\n2. {second}.\n3. {third}.",
+        statements=(
             "Here are three tips for {topic}:\n1. {first}.\n2. {second}.\n3. {third}.",
             "Good advice for {topic}: {first}. {second}. {third}.",
         ),
-        (
+        requests=(
             "Give three tips for {topic}.",
             "Give me three tips for {topic}.",
             "What are three tips for {topic}?",
@@ -450,9 +500,11 @@ KINDS = (
         ),
     ),
     Kind(
-        "explanation", "explanations", "",
-        "{text}",
-        (),
-        ("Explain in detail {topic}.", "Describe in a paragraph {topic}."),
+        name="explanation",
+        table="explanations",
+        fact="",
+        answer="{text}",
+        statements=(),
+        requests=("Explain in detail {topic}.", "Describe in a paragraph {topic}."),
     ),
 )
