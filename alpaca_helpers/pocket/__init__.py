@@ -1,8 +1,13 @@
-"""The pocket: a small GPT-2 made by this project, with its facts and its instruction rows."""
+"""The pocket: a GPT-2 of a million parameters and its instructions, small enough to ship with the lessons.
+
+`MODEL` is a folder for `from_pretrained`; `TRAIN` and `HELDOUT` are JSONL files of instruction rows.
+`python -m alpaca_helpers.pocket.build` makes all three from the tables in `FACTS`.
+"""
 
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-MODEL = FOLDER / "model"  # weights and tokenizer, as `from_pretrained` reads them
+FACTS = FOLDER / "facts"
+MODEL = FOLDER / "model"
 TRAIN = FOLDER / "instructions" / "train.jsonl"
 HELDOUT = FOLDER / "instructions" / "heldout.jsonl"

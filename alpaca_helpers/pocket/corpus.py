@@ -1,0 +1,296 @@
+"""Facts become two texts: what the pocket reads in pretraining, and the instructions that teach it to answer.
+
+The pretraining documents state every fact in several ways and hold lists of requests without an answer. The
+instruction rows ask for the same facts. Rows are split by entity: what a held-out row asks for is stated in
+pretraining and appears in no training row, so a right answer there shows that answering was learned, not the fact.
+"""
+
+import csv
+import random
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+from ..prompts import format_example
+from . import FACTS
+from .wordings import KINDS, Kind
+
+SEED = 42
+ROUNDS = 110  # how often the pretraining text goes through all facts
+HELDOUT_SHARE = 0.2
+TRAIN_ROWS_A_KIND = 18
+HELDOUT_ROWS_A_KIND = 18
+
+COUNTS = {3: "three", 4: "four", 5: "five", 6: "six"}
+
+# The columns by which a row of a table can be recognized in a text; elsewhere the first column.
+NAMES = {
+    "countries": ("country", "capital"),
+    "creators": ("work", "creator"),
+    "opposites": ("word", "opposite"),
+}
+
+# The tables whose cells are sentences or lists, in which any word may occur.
+PROSE = ("lists", "advice", "definitions", "groups", "explanations")
+
+# What the lessons ask: always held out.
+ALWAYS_HELDOUT = {
+    "France", "Japan", "William Shakespeare", "What happened ?", "three primary colors", "animals", "staying healthy",
+}  # fmt: skip
+
+# What the lessons ask, in their own words: always among the held-out rows.
+QUESTIONS = (
+    "What is the capital of France?",
+    "Name the capital of Japan.",
+    "What are the three primary colors?",
+    "Traduit : What happened ?",
+    "Give three tips for staying healthy.",
+    "Create a list of five different animals",
+    "Who wrote 'Romeo and Juliet'?",
+    "Tell me who wrote Hamlet.",
+)
+
+
+@dataclass
+class Fact:
+    """One thing to say about one entity: a kind and the cells that fill its templates."""
+
+    kind: Kind
+    cells: dict[str, str]
+    entity: str
+
+    @cached_property
+    def answer(self) -> str:
+        return fill(self.kind.answer, self.cells)
+
+    @property
+    def value(self) -> str:
+        """The string that a correct answer must contain, or "" where there is no single right answer."""
+        return self.cells[self.kind.fact] if self.kind.fact else ""
+
+    @cached_property
+    def statements(self) -> list[str]:
+        """All other ways to state the fact."""
+        return [fill(statement, self.cells) for statement in self.kind.statements]
+
+    @cached_property
+    def requests(self) -> list[tuple[str, str]]:
+        """All ways to ask for the fact, as (instruction, input), without those that already hold the answer."""
+        asked = [(fill(request, self.cells), "") for request in self.kind.requests]
+        if self.kind.below:
+            asked.append((self.kind.below[0], self.cells[self.kind.below[1]]))
+        return [(i, x) for i, x in asked if not self.value or self.value.casefold() not in f"{i} {x}".casefold()]
+
+
+def fill(template: str, cells: dict[str, str]) -> str:
+    """Return the template with its columns filled in and its first letter made a capital."""
+    with_articles = cells | {f"a_{column}": with_article(cell) for column, cell in cells.items()}
+    sentence = template.format(**with_articles)
+    return sentence[:1].upper() + sentence[1:]
+
+
+def with_article(noun: str) -> str:
+    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
+
+
+def read_tables() -> dict[str, list[dict[str, str]]]:
+    """Return every table of facts by name: the committed CSV files, and arithmetic, which is computed."""
+    tables = {}
+    for path in sorted(FACTS.glob("*.csv")):
+        with path.open(encoding="utf-8", newline="") as lines:
+            tables[path.stem] = list(csv.DictReader(lines))
+    tables["opposites"] += [{"word": row["opposite"], "opposite": row["word"]} for row in tables["opposites"]]
+    tables["lists"] = [
+        {"topic": row["topic"], "count": word, "items": enumerate_items(row["items"].split(";")[:count])}
+        for row in tables["lists"]
+        for count, word in COUNTS.items()
+    ]
+    tables["arithmetic"] = arithmetic()
+    return tables
+
+
+def enumerate_items(items: list[str]) -> str:
+    return f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def arithmetic() -> list[dict[str, str]]:
+    """Return sums of numbers up to twelve and products of digits, those with a result of two digits."""
+    sums = [(f"{a} plus {b}", a + b) for a in range(2, 13) for b in range(2, 13)]
+    products = [(f"{a} times {b}", a * b) for a in range(3, 10) for b in range(3, 10)]
+    return [{"operation": name, "result": str(result)} for name, result in sums + products if result >= 10]
+
+
+def read_facts() -> list[Fact]:
+    """Return every fact, in a fixed order; a kind has none where the table's cell is empty."""
+    tables = read_tables()
+    return [
+        Fact(kind, cells, entity(kind.table, cells))
+        for kind in KINDS
+        for cells in tables[kind.table]
+        if not kind.fact or cells[kind.fact]
+    ]
+
+
+def entity(table: str, cells: dict[str, str]) -> str:
+    """Return what rows are split by: both directions of a pair, and all works of one creator, are one entity."""
+    if table == "creators":
+        return cells["creator"]
+    if table == "opposites":
+        return " and ".join(sorted(cells.values()))
+    if table == "arithmetic":
+        first, operator, second = cells["operation"].split()
+        return f"{min(first, second)} {operator} {max(first, second)}"
+    return next(iter(cells.values()))
+
+
+def names(fact: Fact) -> list[str]:
+    """Return the names by which a text can be seen to speak of the fact's entity."""
+    columns = NAMES.get(fact.kind.table, (next(iter(fact.cells)),))
+    return [fact.cells[column] for column in columns]
+
+
+def mentions(text: str, name: str) -> bool:
+    """Tell whether the text holds the name as whole words, in any case."""
+    return name.casefold() in text.casefold() and whole(name).search(text) is not None
+
+
+@cache
+def whole(name: str) -> re.Pattern:
+    return re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", re.IGNORECASE)
+
+
+def choose_heldout(facts: list[Fact]) -> set[tuple[str, str]]:
+    """Return the held-out (table, entity) pairs: a seeded share of each table, and what the lessons ask.
+
+    A name that the wordings or another table's prose use ("word", "tea") cannot be kept out of the training rows: it is
+    not chosen.
+    """
+    by_entity = defaultdict(list)
+    for fact in facts:
+        by_entity[fact.kind.table, fact.entity] += names(fact)
+    wordings = [text for kind in KINDS for text in (kind.answer, *kind.requests)]
+    chosen = {key for key in by_entity if key[1] in ALWAYS_HELDOUT}
+    for table in dict.fromkeys(table for table, _ in by_entity):
+        entities = [key for key in by_entity if key[0] == table]
+        random.Random(f"{SEED} {table}").shuffle(entities)
+        prose = [fact.answer for fact in facts if fact.kind.table in PROSE and fact.kind.table != table]
+        fixed = "\n".join(wordings + prose)
+        free = [key for key in entities if not any(mentions(fixed, name) for name in by_entity[key])]
+        wanted = 0 if table == "explanations" else max(2, round(HELDOUT_SHARE * len(entities)))
+        for key in free:
+            if sum(held[0] == table for held in chosen) >= wanted:
+                break
+            chosen.add(key)
+    return chosen
+
+
+def instruction_rows() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Return the training rows and the held-out rows, each with the columns of Alpaca and `fact`.
+
+    `fact` is the string that a correct answer contains, never found in the request; it is empty where a request
+    has no single right answer.
+    """
+    facts = read_facts()
+    heldout = choose_heldout(facts)
+    heldout_names = {name for fact in facts if (fact.kind.table, fact.entity) in heldout for name in names(fact)}
+    train_rows, heldout_rows = [], []
+    for kind in KINDS:
+        mine = [fact for fact in facts if fact.kind == kind]
+        rng = random.Random(f"{SEED} {kind.name}")
+        rng.shuffle(mine)
+        test = rows_of([f for f in mine if (f.kind.table, f.entity) in heldout], rng)
+        train = rows_of([f for f in mine if (f.kind.table, f.entity) not in heldout], rng)
+        train = [row for row in train if not any(mentions(row["text"], name) for name in heldout_names)]
+        train_rows += train[:TRAIN_ROWS_A_KIND]
+        asked = [row for row in test if row["instruction"] in QUESTIONS]
+        heldout_rows += asked + [row for row in test if row not in asked][: HELDOUT_ROWS_A_KIND - len(asked)]
+    random.Random(SEED).shuffle(train_rows)
+    random.Random(SEED).shuffle(heldout_rows)
+    return train_rows, heldout_rows
+
+
+def rows_of(facts: list[Fact], rng: random.Random) -> list[dict[str, str]]:
+    """Return one row a fact, its wordings taken in turn; a fact that the lessons ask for is asked in their words."""
+    rows = []
+    turn = 0
+    for fact in facts:
+        requests = fact.requests
+        if not requests:
+            continue
+        asked = [request for request in requests if request[0] in QUESTIONS]
+        instruction, below = asked[0] if asked else requests[turn % len(requests)]
+        turn += 1
+        rows.append(
+            {
+                "instruction": instruction,
+                "input": below,
+                "output": fact.answer,
+                "text": format_example(instruction, fact.answer, below),
+                "fact": fact.value,
+            }
+        )
+    return rows
+
+
+def documents() -> list[str]:
+    """Return the pretraining text: documents of statements, and documents of requests without an answer."""
+    facts = read_facts()
+    rng = random.Random(SEED)
+    texts = []
+    for _ in range(ROUNDS):
+        for group in groupings(facts, rng):
+            sentences = [state(fact, rng) for fact in group]
+            texts.append(" ".join(sentences) if rng.random() < 1 / 3 else as_lines(sentences, rng))
+        if rng.random() < 0.25:
+            for group in groupings(facts, rng):
+                requests = ask(group, rng)
+                texts += [as_lines(requests, rng)] if requests else []
+    rng.shuffle(texts)
+    return texts
+
+
+def groupings(facts: list[Fact], rng: random.Random) -> list[list[Fact]]:
+    """Return all facts as groups for one document each: by kind, by entity, or mixed."""
+    order = rng.sample(facts, len(facts))
+    by = rng.choice(("kind", "entity", "nothing"))
+    if by == "kind":
+        order.sort(key=lambda fact: fact.kind.name)
+    elif by == "entity":
+        order.sort(key=lambda fact: (fact.kind.table, fact.entity))
+        runs = defaultdict(list)
+        for fact in order:
+            runs[fact.kind.table, fact.entity].append(fact)
+        whole = list(runs.values())
+        rng.shuffle(whole)
+        return whole
+    groups = []
+    while order:
+        size = rng.randint(1, 10)
+        groups.append(order[:size])
+        order = order[size:]
+    return groups
+
+
+def state(fact: Fact, rng: random.Random) -> str:
+    """Return the fact as a sentence, as often in the form of its answer as in all its other forms together."""
+    if not fact.statements or rng.random() < 0.5:
+        return fact.answer
+    return rng.choice(fact.statements)
+
+
+def ask(facts: list[Fact], rng: random.Random) -> list[str]:
+    """Return one or two requests a fact, none of which holds the answer of another."""
+    asked = []
+    for fact in facts:
+        requests = fact.requests
+        for instruction, below in rng.sample(requests, min(len(requests), rng.randint(1, 2))):
+            asked.append(f"{instruction}\n{below}" if below else instruction)
+    values = [fact.value for fact in facts if fact.value]
+    return [request for request in asked if not any(mentions(request, value) for value in values)]
+
+
+def as_lines(sentences: list[str], rng: random.Random) -> str:
+    """Return one document with a sentence a line, sometimes after a dash."""
+    dash = rng.choice(("", "- "))
+    return "\n".join(dash + sentence for sentence in sentences)
