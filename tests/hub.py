@@ -307,10 +307,11 @@ def main() -> None:
     shape = {"layers": o.layers, "width": o.width, "heads": o.heads}
     with stand_in(o.folder, o.data, o.rows, o.port, **shape) as hub:
         print(f"HF_ENDPOINT={hub.url}", flush=True)
-        try:
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            print(*hub.log, sep="\n")
+        shown = 0
+        while True:
+            time.sleep(0.2)
+            for shown, line in enumerate(hub.log[shown:], shown + 1):
+                print(line, flush=True)
 
 
 if __name__ == "__main__":
