@@ -92,9 +92,7 @@ def test_no_escape_sequence_of_a_message_or_an_answer_reaches_the_terminal(capsy
 
     talk = conversation.Conversation(tiny_model, pocket_tokenizer)
     exchange = talk.add("\x1b[2J")
-    evil = conversation.Reply(
-        "base", "\x1b]0;owned\x07 \x9b31m red\r over \u202e rtl \ud800".encode("utf-8", "replace").decode()
-    )
+    evil = conversation.Reply("base", "\x1b]0;owned\x07 \x9b31m red\r over \u202e rtl")
     talk.answer = lambda given: iter([setattr(given, "replies", (evil, evil))])
     chat.print_answer(talk, exchange)
     assert not set(capsys.readouterr().out) & set("\x1b\x07\x9b\r\u202e")

@@ -1,0 +1,232 @@
+"""Notebook 04's chat box in a real JupyterLab and a real Chromium: pytest tests/test_browser.py
+
+What it looked like is left in build/browser/*.png.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+from papermill.parameterize import parameterize_notebook
+
+from alpaca_helpers import PROJECT
+
+FOLDER = PROJECT / "build" / "browser"
+CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+HOSTILE = '<img src=x onerror="window.harmed = 1"> <script>window.harmed = 1</script> $x^2$ ![x](/x.png) שלום 👋'
+SETTINGS = {  # of JupyterLab, so that nothing stands before the notebook
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+    "apputils-extension/themes": {"theme": "JupyterLab Light"},
+}
+# What a user sees of each side's last answer, noted at every change of the page
+WATCH = """() => { window.seen = []; new MutationObserver(() => {
+  const texts = side => [...document.querySelectorAll('.jupyter-widgets .' + side + ' .bubble')].map(e => e.textContent)
+  const note = [texts('base').pop() ?? '', texts('tuned').pop() ?? '']
+  window.seen.push(note.map(text => text.length))
+}).observe(document.body, {childList: true, subtree: true, characterData: true}) }"""
+
+
+def need(there: bool, what: str) -> None:
+    """Skip without what a browser test needs, except where CI has to have it."""
+    if not there:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(what)
+
+
+@pytest.fixture(scope="module")
+def notebook() -> str:
+    """The path, from `FOLDER`, of a copy of notebook 04 beside a run that notebooks 02 and 03 have just made."""
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir(parents=True)
+    run = {"profile": "pocket", "run": str(FOLDER / "run")}
+    more = {"02_dataset_and_tokenizer": {"max_train_rows": 200}, "03_lora_finetuning": {"num_train_epochs": 3}}
+    for name, parameters in more.items():
+        source = PROJECT / "notebooks" / f"{name}.ipynb"
+        papermill.execute_notebook(
+            source, FOLDER / source.name, run | parameters, kernel_name="python3", progress_bar=False
+        )
+    source = nbformat.read(PROJECT / "notebooks" / "04_comparison_and_chat.ipynb", as_version=4)
+    copy = FOLDER / "04_comparison_and_chat.ipynb"
+    nbformat.write(parameterize_notebook(source, run | {"max_heldout_rows": 8}), copy)
+    return copy.name
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """The address of a JupyterLab of its own on loopback, with the settings and the data folders of nobody."""
+    home = tmp_path_factory.mktemp("lab")
+    for name, value in SETTINGS.items():
+        path = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(value))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    folders = {f"JUPYTER_{kind}_DIR": str(home / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
+    folders |= {f"JUPYTERLAB_{kind}_DIR": str(home / kind.lower()) for kind in ("SETTINGS", "WORKSPACES")}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"]
+    command += ["--IdentityProvider.token=", f"--ServerApp.root_dir={FOLDER}"]
+    with (home / "log").open("w") as log:
+        server = subprocess.Popen(command, env=os.environ | folders, stdout=log, stderr=log)
+    try:
+        for _ in range(240):
+            assert server.poll() is None, (home / "log").read_text()
+            try:
+                urllib.request.urlopen(f"{address}/api", timeout=5)
+                break
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.25)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+@pytest.fixture
+def page(tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api") if os.environ.get("CI") != "true" else None
+    if playwright is None:
+        import playwright.sync_api as playwright
+    need(Path(CHROMIUM).exists(), f"no Chromium at {CHROMIUM}: apt-get install chromium chromium-driver")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch_persistent_context(
+            tmp_path / "profile",
+            executable_path=CHROMIUM,
+            headless=True,
+            args=FLAGS,
+            viewport={"width": 1100, "height": 900},
+        )
+        browser.set_default_timeout(60_000)
+        yield browser.pages[0]
+        browser.close()
+
+
+def test_a_conversation_in_notebook_04(page, notebook, lab):
+    box = page.locator(".alpaca-box")
+    field = box.get_by_placeholder("Type an instruction")
+    notes = box.locator(".reply small")
+
+    def shot(name):
+        box.scroll_into_view_if_needed()
+        page.screenshot(path=FOLDER / f"{name}.png")
+
+    def button(name):
+        return box.get_by_role("button", name=name, exact=True)
+
+    def answered(number):
+        """Wait for the number of exchanges, all of them ended."""
+        page.wait_for_function(
+            """number => { const notes = [...document.querySelectorAll('.alpaca-box .replies')]
+            return notes.length === number && !document.querySelector('.alpaca-box .going') }""",
+            arg=number,
+        )
+
+    def set_length(tokens):
+        button("Settings").click()
+        readout = box.locator(".widget-inline-hbox:has-text('length') .widget-readout")
+        readout.fill(str(tokens))
+        readout.press("Enter")
+        button("Settings").click()
+
+    # it opens, runs, and shows the scripted conversation
+    page.goto(f"{lab}/doc/tree/{notebook}")
+    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
+    page.locator(".jp-NotebookPanel-toolbar .jp-KernelName >> text=Python 3").wait_for()
+    page.locator(".jp-Notebook .jp-CodeCell .jp-InputArea-prompt").first.click()
+    page.keyboard.press("Control+a")
+    page.keyboard.press("Control+Enter")
+    field.wait_for(timeout=300_000)
+    scripted = box.locator(".replies").count()
+    shot("light")
+
+    # both answers stream after Enter
+    page.evaluate(WATCH)
+    field.fill("Tell me a long story about the capital of France and its river.")
+    field.press("Enter")
+    answered(scripted + 1)
+    for side in (0, 1):
+        lengths = [note[side] for note in page.evaluate("window.seen")]
+        assert len(set(lengths)) > 2, f"{('base', 'tuned')[side]} did not stream: {lengths}"
+    assert field.input_value() == ""
+    assert all("tokens/s" in note for note in notes.all_inner_texts()[-2:])
+
+    # stop ends the answer
+    button("Compare with base").click()  # the pressed button comes up: tuned only
+    button("Compare with base").click()
+    set_length(200)
+    field.fill("What is the weather like?")
+    field.press("Enter")
+    box.locator(".going").first.wait_for()
+    page.wait_for_function("document.querySelectorAll('.alpaca-box .going .bubble, .alpaca-box .going').length > 0")
+    button("Stop").click()
+    shot("midstream")
+    answered(scripted + 2)
+    assert any("stopped" in note for note in notes.all_inner_texts()[-2:])
+
+    # markup of a user stays text, in the box and in the page's static copy
+    set_length(20)
+    field.fill(HOSTILE)
+    field.press("Enter")
+    answered(scripted + 3)
+    assert box.locator(".you .bubble").last.inner_text() == HOSTILE
+    page.wait_for_timeout(500)
+    assert page.evaluate("window.harmed") is None
+    assert box.locator("img, script, a, .MathJax, mjx-container").count() == 0
+
+    # what a keyboard cannot type: half an emoji, as a script of the page would send it
+    field.evaluate("field => { field.value = 'half \\ud83d'; field.dispatchEvent(new Event('change')) }")
+    button("Send").click()
+    answered(scripted + 4)
+    assert "half" in box.locator(".you .bubble").last.inner_text()
+
+    # a refusal in sight, then narrow and dark
+    field.press("Enter")
+    box.get_by_text("The message is blank").wait_for()
+    shot("refused")
+    page.set_viewport_size({"width": 460, "height": 900})
+    page.wait_for_timeout(500)
+    shot("narrow")
+    assert box.evaluate("box => box.scrollWidth <= box.clientWidth + 1")
+    page.set_viewport_size({"width": 1100, "height": 900})
+    page.get_by_role("menuitem", name="Settings").click()
+    page.get_by_role("menuitem", name="Theme", exact=True).hover()
+    page.get_by_role("menuitem", name="JupyterLab Dark", exact=True).click()
+    page.wait_for_selector("body[data-jp-theme-light=false]")
+    shot("dark")
+
+    # clear, one more, exit
+    button("Clear").click()
+    answered(0)
+    field.fill("What is the capital of Italy?")
+    field.press("Enter")
+    answered(1)
+    field.fill("exit")
+    field.press("Enter")
+    box.get_by_text("The chat is closed").wait_for()
+    assert not field.is_visible()
+    shot("closed")
+
+    # the saved notebook has what was said, as text
+    page.keyboard.press("Control+s")
+    saved = FOLDER / notebook
+    for _ in range(100):
+        if "What is the capital of Italy?" in saved.read_text(encoding="utf-8"):
+            break
+        time.sleep(0.2)
+    outputs = nbformat.read(saved, as_version=4).cells[-2].outputs
+    kept = "".join(output.data.get("text/html", "") for output in outputs if "data" in output)
+    assert "What is the capital of Italy?" in kept
