@@ -267,14 +267,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m alpaca_helpers.training",
         description="Train the adapter of a run whose data notebook 02 has prepared, as notebook 03 does.",
-        epilog="On several devices: torchrun --nproc-per-node N -m alpaca_helpers.training --run runs/NAME",
+        epilog="On several devices: torchrun --nproc-per-node N -m alpaca_helpers.training runs/NAME",
     )
-    parser.add_argument("--run", required=True, help="name of the run, or a path to its folder")
+    parser.add_argument("folder", metavar="RUN", nargs="?", help="name of the run, or a path to its folder")
+    parser.add_argument("--run", help="the same; torchrun under Python 3.11 takes it for its own --run-path")
     parser.add_argument("--no-resume", action="store_true", help="forget the run's checkpoints and start over")
     parser.add_argument("--micro-batch-size", type=int, help="rows in memory at once, a device (as prepared)")
     options = parser.parse_args()
+    if not (run := options.folder or options.run):
+        parser.error("which RUN? Give its name, or a path to its folder")
     try:
-        folder = run_folder(options.run)
+        folder = run_folder(run)
         artifact(folder, "data")
         made_by = read_manifest(folder)["data"]
         settings = Profile(**{field.name: made_by[field.name] for field in fields(Profile)})

@@ -59,7 +59,7 @@ def test_two_processes_train_as_one_and_resume_after_one_is_killed(run, tmp_path
     assert killed.returncode != 0 and "SIGKILL" in killed.stderr
     assert not (folder / "adapter").exists()
     assert checkpoints.last_complete_checkpoint(folder).name == "checkpoint-9"
-    again = torchrun("-m", "alpaca_helpers.training", "--run", str(folder))
+    again = torchrun("-m", "alpaca_helpers.training", str(folder))
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("Going on after step 9 of 24.") == 1
     same_training(folder, run)
