@@ -35,7 +35,8 @@ def lora_config(
 def save_adapter(model: PeftModel, tokenizer, folder: Path) -> None:
     """Write adapter and tokenizer to `folder`: all of it, or nothing and the earlier one stays."""
     weights = 4 * sum(value.numel() for value in model.parameters() if value.requires_grad)
-    model.active_peft_config.base_model_name_or_path = portable(model.active_peft_config.base_model_name_or_path)
+    config = model.active_peft_config
+    config.base_model_name_or_path = portable(config.base_model_name_or_path or "")
     with room_on_disk(folder, needed=weights + TOKENIZER_BYTES), whole_folder(folder) as part:
         model.save_pretrained(part, save_embedding_layers=False)  # "auto" may ask the Hub for the base's config
         tokenizer.save_pretrained(part)

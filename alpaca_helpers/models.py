@@ -19,6 +19,16 @@ def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def base_dtype() -> torch.dtype:
+    """Return what to hold the frozen base in: bfloat16 where the device multiplies it in hardware, else float32."""
+    if torch.cuda.is_available():
+        native = torch.cuda.get_device_capability() >= (8, 0)  # is_bf16_supported() counts emulation too
+    else:
+        units = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        native = any(getattr(torch.cpu, unit, bool)() for unit in units)
+    return torch.bfloat16 if native else torch.float32
+
+
 def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Return the tokenizer of `model`, padding with its end-of-text token as the document does.
 

@@ -1,21 +1,14 @@
-"""Fine-tuning: batches, loss, arguments, checkpoints; `python -m alpaca_helpers.training --help` for several devices.
+"""Fine-tuning: arguments, batches, loss; `python -m alpaca_helpers.training --help` for several devices.
 
 Notebook 03 does the same, cell by cell, with the same functions.
 """
 
 import argparse
-import hashlib
-import json
 import math
-import platform
-import shutil
-import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, fields, replace
-from importlib.metadata import version
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -29,26 +22,16 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.activations import NewGELUActivation
 
-from . import PROJECT, AlpacaError
+from . import AlpacaError
+from .checkpoints import CompleteCheckpoints, is_main_process, processes, resume_point
 from .data import IGNORED
 from .lora import lora_config, save_adapter
-from .models import load_base, load_tokenizer
+from .models import base_dtype, load_base, load_tokenizer
 from .profiles import Profile
-from .runs import artifact, read_manifest, record, room_on_disk, run_folder, write_json
+from .runs import artifact, read_manifest, record, room_on_disk, run_folder
 from .sharing import write_card
 
-COMPLETE = "complete.json"  # written last into a checkpoint: the SHA-256 of each of its files
 INPUTS = {"input_ids", "attention_mask", "labels"}  # the columns that a batch is made of
-
-
-def base_dtype() -> torch.dtype:
-    """Return what to hold the frozen base in: bfloat16 where the device multiplies it in hardware, else float32."""
-    if torch.cuda.is_available():
-        native = torch.cuda.get_device_capability() >= (8, 0)  # is_bf16_supported() counts emulation too
-    else:
-        units = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        native = any(getattr(torch.cpu, unit, bool)() for unit in units)
-    return torch.bfloat16 if native else torch.float32
 
 
 def training_arguments(settings: Profile, folder: Path) -> TrainingArguments:
@@ -82,7 +65,7 @@ def split_batch(settings: Profile) -> tuple[int, int]:
 
     Raises AlpacaError if the devices cannot share the batch evenly.
     """
-    devices = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    devices = processes()
     if settings.batch_size % devices:
         raise AlpacaError(
             f"A batch of {settings.batch_size} rows cannot be shared by {devices} processes: choose a `batch_size` "
@@ -139,11 +122,11 @@ class LengthGroups(Sampler[int]):
 class AnswerTrainer(Trainer):
     """transformers' Trainer with three things of its own: the order of rows, the loss, checkpoints that are whole."""
 
-    def __init__(self, *arguments, **named):
-        super().__init__(*arguments, **named)
+    def __init__(self, args: TrainingArguments, **named):
+        args._n_gpu = min(args.n_gpu, 1)  # one process uses one GPU; torchrun starts one for each
+        super().__init__(args=args, **named)
         self.add_callback(CompleteCheckpoints())
         self.add_callback(ProgressLines())
-        args = self.args
         self.batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         steps = args.num_train_epochs * math.ceil(len(self.train_dataset) / self.batch_size)
         for name in ("logging_steps", "eval_steps", "save_steps"):  # a share of the training, in steps
@@ -213,17 +196,6 @@ class AnswerTrainer(Trainer):
             self.model.save_pretrained(output_dir, save_embedding_layers=False)
 
 
-class CompleteCheckpoints(TrainerCallback):
-    """Marks each checkpoint as complete, once all processes have written their files."""
-
-    def on_save(self, args, state, control, **named) -> None:
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero:
-            write_json(folder / COMPLETE, {path.name: _sha256(path) for path in _files(folder)})
-
-
 class ProgressLines(TrainerCallback):
     """Prints a plain line at each logging step, for terminals and the logs of batch runs."""
 
@@ -267,107 +239,6 @@ def make_trainer(model, tokenizer, data, settings: Profile, recipe: str, folder:
     )
 
 
-def last_complete_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint of the run that is whole, or None; warn of each newer one that is not."""
-    for checkpoint in sorted((folder / "checkpoints").glob("checkpoint-*"), key=_step, reverse=True):
-        if not (fault := checkpoint_fault(checkpoint)):
-            return checkpoint
-        warnings.warn(f"{checkpoint.name} is not used: {fault}.", stacklevel=2)
-    return None
-
-
-def checkpoint_fault(checkpoint: Path) -> str:
-    """Return what is wrong with a checkpoint ("" if nothing): it was cut while being written, or changed since."""
-    try:
-        saved = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "its writing was cut"
-    for name, digest in saved.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if _sha256(path) != digest:
-            return f"{name} is damaged"
-    return ""
-
-
-def resume_point(folder: Path, settings: Profile, recipe: str, resume: bool = True) -> Path | None:
-    """Record what makes this training, and return the checkpoint to go on from; None: from the beginning.
-
-    Other versions, another machine, `micro_batch_size` or number of processes change rounding and the draws of
-    dropout alone, so a training may go on under them.
-
-    Args:
-        resume: False forgets the run's checkpoints.
-
-    Raises AlpacaError that shows the differences if the checkpoints were made by settings that give another result.
-    """
-    if is_main_process():
-        made_by = training_record(folder, settings, recipe)
-        if not resume:
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        if any((folder / "checkpoints").glob("checkpoint-*")):
-            before = read_manifest(folder).get("training", {})
-            refuse_changes(before, made_by)
-            made_by["earlier"] = made_elsewhere(before, made_by)
-        record(folder, "training", made_by)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    checkpoint = last_complete_checkpoint(folder)
-    if checkpoint and is_main_process():
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        done, steps = state["global_step"], state["max_steps"]
-        finished = f"This training is finished, all {steps} steps of it: `resume = False` would start it over."
-        print(finished if done == steps else f"Going on after step {done} of {steps}.")
-    return checkpoint
-
-
-def made_elsewhere(before: dict, now: dict) -> list[dict]:
-    """Return on what the parts of a training were made before it came here, if that was elsewhere."""
-    place = {name: before.get(name) for name in ("versions", "hardware", "commit", "processes")}
-    return before.get("earlier", []) + [place] * any(now[name] != value for name, value in place.items())
-
-
-def refuse_changes(before: dict, now: dict) -> None:
-    """Raise AlpacaError that shows what differs, among what changes the result, between two training records."""
-    free = {"name", "dataset", "heldout", "micro_batch_size", "processes", "versions", "hardware", "commit"}
-    changes = [
-        f"{key} {before.get(key)} -> {now[key]}" for key in now if key not in free and before.get(key) != now[key]
-    ]
-    if changes:
-        raise AlpacaError(
-            f"This run's checkpoints were made with other settings ({'; '.join(changes)}): go back to those, take "
-            "another `run`, or set `resume = False` to start over."
-        )
-
-
-def training_record(folder: Path, settings: Profile, recipe: str) -> dict:
-    """Return what makes a training, for the manifest: settings, recipe, data, versions, hardware, commit."""
-    libraries = ("torch", "transformers", "peft", "datasets", "accelerate")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    git = ["git", "-C", str(PROJECT), "describe", "--always", "--abbrev=40", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
-    except OSError:
-        commit = None
-    made_by = {
-        **asdict(settings),
-        "recipe": recipe,
-        "fingerprint": read_manifest(folder)["data"]["fingerprint"],
-        "dtype": str(base_dtype()).removeprefix("torch."),
-        "processes": torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
-        "hardware": f"{device}, {torch.get_num_threads()} threads",
-        "commit": commit,
-    }
-    return json.loads(json.dumps(made_by))  # as it will be read back
-
-
-def is_main_process() -> bool:
-    """Return whether this process is the one that writes and prints."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-
-
 def record_result(trainer: Trainer, folder: Path) -> None:
     """Add to the run's manifest what the training came to, and write the adapter's model card."""
     history = trainer.state.log_history
@@ -392,37 +263,25 @@ def finetune(folder: Path, settings: Profile, recipe: str, resume: bool = True) 
         record_result(trainer, folder)
 
 
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def _files(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.iterdir()) if path.name != COMPLETE]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m alpaca_helpers.training",
         description="Train the adapter of a run whose data notebook 02 has prepared, as notebook 03 does.",
-        epilog="On several devices: torchrun --nproc-per-node N -m alpaca_helpers.training --run runs/NAME",
+        epilog="On several devices: torchrun --nproc-per-node N -m alpaca_helpers.training runs/NAME",
     )
-    parser.add_argument("--run", required=True, help="name of the run, or a path to its folder")
+    parser.add_argument("folder", metavar="RUN", nargs="?", help="name of the run, or a path to its folder")
+    parser.add_argument("--run", help="the same; torchrun under Python 3.11 takes it for its own --run-path")
     parser.add_argument("--no-resume", action="store_true", help="forget the run's checkpoints and start over")
-    parser.add_argument(
-        "-p", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="a setting, as notebook 03's"
-    )
+    parser.add_argument("--micro-batch-size", type=int, help="rows in memory at once, a device (as prepared)")
     options = parser.parse_args()
+    if not (run := options.folder or options.run):
+        parser.error("which RUN? Give its name, or a path to its folder")
     try:
-        folder = run_folder(options.run)
+        folder = run_folder(run)
         artifact(folder, "data")
         made_by = read_manifest(folder)["data"]
         settings = Profile(**{field.name: made_by[field.name] for field in fields(Profile)})
-        settings = replace(settings, **{key: type(getattr(settings, key))(value) for key, value in options.p})
+        settings = replace(settings, micro_batch_size=options.micro_batch_size or settings.micro_batch_size)
         finetune(folder, settings, made_by["recipe"], resume=not options.no_resume)
     except AlpacaError as error:
         sys.exit(f"{error}")

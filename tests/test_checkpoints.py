@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import prepare_run
 
-from alpaca_helpers import PROJECT, AlpacaError, training
+from alpaca_helpers import PROJECT, AlpacaError, checkpoints, training
 from alpaca_helpers.lora import WEIGHTS, save_adapter
 from alpaca_helpers.runs import room_on_disk
 
@@ -30,7 +30,7 @@ def copy_run(run: Path, to: Path) -> Path:
 
 def history(folder: Path) -> list[dict]:
     """The losses by step, from the newest checkpoint, without timings."""
-    state = json.loads((training.last_complete_checkpoint(folder) / "trainer_state.json").read_text())
+    state = json.loads((checkpoints.last_complete_checkpoint(folder) / "trainer_state.json").read_text())
     kept = ("step", "loss", "grad_norm", "learning_rate", "eval_loss")
     return [{name: entry[name] for name in kept if name in entry} for entry in state["log_history"]]
 
@@ -60,10 +60,10 @@ def test_a_killed_training_resumes_to_the_same_losses_and_adapter_bit_for_bit(st
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (folder / "adapter").exists()
     if place == "step":
-        found = training.last_complete_checkpoint(folder)
+        found = checkpoints.last_complete_checkpoint(folder)
     else:
         with pytest.warns(UserWarning, match=f"checkpoint-{step} is not used: its writing was cut"):
-            found = training.last_complete_checkpoint(folder)
+            found = checkpoints.last_complete_checkpoint(folder)
     assert (int(found.name.split("-")[1]) if found else 0) == goes_on_from
     training.finetune(folder, settings, "answers")
     assert history(folder) == history(whole)
@@ -78,7 +78,7 @@ def test_a_killed_training_resumes_to_the_same_losses_and_adapter_bit_for_bit(st
 def test_a_broken_checkpoint_is_named_and_the_one_before_it_is_taken(name, fault, run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run[0] / "checkpoints", folder / "checkpoints")
-    assert training.last_complete_checkpoint(folder).name == "checkpoint-24"
+    assert checkpoints.last_complete_checkpoint(folder).name == "checkpoint-24"
     broken = folder / "checkpoints" / "checkpoint-24" / name
     if fault == "missing":
         broken.unlink()
@@ -87,11 +87,11 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_it_is_taken(name, fault
         content[len(content) // 2] ^= 1
         broken.write_bytes(content)
     with pytest.warns(UserWarning, match=f"checkpoint-24 is not used: {name} is {fault}"):
-        assert training.last_complete_checkpoint(folder).name == "checkpoint-21"
+        assert checkpoints.last_complete_checkpoint(folder).name == "checkpoint-21"
 
 
 def test_a_run_without_checkpoints_begins_at_the_beginning(tmp_path):
-    assert training.last_complete_checkpoint(tmp_path) is None
+    assert checkpoints.last_complete_checkpoint(tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -144,8 +144,8 @@ def test_no_pickle_of_a_checkpoint_is_executed(run, tmp_path):
 
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         torch.save({"state": Trap()}, checkpoint / name)
-    files = {path.name: training._sha256(path) for path in checkpoint.iterdir() if path.name != training.COMPLETE}
-    (checkpoint / training.COMPLETE).write_text(json.dumps(files))
+    files = {path.name: checkpoints._sha256(path) for path in checkpoint.iterdir() if path.name != checkpoints.COMPLETE}
+    (checkpoint / checkpoints.COMPLETE).write_text(json.dumps(files))
     with pytest.raises(Exception, match="(?i)weights.only"):
         training.finetune(folder, settings, "answers")
     assert not (tmp_path / "executed").exists()

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import prepare_run
 
-from alpaca_helpers import PROJECT, training
+from alpaca_helpers import PROJECT, checkpoints, training
 from alpaca_helpers.lora import WEIGHTS
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -31,7 +31,7 @@ def torchrun(*command: str) -> subprocess.CompletedProcess:
 
 
 def losses(folder: Path) -> list[float]:
-    state = json.loads((training.last_complete_checkpoint(folder) / "trainer_state.json").read_text())
+    state = json.loads((checkpoints.last_complete_checkpoint(folder) / "trainer_state.json").read_text())
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
 
 
@@ -58,8 +58,8 @@ def test_two_processes_train_as_one_and_resume_after_one_is_killed(run, tmp_path
     killed = torchrun(str(Path(__file__).with_name("train_and_die.py")), str(folder), "10", "step:1")
     assert killed.returncode != 0 and "SIGKILL" in killed.stderr
     assert not (folder / "adapter").exists()
-    assert training.last_complete_checkpoint(folder).name == "checkpoint-9"
-    again = torchrun("-m", "alpaca_helpers.training", "--run", str(folder))
+    assert checkpoints.last_complete_checkpoint(folder).name == "checkpoint-9"
+    again = torchrun("-m", "alpaca_helpers.training", str(folder))
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("Going on after step 9 of 24.") == 1
     same_training(folder, run)

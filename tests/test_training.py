@@ -10,7 +10,7 @@ from peft import get_peft_model
 from tiny_run import byte_tokenizer, prepare_run, random_rows, tiny_gpt2
 from transformers import DataCollatorForLanguageModeling, Trainer
 
-from alpaca_helpers import AlpacaError, sharing, training
+from alpaca_helpers import AlpacaError, models, sharing, training
 from alpaca_helpers.data import IGNORED, RECIPES, tokenize
 from alpaca_helpers.lora import load_adapter, lora_config
 from alpaca_helpers.profiles import choose_profile
@@ -134,7 +134,8 @@ def test_every_row_comes_once_an_epoch_in_batches_of_like_length_and_another_ord
 
 
 def test_the_last_batch_is_filled_up_even_by_fewer_rows_than_a_batch():
-    assert sorted(training.LengthGroups([5, 6, 7], 8, 0, lambda: 0)) == [0, 0, 0, 1, 1, 1, 2, 2]
+    rows = list(training.LengthGroups([5, 6, 7], 8, 0, lambda: 0))
+    assert sorted(rows.count(row) for row in range(3)) == [2, 3, 3]
 
 
 @pytest.mark.parametrize(
@@ -142,15 +143,13 @@ def test_the_last_batch_is_filled_up_even_by_fewer_rows_than_a_batch():
     [(16, 8, 1, (8, 2)), (16, 16, 2, (8, 1)), (16, 5, 1, (4, 4)), (6, 8, 1, (6, 1)), (12, 8, 2, (6, 1))],
 )
 def test_a_batch_is_split_evenly(batch_size, micro_batch_size, processes, wanted, monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: processes)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
     changed = replace(SETTINGS, batch_size=batch_size, micro_batch_size=micro_batch_size)
     assert training.split_batch(changed) == wanted
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(AlpacaError, match="16 rows cannot be shared by 3 processes"):
         training.split_batch(replace(SETTINGS, batch_size=16))
 
@@ -161,7 +160,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(monkeypatch):
 def test_a_gpu_holds_the_base_in_bfloat16_from_compute_capability_8(capability, wanted, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert training.base_dtype() == wanted
+    assert models.base_dtype() == wanted
 
 
 @pytest.mark.parametrize("units", [(), ("_is_avx512_bf16_supported",), ("_is_amx_tile_supported",)])
@@ -169,12 +168,12 @@ def test_a_cpu_holds_the_base_in_bfloat16_if_it_has_the_units(units, monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for unit in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, unit, lambda has=unit in units: has, raising=False)
-    assert training.base_dtype() == (torch.bfloat16 if units else torch.float32)
+    assert models.base_dtype() == (torch.bfloat16 if units else torch.float32)
 
 
 def test_over_a_bfloat16_base_the_trained_weights_are_float32_and_learn_as_well(tmp_path):
-    rows, final = tokens(random_rows(64)), {}
-    settings = replace(SETTINGS, num_train_epochs=8, learning_rate=1e-2)
+    rows, final = tokens(random_rows(32)), {}
+    settings = replace(SETTINGS, num_train_epochs=6, learning_rate=2e-2)
     for dtype in (torch.float32, torch.bfloat16):
         model = get_peft_model(tiny_gpt2().to(dtype), lora_config())
         trained = {value.dtype for value in model.parameters() if value.requires_grad}

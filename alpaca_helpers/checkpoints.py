@@ -1,0 +1,153 @@
+"""Checkpoints that are whole or not counted, and trainings that go on only as what they were."""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import warnings
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed
+from transformers import TrainerCallback
+
+from . import PROJECT, AlpacaError
+from .models import base_dtype
+from .profiles import Profile
+from .runs import read_manifest, record, write_json
+
+COMPLETE = "complete.json"  # written last into a checkpoint: the SHA-256 of each of its files
+
+
+class CompleteCheckpoints(TrainerCallback):
+    """Marks each checkpoint as complete, once all processes have written their files."""
+
+    def on_save(self, args, state, control, **named) -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero:
+            write_json(folder / COMPLETE, {path.name: _sha256(path) for path in _files(folder)})
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint of the run that is whole, or None; warn of each newer one that is not."""
+    for checkpoint in sorted((folder / "checkpoints").glob("checkpoint-*"), key=_step, reverse=True):
+        if not (fault := checkpoint_fault(checkpoint)):
+            return checkpoint
+        warnings.warn(f"{checkpoint.name} is not used: {fault}.", stacklevel=2)
+    return None
+
+
+def checkpoint_fault(checkpoint: Path) -> str:
+    """Return what is wrong with a checkpoint ("" if nothing): it was cut while being written, or changed since."""
+    try:
+        saved = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "its writing was cut"
+    for name, digest in saved.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _sha256(path) != digest:
+            return f"{name} is damaged"
+    return ""
+
+
+def resume_point(folder: Path, settings: Profile, recipe: str, resume: bool = True) -> Path | None:
+    """Record what makes this training, and return the checkpoint to go on from; None: from the beginning.
+
+    Other versions, another machine, `micro_batch_size` or number of processes change rounding and the draws of
+    dropout alone, so a training may go on under them.
+
+    Args:
+        resume: False forgets the run's checkpoints.
+
+    Raises AlpacaError that shows the differences if the checkpoints were made by settings that give another result.
+    """
+    if is_main_process():
+        made_by = training_record(folder, settings, recipe)
+        if not resume:
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        if any((folder / "checkpoints").glob("checkpoint-*")):
+            before = read_manifest(folder).get("training", {})
+            refuse_changes(before, made_by)
+            made_by["earlier"] = made_elsewhere(before, made_by)
+        record(folder, "training", made_by)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    checkpoint = last_complete_checkpoint(folder)
+    if checkpoint and is_main_process():
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        done, steps = state["global_step"], state["max_steps"]
+        finished = f"This training is finished, all {steps} steps of it: `resume = False` would start it over."
+        print(finished if done == steps else f"Going on after step {done} of {steps}.")
+    return checkpoint
+
+
+def made_elsewhere(before: dict, now: dict) -> list[dict]:
+    """Return on what the parts of a training were made before it came here, if that was elsewhere."""
+    place = {name: before.get(name) for name in ("versions", "hardware", "commit", "processes")}
+    return before.get("earlier", []) + [place] * any(now[name] != value for name, value in place.items())
+
+
+def refuse_changes(before: dict, now: dict) -> None:
+    """Raise AlpacaError that shows what differs, among what changes the result, between two training records."""
+    free = {"name", "dataset", "heldout", "micro_batch_size", "processes", "versions", "hardware", "commit"}
+    changes = [
+        f"{key} {before.get(key)} -> {now[key]}" for key in now if key not in free and before.get(key) != now[key]
+    ]
+    if changes:
+        raise AlpacaError(
+            f"This run's checkpoints were made with other settings ({'; '.join(changes)}): go back to those, take "
+            "another `run`, or set `resume = False` to start over."
+        )
+
+
+def training_record(folder: Path, settings: Profile, recipe: str) -> dict:
+    """Return what makes a training, for the manifest: settings, recipe, data, versions, hardware, commit."""
+    libraries = ("torch", "transformers", "peft", "datasets", "accelerate")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    git = ["git", "-C", str(PROJECT), "describe", "--always", "--abbrev=40", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except OSError:
+        commit = None
+    made_by = {
+        **asdict(settings),
+        "recipe": recipe,
+        "fingerprint": read_manifest(folder)["data"]["fingerprint"],
+        "dtype": str(base_dtype()).removeprefix("torch."),
+        "processes": processes(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
+        "hardware": f"{device}, {torch.get_num_threads()} threads",
+        "commit": commit,
+    }
+    return json.loads(json.dumps(made_by))  # as it will be read back
+
+
+def processes() -> int:
+    """Return how many processes train together, as torchrun told each of them before it began."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main_process() -> bool:
+    """Return whether this process is the one that writes and prints."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if path.name != COMPLETE]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
