@@ -6,6 +6,7 @@ Notebooks hand over to one another by these files alone.
 """
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ MADE_BY = {
     "adapter": "03_lora_finetuning",
     "metrics.json": "04_comparison_and_chat",
 }
+COMPLETE = "complete.json"  # in a checkpoint and an adapter: what its files were when it was whole
 
 
 def run_folder(run: str, make: bool = True) -> Path:
@@ -86,6 +88,32 @@ def room_on_disk(folder: Path, needed: int) -> Iterator[None]:
         if no_space or shutil.disk_usage(disk).free < needed / 4:
             raise full() from error
         raise
+
+
+def seal(folder: Path) -> None:
+    """Mark a folder as whole: write the SHA-256 of each of its files into it, last."""
+    files = [path for path in sorted(folder.iterdir()) if path.name != COMPLETE]
+    write_json(folder / COMPLETE, {path.name: _sha256(path) for path in files})
+
+
+def fault(folder: Path) -> str:
+    """Return what is wrong with a sealed folder ("" if nothing): it was cut while being written, or changed since."""
+    try:
+        saved = dict(json.loads((folder / COMPLETE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return "its writing was cut"
+    for name, digest in saved.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _sha256(path) != digest:
+            return f"{name} is damaged"
+    return ""
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, content: dict) -> None:
