@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-colab lab pocket refresh clean
+.PHONY: help setup run test test-colab lab pocket refresh recipes table bench clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,5 +45,15 @@ pocket: $(READY)  ## rebuild the shipped model from its facts
 refresh: $(READY)  ## execute the notebooks in place on the pocket and clean them
 	$(BIN)/python -m alpaca_helpers.series --refresh
 
+recipes: $(READY)  ## what each choice buys: a grid of recipes and LoRA ranks on the pocket, three seeds
+	$(BIN)/python -m benchmarks.recipes
+
+table: $(READY)  ## the same table of any finished runs: RUNS="a b c"
+	$(BIN)/python -m benchmarks.recipes $(RUNS)
+
+bench: $(READY)  ## measure training, evaluation and the chat against the usual ways
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -r benchmarks/requirements.txt
+	$(BIN)/python -m benchmarks.bench
+
 clean:  ## remove what can be made again, runs excepted
-	rm -rf build $(VENV) .pytest_cache .ruff_cache *.egg-info
+	rm -rf build .venv .venv-colab .pytest_cache .ruff_cache *.egg-info

@@ -310,8 +310,9 @@ def main() -> None:
         shown = 0
         while True:
             time.sleep(0.2)
-            for shown, line in enumerate(hub.log[shown:], shown + 1):
+            for line in hub.log[shown:]:
                 print(line, flush=True)
+                shown += 1
 
 
 if __name__ == "__main__":
