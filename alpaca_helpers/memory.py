@@ -10,9 +10,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 
-def step_memory(
-    model: PeftModel, rows: int, tokens: int, *, fp16: bool = False, learning: bool = True
-) -> dict[str, int]:
+def step_memory(model: PeftModel, rows: int, tokens: int, fp16: bool = False, learning: bool = True) -> dict[str, int]:
     """Return the bytes in use at the peak of one training step on `rows` rows of `tokens` tokens, by part.
 
     A copy of the model without any numbers in it (torch's meta device) goes forward and backward, and every tensor's
