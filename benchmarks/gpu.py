@@ -113,7 +113,7 @@ def series(run: Path, environment: dict, given: list[str], kill_when=None) -> tu
             part, begun = line.split("] ")[1].strip(), time.monotonic()
             memory.taken()
     if process.wait() and not killed.is_set():
-        sys.exit(f"The series failed: {''.join(printed[-3:]).strip()}")
+        sys.exit(f"The series failed: {''.join(printed).strip().splitlines()[-1]}")
     close()
     return parts, "".join(printed)
 
