@@ -28,7 +28,11 @@ def measure(repeats: int = 15) -> list[dict]:
     """
     tokenizer = load_tokenizer(str(pocket.MODEL))
     model = get_peft_model(load_base(str(pocket.MODEL)), lora_config()).eval()
-    model.register_forward_hook(lambda _, given, output: output.logits[..., tokenizer.eos_token_id].fill_(-torch.inf))
+
+    def go_on(_, given, output):
+        output.logits[..., tokenizer.eos_token_id] = -torch.inf
+
+    model.register_forward_hook(go_on)
     box = ChatBox(model, tokenizer)
     box.ask(QUESTION)  # warm up
     plain, one, both, first = [], [], [], []

@@ -17,6 +17,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from alpaca_helpers import PROJECT
@@ -58,7 +59,7 @@ def notebook() -> str:
         papermill.execute_notebook(
             source, FOLDER / source.name, run | parameters, kernel_name="python3", progress_bar=False
         )
-    source = nbformat.read(PROJECT / "notebooks" / "04_comparison_and_chat.ipynb", as_version=4)
+    source = load_notebook_node(str(PROJECT / "notebooks" / "04_comparison_and_chat.ipynb"))
     copy = FOLDER / "04_comparison_and_chat.ipynb"
     nbformat.write(parameterize_notebook(source, run | {"max_heldout_rows": 8}), copy)
     return copy.name

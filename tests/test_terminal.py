@@ -18,6 +18,7 @@ CHAT = ["-m", "alpaca_helpers.chat", "--run"]
 def run(tmp_path, tiny_model, pocket_tokenizer):
     """The folder of a finished run of the tiny model."""
     folder = tmp_path / "run"
+    tiny_model.active_peft_config.base_model_name_or_path = str(tmp_path / "model")
     save_adapter(tiny_model, pocket_tokenizer, folder / "adapter")
     tiny_model.unload().save_pretrained(tmp_path / "model")
     pocket_tokenizer.save_pretrained(tmp_path / "model")
