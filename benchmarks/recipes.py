@@ -20,6 +20,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import nbformat
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
 from tqdm import tqdm
 
 from alpaca_helpers import PROJECT, AlpacaError, plots
@@ -27,17 +29,23 @@ from alpaca_helpers.data import RECIPES
 from alpaca_helpers.evaluation import METRICS, Metric
 from alpaca_helpers.profiles import Profile
 from alpaca_helpers.runs import artifact, read_manifest, write_json
-from alpaca_helpers.series import NOTEBOOKS, run_series
+from alpaca_helpers.series import NOTEBOOKS, notebook_parameters, run_series
 
 SEEDS = (0, 1, 2)
 RANKS = (1, 2, 4, 8, 16, 32)
 AT_ONCE = 2  # runs, with a thread each
+SETTINGS = {
+    "profile": "pocket",
+    "num_train_epochs": 10,  # half of the profile's, and half of the rows: thirty runs in twenty minutes
+    "max_heldout_rows": 150,
+    "resume": False,  # a training that goes on would not tell its seconds
+}
 SHOWN = {
     "contains": METRICS["contains"],
     "exact_match": METRICS["exact_match"],
     "stop_rate": METRICS["stop_rate"],
     "mean_answer_tokens": METRICS["mean_answer_tokens"],
-    "seconds": Metric("notebook 03", "seconds", 0),
+    "seconds": Metric("training", "seconds", 0),
 }
 SAME = {"seed", "micro_batch_size", "name"}  # what runs of one line may differ in
 
@@ -80,14 +88,29 @@ def sweep(folder: Path, runs: dict[str, dict[str, object]]) -> list[Path]:
 
 
 def run_one(folder: Path, parameters: dict[str, object]) -> None:
-    """Execute notebooks 02 to 04 into the run's folder; what they print goes into a log beside it."""
-    fixed = {"profile": "pocket", "run": str(folder), "resume": False}  # a resumed training would not tell its seconds
+    """Execute notebooks 02 to 04 as one, into the run's folder; what they print goes into a log beside it."""
+    notebook = Path(f"{folder}.ipynb")
+    nbformat.write(joined(NOTEBOOKS[1:], SETTINGS | parameters | {"run": str(folder)}), notebook)
     with (
         open(f"{folder}.log", "w", encoding="utf-8") as log,
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
     ):
-        run_series(fixed | parameters, NOTEBOOKS[1:])
+        run_series({"run": str(folder)}, [notebook])
+
+
+def joined(notebooks: Sequence[Path], parameters: dict[str, object]) -> nbformat.NotebookNode:
+    """Return the notebooks as one, with the parameters filled in: imports take a kernel as long as a short training."""
+    cells = []
+    for path in notebooks:
+        chosen = {key: value for key, value in parameters.items() if key in notebook_parameters(path)}
+        node = parameterize_notebook(load_notebook_node(str(path)), chosen)
+        for number, cell in enumerate(node.cells):
+            tags = [tag for tag in cell.metadata.get("tags", []) if "parameters" not in tag]
+            cell.id, cell.metadata = f"{path.stem[:2]}-{number}", {"tags": tags}
+        cells += node.cells
+    node.cells = cells
+    return node
 
 
 def read_run(folder: Path) -> tuple[dict[str, object], dict[str, float | None]]:
@@ -98,10 +121,17 @@ def read_run(folder: Path) -> tuple[dict[str, object], dict[str, float | None]]:
     metrics = json.loads(artifact(folder, "metrics.json").read_text(encoding="utf-8"))
     made_by = read_manifest(folder).get("training", {})
     settings = {field.name: made_by.get(field.name) for field in fields(Profile)} | {"recipe": metrics["recipe"]}
-    executed = folder / "03_lora_finetuning.ipynb"  # papermill notes how long it took
-    about = nbformat.read(executed, as_version=4).metadata.get("papermill", {}) if executed.exists() else {}
     tuned = {name: metrics["tuned"][name] for name in SHOWN if name != "seconds"}
-    return settings, tuned | {"seconds": about.get("duration")}
+    return settings, tuned | {"seconds": training_seconds(folder)}
+
+
+def training_seconds(folder: Path) -> float | None:
+    """Return how long the cell that trains took, as papermill noted it; None where no papermill executed it."""
+    for notebook in folder.glob("*.ipynb"):
+        for cell in nbformat.read(notebook, as_version=4).cells:
+            if cell.cell_type == "code" and "trainer.train(" in cell.source:
+                return cell.metadata.get("papermill", {}).get("duration")
+    return None
 
 
 def summarize(folders: Iterable[Path]) -> list[dict]:

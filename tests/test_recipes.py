@@ -22,8 +22,8 @@ def made_run(folder, seed, tokens, recipe="answers", seconds=10.0, **changes):
     (folder / "metrics.json").write_text(json.dumps({"n": 9, "recipe": recipe, "tuned": values}))
     (folder / "manifest.json").write_text(json.dumps({"training": {**settings, "recipe": recipe}}))
     if seconds:
-        notebook = new_notebook(metadata={"papermill": {"duration": seconds}})
-        nbformat.write(notebook, folder / "03_lora_finetuning.ipynb")
+        cell = new_code_cell("result = trainer.train()", metadata={"papermill": {"duration": seconds}})
+        nbformat.write(new_notebook(cells=[new_code_cell("1"), cell]), folder / "03_lora_finetuning.ipynb")
     return folder
 
 
@@ -59,7 +59,7 @@ def test_summary_is_by_choice_with_mean_and_spread_over_seeds(runs):
 def test_markdown_table(runs):
     assert recipes.markdown(recipes.summarize(runs)).splitlines() == [
         "| recipe | lora rank | seeds | answer holds the fact | answer is exact | stops by itself "
-        "| answer length, tokens | notebook 03, seconds |",
+        "| answer length, tokens | training, seconds |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         "| answers | 8 | 2 | 55% ± 7 | – | 100% ± 0 | 7.0 ± 1.4 | 12.0 ± 2.8 |",
         "| document | 8 | 1 | 50% | – | 100% | 80.0 | – |",
@@ -112,17 +112,18 @@ def test_a_failed_run_ends_the_sweep_and_names_its_log(tmp_path, monkeypatch):
         recipes.sweep(tmp_path, {"x": {}})
 
 
-def test_a_run_executes_the_notebooks_after_the_first_and_is_not_repeated(tmp_path, monkeypatch):
+def test_a_run_executes_the_notebooks_after_the_first_as_one_and_is_not_repeated(tmp_path, monkeypatch):
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    paths = [tmp_path / f"0{number}_x.ipynb" for number in (1, 2)]
+    paths = [tmp_path / f"0{number}_x.ipynb" for number in (1, 2, 3)]
     for path in paths:
         cells = [new_code_cell('run: str = ""\nseed: int = 0', metadata={"tags": ["parameters"]})]
-        cells.append(new_code_cell("print(open(run + '/seen', 'a').write(str(seed)))"))
+        cells.append(new_code_cell(f"print(open(run + '/seen', 'a').write('{path.stem} {{}};'.format(seed)))"))
         nbformat.write(new_notebook(cells=cells, metadata=kernel), path)
     monkeypatch.setattr(recipes, "NOTEBOOKS", paths)
     folder = tmp_path / "r"
     for _ in range(2):
         recipes.run_one(folder, {"seed": 5})
-    assert (folder / "seen").read_text() == "5"
-    assert not (folder / "01_x.ipynb").exists() and (folder / "02_x.ipynb").exists()
-    assert "02_x: unchanged" in (tmp_path / "r.log").read_text()
+    assert (folder / "seen").read_text() == "02_x 5;03_x 5;"
+    assert "r: unchanged" in (tmp_path / "r.log").read_text()
+    recipes.run_one(folder, {"seed": 6})
+    assert (folder / "seen").read_text() == "02_x 5;03_x 5;02_x 6;03_x 6;"
