@@ -177,7 +177,7 @@ def test_a_disk_too_small_for_the_adapter_leaves_the_earlier_one_whole(small_dis
     monkeypatch.setattr("alpaca_helpers.lora.TOKENIZER_BYTES", 100_000)
     save_adapter(adapter_of(8), byte_tokenizer(), small_disk / "adapter")
     before = {path.name: path.read_bytes() for path in (small_disk / "adapter").iterdir()}
-    with pytest.raises(AlpacaError, match=r"is full: 2\.\d MB are needed and 0\.\d MB are free"):
+    with pytest.raises(AlpacaError, match=r"is full: 2\.\d MB are needed and [01]\.\d MB are free"):
         save_adapter(adapter_of(2000), byte_tokenizer(), small_disk / "adapter")
     assert {path.name: path.read_bytes() for path in (small_disk / "adapter").iterdir()} == before
     assert [path.name for path in small_disk.iterdir()] == ["adapter"]
