@@ -37,15 +37,16 @@ LIBRARIES = ("torch", "transformers", "peft", "datasets", "accelerate", "hugging
 
 
 class Memory:
-    """Watches, twice a second, what the GPU has in use, or without one the resident memory of a process group."""
+    """Watches, twice a second, what the GPU has in use, or without one the resident memory of a process tree."""
 
-    def __init__(self, group: int):
-        self.group, self.peak = group, 0
+    def __init__(self, root: int):
+        self.root, self.peak = root, 0
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
         while True:
-            self.peak = max(self.peak, gpu_bytes() if torch.cuda.is_available() else group_bytes(self.group))
+            used = gpu_bytes() if torch.cuda.is_available() else sum(process_tree(self.root).values())
+            self.peak = max(self.peak, used)
             time.sleep(0.5)
 
     def taken(self) -> int:
@@ -59,30 +60,33 @@ def gpu_bytes() -> int:
     return int(subprocess.run(query, capture_output=True, text=True).stdout.split()[0]) * 2**20
 
 
-def group_bytes(group: int) -> int:
-    """Return the resident bytes of the processes of a session (a kernel starts its own group, not its own session)."""
-    total = 0
+def process_tree(root: int) -> dict[int, int]:
+    """Return the resident bytes of a process and all below it, by process number; a kernel has a session of its own."""
+    parents, resident = {}, {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            after_name = stat.read_text().rpartition(")")[2].split()
-            if int(after_name[3]) == group:
-                total += int(after_name[21]) * os.sysconf("SC_PAGE_SIZE")
-        except (OSError, ValueError):  # it ended meanwhile
-            pass
-    return total
+            fields = stat.read_text().rpartition(")")[2].split()  # from the third on: state, parent, …
+        except OSError:  # it ended meanwhile
+            continue
+        parents[int(stat.parent.name)] = int(fields[1])
+        resident[int(stat.parent.name)] = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
+    tree = {root} & resident.keys()
+    while more := {process for process, parent in parents.items() if parent in tree} - tree:
+        tree |= more
+    return {process: resident[process] for process in tree}
 
 
 def series(run: Path, environment: dict, given: list[str], kill_when=None) -> tuple[dict[str, dict], str]:
     """Run the series into `run` and return seconds and peak memory by notebook, and what it printed.
 
     Args:
-        kill_when: a function of no arguments; once it is true, the whole session is killed.
+        kill_when: a function of no arguments; once it is true, the series and its kernel are killed.
 
     Raises SystemExit with the series' last lines if it fails.
     """
     command = [sys.executable, "-m", "alpaca_helpers.series", "--run", str(run), *given]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, env=environment, cwd=PROJECT, start_new_session=True, **pipes)
+    process = subprocess.Popen(command, env=environment, cwd=PROJECT, **pipes)
     memory, parts, printed, part, begun = Memory(process.pid), {}, [], "", time.monotonic()
     killed = threading.Event()
 
@@ -90,12 +94,8 @@ def series(run: Path, environment: dict, given: list[str], kill_when=None) -> tu
         while process.poll() is None:
             if kill_when():
                 killed.set()
-                for stat in Path("/proc").glob("[0-9]*/stat"):
-                    try:
-                        if int(stat.read_text().rpartition(")")[2].split()[3]) == process.pid:
-                            os.kill(int(stat.parent.name), signal.SIGKILL)
-                    except (OSError, ValueError):
-                        pass
+                for child in process_tree(process.pid):
+                    os.kill(child, signal.SIGKILL)
             time.sleep(0.05)
 
     if kill_when:
