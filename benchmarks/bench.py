@@ -17,7 +17,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -220,8 +219,6 @@ def train_speed(options: argparse.Namespace) -> dict:
 
 def race(name: str, options: argparse.Namespace) -> dict:
     settings = PROFILES["pocket" if name == "pocket" else "gpt2-medium"]
-    if name != "pocket":
-        settings = replace(settings, micro_batch_size=settings.batch_size)
     steps = options.steps or (60 if name == "pocket" else 3)
     shared = {"settings": settings, "steps": steps, "heldout": 32, "threads": options.threads}
     contenders = [c for c in CONTENDERS if not c.startswith("TRL") or installed("trl")]
@@ -235,7 +232,10 @@ def race(name: str, options: argparse.Namespace) -> dict:
     for number in range(options.rounds):
         for contender, pipe in pipes.items():
             pipe.send(True)
-            runs[contender].append(pipe.recv())
+            try:
+                runs[contender].append(pipe.recv())
+            except (EOFError, ConnectionResetError):
+                raise SystemExit(f"{contender} on {name} failed: its error is printed above.") from None
             seconds = runs[contender][-1]["seconds"]
             print(f"  {name}, round {number + 1} of {options.rounds}: {contender} {seconds:.1f} s", flush=True)
     for pipe in pipes.values():
