@@ -180,11 +180,12 @@ def compete(contender: str, name: str, options: dict, pipe) -> None:
         with tempfile.TemporaryDirectory() as folder:
             set_seed(settings.seed)
             trainer = CONTENDERS[contender](name, train, tokenizer, settings, folder, steps)
-            start = time.perf_counter()
+            start, worked = time.perf_counter(), time.process_time()
             trainer.train()
-            seconds = time.perf_counter() - start
+            seconds, worked = time.perf_counter() - start, time.process_time() - worked
         loss = heldout_loss(trainer.model, tokenized(heldout, tokenizer, "answers"))
-        pipe.send({"seconds": seconds, "rows": settings.batch_size * steps, "loss": loss, "peak_gb": peak_memory()})
+        count = settings.batch_size * steps
+        pipe.send({"seconds": seconds, "cpu": worked, "rows": count, "loss": loss, "peak_gb": peak_memory()})
         del trainer
 
 
@@ -236,8 +237,8 @@ def race(name: str, options: argparse.Namespace) -> dict:
                 runs[contender].append(pipe.recv())
             except (EOFError, ConnectionResetError):
                 raise SystemExit(f"{contender} on {name} failed: its error is printed above.") from None
-            seconds = runs[contender][-1]["seconds"]
-            print(f"  {name}, round {number + 1} of {options.rounds}: {contender} {seconds:.1f} s", flush=True)
+            took = "{seconds:.1f} s, {cpu:.1f} s of processor time".format(**runs[contender][-1])
+            print(f"  {name}, round {number + 1} of {options.rounds}: {contender} {took}", flush=True)
     for pipe in pipes.values():
         pipe.send(False)
     for process in processes:
@@ -255,6 +256,7 @@ def summary(runs: dict[str, list[dict]], contender: str) -> dict:
     }
     return {
         "rows_per_second": spread(speeds),
+        "cpu_seconds": spread([run["cpu"] for run in mine]),  # less than the clock's where others use the machine too
         "peak_gb": max(run["peak_gb"] for run in mine),
         "heldout_loss": mine[-1]["loss"],
         **ratios,
