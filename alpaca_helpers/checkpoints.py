@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from . import PROJECT, AlpacaError
 from .models import base_dtype
 from .profiles import Profile
-from .runs import fault, read_manifest, record, seal
+from .runs import alone, fault, read_manifest, record, seal
 
 
 class CompleteCheckpoints(TrainerCallback):

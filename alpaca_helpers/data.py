@@ -10,6 +10,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
@@ -87,8 +88,11 @@ def _hub_rows(name: str, revision: str | None) -> Dataset:
     return rows
 
 
-class Twice(str):
-    """A column that a JSON object holds twice, in the place of the object: Python would keep the last one alone."""
+@dataclass
+class Twice:
+    """In the place of a JSON object that holds a column twice: Python would keep the last one alone."""
+
+    column: str
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict | Twice:
@@ -142,7 +146,7 @@ def check_rows(rows: Iterable[dict], source: str) -> Iterator[dict]:
     number = 0
     for number, row in enumerate(rows, 1):
         if isinstance(row, Twice):
-            raise AlpacaError(f"{source}, row {number}: `{row}` is there twice: mend that row.")
+            raise AlpacaError(f"{source}, row {number}: `{row.column}` is there twice: mend that row.")
         if not isinstance(row, dict):
             raise AlpacaError(f"{source}, row {number}: not an object with `instruction` and `output`: mend that row.")
         checked = {}
