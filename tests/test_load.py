@@ -60,7 +60,7 @@ path, number, model = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 with open(path, "w") as file:
     for n in range(number):  # as long as Alpaca's: 60 characters asked, 270 answered; one in ten too long
         words = " word" * (52 if n % 10 else 90)
-        row = {"instruction": f"Question {n} about the thing that is asked for here", "input": "", "output": str(n) + words}
+        row = {"instruction": f"Question {n} about the thing that is asked for", "input": "", "output": str(n) + words}
         file.write(json.dumps(row) + "\\n")
 start = time.time()
 kept, dropped = filter_rows(load_rows(path))
