@@ -1,6 +1,5 @@
 """Checkpoints that are whole or not counted, and trainings that go on only as what they were."""
 
-import hashlib
 import json
 import os
 import platform
@@ -18,9 +17,7 @@ from transformers import TrainerCallback
 from . import PROJECT, AlpacaError
 from .models import base_dtype
 from .profiles import Profile
-from .runs import read_manifest, record, write_json
-
-COMPLETE = "complete.json"  # written last into a checkpoint: the SHA-256 of each of its files
+from .runs import alone, fault, read_manifest, record, seal
 
 
 class CompleteCheckpoints(TrainerCallback):
@@ -31,31 +28,16 @@ class CompleteCheckpoints(TrainerCallback):
             torch.distributed.barrier()
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero:
-            write_json(folder / COMPLETE, {path.name: _sha256(path) for path in _files(folder)})
+            seal(folder)
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
     """Return the newest checkpoint of the run that is whole, or None; warn of each newer one that is not."""
     for checkpoint in sorted((folder / "checkpoints").glob("checkpoint-*"), key=_step, reverse=True):
-        if not (fault := checkpoint_fault(checkpoint)):
+        if not (wrong := fault(checkpoint)):
             return checkpoint
-        warnings.warn(f"{checkpoint.name} is not used: {fault}.", stacklevel=2)
+        warnings.warn(f"{checkpoint.name} is not used: {wrong}.", stacklevel=2)
     return None
-
-
-def checkpoint_fault(checkpoint: Path) -> str:
-    """Return what is wrong with a checkpoint ("" if nothing): it was cut while being written, or changed since."""
-    try:
-        saved = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "its writing was cut"
-    for name, digest in saved.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if _sha256(path) != digest:
-            return f"{name} is damaged"
-    return ""
 
 
 def resume_point(folder: Path, settings: Profile, recipe: str, resume: bool = True) -> Path | None:
@@ -67,17 +49,19 @@ def resume_point(folder: Path, settings: Profile, recipe: str, resume: bool = Tr
     Args:
         resume: False forgets the run's checkpoints.
 
-    Raises AlpacaError that shows the differences if the checkpoints were made by settings that give another result.
+    Raises AlpacaError that shows the differences if the checkpoints were made by settings that give another result,
+    and if another process is training this run.
     """
     if is_main_process():
-        made_by = training_record(folder, settings, recipe)
-        if not resume:
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        if any((folder / "checkpoints").glob("checkpoint-*")):
-            before = read_manifest(folder).get("training", {})
-            refuse_changes(before, made_by)
-            made_by["earlier"] = made_elsewhere(before, made_by)
-        record(folder, "training", made_by)
+        with alone(folder, "training"):
+            made_by = training_record(folder, settings, recipe)
+            if not resume:
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            if any((folder / "checkpoints").glob("checkpoint-*")):
+                before = read_manifest(folder).get("training", {})
+                refuse_changes(before, made_by)
+                made_by["earlier"] = made_elsewhere(before, made_by)
+            record(folder, "training", made_by)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     checkpoint = last_complete_checkpoint(folder)
@@ -142,12 +126,3 @@ def is_main_process() -> bool:
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def _files(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.iterdir()) if path.name != COMPLETE]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

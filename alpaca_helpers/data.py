@@ -7,8 +7,10 @@ a right answer holds. Source: Alpaca's format (Taori et al., 2023).
 import hashlib
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
@@ -38,6 +40,7 @@ KNOWN = {
     )
 }
 DATA_FILES = ("*.parquet", "*.json", "*.jsonl", "*.jsonl.*", "*.csv", "*.arrow", "README.md")
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can spell it, UTF-8 and so Arrow cannot
 IGNORED = -100  # the label that torch's cross entropy skips
 
 
@@ -85,13 +88,31 @@ def _hub_rows(name: str, revision: str | None) -> Dataset:
     return rows
 
 
+@dataclass
+class Twice:
+    """In the place of a JSON object that holds a column twice: Python would keep the last one alone."""
+
+    column: str
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict | Twice:
+    row = dict(pairs)
+    if len(row) == len(pairs):
+        return row
+    return Twice(next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1))
+
+
 def _read_json(path: Path) -> Iterable[dict]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        rows = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise AlpacaError(f"{path} is not UTF-8 text at byte {error.start}: save it as UTF-8.") from error
     except json.JSONDecodeError as error:
         raise AlpacaError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}): mend that line.") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
+        raise AlpacaError(
+            f"{path} is no file of rows ({first_line(error)}): check that it is the right one."
+        ) from error
     if not isinstance(rows, list):
         raise AlpacaError(f"{path} holds no JSON array of rows: write [{{…}}, …], or one row a line as .jsonl.")
     return rows
@@ -103,8 +124,8 @@ def _read_jsonl(path: Path) -> Iterator[dict]:
             if not line.strip():
                 continue
             try:
-                yield json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:
+                yield json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object)
+            except (ValueError, RecursionError) as error:
                 raise AlpacaError(f"{path}, line {number}: not valid JSON in UTF-8: mend that line.") from error
 
 
@@ -124,6 +145,8 @@ def check_rows(rows: Iterable[dict], source: str) -> Iterator[dict]:
     """Yield each row with `COLUMNS` alone; raise AlpacaError naming `source` and the row that is no text."""
     number = 0
     for number, row in enumerate(rows, 1):
+        if isinstance(row, Twice):
+            raise AlpacaError(f"{source}, row {number}: `{row.column}` is there twice: mend that row.")
         if not isinstance(row, dict):
             raise AlpacaError(f"{source}, row {number}: not an object with `instruction` and `output`: mend that row.")
         checked = {}
@@ -138,6 +161,11 @@ def check_rows(rows: Iterable[dict], source: str) -> Iterator[dict]:
                 )
             if not isinstance(value, str):
                 raise AlpacaError(f"{source}, row {number}: `{column}` is {value!r:.40}, not text: mend that row.")
+            if half := HALF_CHARACTER.search(value):
+                raise AlpacaError(
+                    f"{source}, row {number}: `{column}` holds half a character ({half[0]!a}, a surrogate without its "
+                    "pair): mend that row."
+                )
             checked[column] = value
         if checked["input"].strip().lower() in NO_INPUT:
             checked["input"] = ""
@@ -189,6 +217,18 @@ def split_rows(rows: Dataset, heldout_rows: int, seed: int = 0) -> tuple[Dataset
     heldout = set(questions[:wanted])
     sides = [key in heldout for key in keys]
     return tuple(rows.select([i for i, held in enumerate(sides) if held == side]) for side in (False, True))
+
+
+def drop_shared(train: Dataset, heldout: Dataset) -> tuple[Dataset, int]:
+    """Return the rows to train on whose question is not held out, and how many were dropped.
+
+    Raises AlpacaError if none is left.
+    """
+    asked = {question_key(row) for row in heldout}
+    kept = train.select([index for index, row in enumerate(train) if question_key(row) not in asked])
+    if not len(kept):
+        raise AlpacaError("Every question to train on is held out too: choose another held-out file.")
+    return kept, len(train) - len(kept)
 
 
 def fingerprint(*parts: Dataset) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
     DynamicCache,
     LogitsProcessorList,
@@ -84,6 +85,9 @@ class _Decoding:
 
     def __init__(self, model, tokenizer, prompts, sides, *, max_new_tokens=80, seed=0, **sampling):
         positions = model.config.n_positions
+        for name, value in {"max_new_tokens": max_new_tokens, "seed": seed, "top_k": sampling.get("top_k", 0)}.items():
+            if not isinstance(value, int) or abs(value) >= 2**63:
+                raise AlpacaError(f"{name} is {value}: choose a whole number, of 18 digits at most.")
         if not 1 <= max_new_tokens < positions:
             raise AlpacaError(
                 f"max_new_tokens is {max_new_tokens}: choose 1 to {positions - 1}, the model's positions."
@@ -153,6 +157,12 @@ class _Decoding:
                     logits_to_keep=1,
                     **adapters,
                 )
+            except BaseException:  # Ctrl-C too: peft's hooks would stay, and change the answers of the next forward
+                for module in self.model.modules():
+                    if isinstance(module, BaseTunerLayer):
+                        module._forward_pre_hooks.clear()
+                        module._forward_pre_hooks_with_kwargs.clear()
+                raise
             finally:
                 if training:
                     self.model.train()

@@ -104,7 +104,9 @@ def load_adapter(base, folder: Path) -> PeftModel:
 def _shapes(base, config: PeftConfig) -> dict[str, tuple[int, ...]]:
     """Return the adapter's weights by name, as `config` asks for them on `base`, from a copy without memory."""
     with torch.device("meta"):
-        model = get_peft_model(type(base)(base.config), config)
+        twin = type(base)(base.config)
+        twin.name_or_path = config.base_model_name_or_path  # peft would write the base's into `config`
+        model = get_peft_model(twin, config)
     named = ((name.replace(".default.", "."), value) for name, value in model.named_parameters())
     return {name: tuple(value.shape) for name, value in named if "lora_" in name}
 

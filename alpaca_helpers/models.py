@@ -50,8 +50,8 @@ def load_base(model: str, revision: str | None = None, dtype: torch.dtype = torc
 
     Raises AlpacaError if the model is neither here nor to be had.
     """
-    loaded = _load(AutoModelForCausalLM, model, revision, MODEL_FILES, dtype=dtype, use_safetensors=True)
-    return loaded.eval().to(best_device())
+    settings = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    return _load(AutoModelForCausalLM, model, revision, MODEL_FILES, **settings).eval().to(best_device())
 
 
 def _load(loader, model: str, revision: str | None, files: tuple[str, ...], **settings):
@@ -76,10 +76,16 @@ def _load(loader, model: str, revision: str | None, files: tuple[str, ...], **se
 def _from_folder(loader, folder: Path, **settings):
     try:
         loaded = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **settings)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise AlpacaError(
             f"The model in {folder} cannot be loaded ({first_line(error)}): put it right, or delete it."
         ) from error
+    if isinstance(loaded, tuple):  # a model, and what its loader would only warn of
+        loaded, info = loaded
+        strange = [name for name, value in loaded.named_parameters() if not value.isfinite().all()]
+        if wrong := sorted(info["missing_keys"]) or strange:
+            fault = "is missing" if wrong[0] in info["missing_keys"] else "holds NaN or infinite numbers"
+            raise AlpacaError(f"The model in {folder} is broken ({wrong[0]} {fault}): put it right, or delete it.")
     if isinstance(loaded, PreTrainedTokenizerBase) and not loaded.get_vocab().keys() - set(loaded.all_special_tokens):
         # the loader makes an empty tokenizer where the vocabulary is missing, and says nothing
         raise AlpacaError(f"The model in {folder} has no tokenizer: copy its tokenizer.json there.")

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from . import PROJECT, AlpacaError
@@ -31,7 +32,10 @@ def run_folder(run: str, make: bool = True) -> Path:
     path = Path(run).expanduser()
     folder = path.resolve() if len(path.parts) > 1 else PROJECT / "runs" / run
     if make:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise AlpacaError(f"The folder {folder} cannot be made ({error.strerror}): take another `run`.") from error
     return folder
 
 
@@ -44,12 +48,36 @@ def artifact(folder: Path, name: str) -> Path:
 
 
 @contextmanager
+def alone(folder: Path, work: str) -> Iterator[None]:
+    """Do `work` on the run while no other process does it; a process that ends, even killed, lets go.
+
+    Raises AlpacaError that names the run if another one is at it.
+    """
+    lock = FileLock(folder / f".{work}.lock")  # the operating system's own lock
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise AlpacaError(
+            f"Another process is at the {work} of the run {folder}: wait for it to end, or take another `run`."
+        ) from error
+    except OSError as error:
+        raise AlpacaError(f"The run {folder} cannot be written to ({error.strerror}): take another `run`.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Give an empty folder to write to, which takes the place of `folder` when the block ends without an error."""
     part, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
     for leftover in (part, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    part.mkdir(parents=True)
+    try:
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise AlpacaError(f"{folder} cannot be written ({error.strerror}): take another `run`.") from error
     try:
         yield part
         if folder.exists():
@@ -119,14 +147,21 @@ def _sha256(path: Path) -> str:
 def write_json(path: Path, content: dict) -> None:
     """Write JSON whole or not at all."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise AlpacaError(f"{path} cannot be written ({error.strerror}): make room, or take another `run`.") from error
 
 
 def read_manifest(folder: Path) -> dict:
     """Return what made the run's artifacts, by part (`data`, `training`, …); empty for a new run."""
     path = folder / "manifest.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise AlpacaError(f"{path} is broken ({error}): delete it and run notebook 02 again.") from error
 
 
 def record(folder: Path, part: str, content: dict) -> None:

@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from .data import IGNORED
 from .lora import lora_config, save_adapter
 from .models import base_dtype, load_base, load_tokenizer
 from .profiles import Profile
-from .runs import artifact, read_manifest, record, room_on_disk, run_folder
+from .runs import alone, artifact, read_manifest, record, room_on_disk, run_folder
 from .sharing import write_card
 
 INPUTS = {"input_ids", "attention_mask", "labels"}  # the columns that a batch is made of
@@ -179,7 +180,11 @@ class AnswerTrainer(Trainer):
         trained = sum(value.numel() for value in self.model.parameters() if value.requires_grad)
         checkpoint = 3 * 4 * trained + 1_000_000  # bytes: float32 weights and AdamW's two averages; the small files
         try:
-            with room_on_disk(Path(self.args.output_dir), needed=3 * checkpoint):  # two kept, one being written
+            folder = Path(self.args.output_dir)
+            with (
+                alone(folder.parent, "training") if self.args.process_index == 0 else nullcontext(),
+                room_on_disk(folder, needed=3 * checkpoint),  # two kept, one being written
+            ):
                 return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **named)
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):

@@ -17,7 +17,7 @@ from tiny_run import prepare_run
 
 from alpaca_helpers import PROJECT, AlpacaError, checkpoints, training
 from alpaca_helpers.lora import WEIGHTS, save_adapter
-from alpaca_helpers.runs import room_on_disk
+from alpaca_helpers.runs import room_on_disk, seal
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])}
 
@@ -144,8 +144,7 @@ def test_no_pickle_of_a_checkpoint_is_executed(run, tmp_path):
 
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         torch.save({"state": Trap()}, checkpoint / name)
-    files = {path.name: checkpoints._sha256(path) for path in checkpoint.iterdir() if path.name != checkpoints.COMPLETE}
-    (checkpoint / checkpoints.COMPLETE).write_text(json.dumps(files))
+    seal(checkpoint)
     with pytest.raises(Exception, match="(?i)weights.only"):
         training.finetune(folder, settings, "answers")
     assert not (tmp_path / "executed").exists()

@@ -1,0 +1,144 @@
+"""Two processes on a run, folders that cannot be written, interrupts in training: `pytest tests/test_faults_runs.py`.
+
+Killed trainings, broken checkpoints and full disks are in tests/test_checkpoints.py.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from datasets import load_from_disk
+from peft import get_peft_model
+from tiny_run import prepare_run
+from transformers import TrainerCallback, set_seed
+
+from alpaca_helpers import PROJECT, AlpacaError, checkpoints, training
+from alpaca_helpers.lora import lora_config
+from alpaca_helpers.models import load_base, load_tokenizer
+from alpaca_helpers.runs import alone, read_manifest, record, run_folder, whole_folder, write_json
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from alpaca_helpers.runs import alone
+with alone(Path(sys.argv[1]), "training"):
+    print("at it", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def other_process(tmp_path):
+    """Another process that is at the training of `tmp_path`."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, cwd=PROJECT)
+    assert process.stdout.readline() == b"at it\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_second_process_is_refused_by_name_and_let_in_when_the_first_is_killed(other_process, tmp_path):
+    (tmp_path / "checkpoints" / "checkpoint-3").mkdir(parents=True)
+    settings = prepare_run(tmp_path, rows=8)
+    before = (tmp_path / "manifest.json").read_text()
+    with pytest.raises(AlpacaError, match=f"Another process is at the training of the run {tmp_path}"):
+        checkpoints.resume_point(tmp_path, settings, "answers", resume=False)
+    assert (tmp_path / "checkpoints" / "checkpoint-3").is_dir() and (tmp_path / "manifest.json").read_text() == before
+    with pytest.raises(AlpacaError, match="Another process is at the training"):
+        training.finetune(tmp_path, settings, "answers")
+    other_process.send_signal(signal.SIGKILL)
+    other_process.wait()
+    with alone(tmp_path, "training"):
+        pass
+
+
+def test_the_lock_is_let_go_after_an_error(tmp_path):
+    with pytest.raises(KeyboardInterrupt), alone(tmp_path, "training"):
+        raise KeyboardInterrupt
+    with alone(tmp_path, "training"):
+        pass
+
+
+class InterruptAt(TrainerCallback):
+    """Sends a real SIGINT after a step, as Ctrl-C and Jupyter's stop button do."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **named):
+        if state.global_step == self.step:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_an_interrupt_in_mid_training_leaves_a_run_that_goes_on(tmp_path):
+    settings = prepare_run(tmp_path, rows=16, num_train_epochs=5)
+
+    def trainer():
+        set_seed(settings.seed)
+        model = get_peft_model(load_base(settings.model), lora_config())
+        data = load_from_disk(tmp_path / "data")
+        return training.make_trainer(model, load_tokenizer(settings.model), data, settings, "answers", tmp_path)
+
+    interrupted = trainer()
+    interrupted.add_callback(InterruptAt(7))
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.train(checkpoints.resume_point(tmp_path, settings, "answers"))
+    found = checkpoints.resume_point(tmp_path, settings, "answers")
+    assert found.name == "checkpoint-6"
+    again = trainer()
+    again.train(found)
+    assert again.state.global_step == again.state.max_steps == 10
+
+
+@pytest.fixture
+def read_only():
+    """A run's folder that this process may read and not write, root or not."""
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o755)
+        folder = Path(place) / "run"
+        folder.mkdir()
+        record(folder, "data", {"recipe": "answers"})
+        folder.chmod(0o555)
+        root = os.geteuid() == 0
+        if root:
+            os.seteuid(65534)
+        yield folder
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+def test_a_run_folder_that_cannot_be_written_is_one_sentence(read_only):
+    (read_only / "manifest.json").read_text()
+    for write in (
+        lambda: record(read_only, "training", {}),
+        lambda: whole_folder(read_only / "adapter").__enter__(),
+        lambda: alone(read_only, "training").__enter__(),
+        lambda: run_folder(str(read_only / "new")),
+    ):
+        with pytest.raises(AlpacaError, match=f"{read_only}.*Permission denied.*another `run`") as raised:
+            write()
+        assert "\n" not in str(raised.value)
+    assert [path.name for path in read_only.iterdir()] == ["manifest.json"]
+    assert read_manifest(read_only) == {"data": {"recipe": "answers"}}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full, a disk that is always full")
+def test_a_manifest_on_a_full_disk_stays_the_old_one(tmp_path):
+    path = tmp_path / "manifest.json"
+    write_json(path, {"n": 1})
+    (tmp_path / "manifest.json.part").symlink_to("/dev/full")
+    with pytest.raises(AlpacaError, match="cannot be written .No space left on device"):
+        write_json(path, {"n": 2})
+    assert read_manifest(tmp_path) == {"n": 1}
+
+
+@pytest.mark.parametrize("content", [b"", b'{"data": {"re', bytes(20), b"\xff\xfe", b"[1]"])
+def test_a_broken_manifest_is_one_sentence(content, tmp_path):
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(AlpacaError, match="manifest.json is broken .*run notebook 02 again"):
+        read_manifest(tmp_path)
