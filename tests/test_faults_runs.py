@@ -74,7 +74,9 @@ class InterruptAt(TrainerCallback):
             signal.raise_signal(signal.SIGINT)
 
 
-def test_an_interrupt_in_mid_training_leaves_a_run_that_goes_on(tmp_path):
+def test_an_interrupt_in_mid_training_leaves_a_run_that_goes_on(tmp_path, request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     settings = prepare_run(tmp_path, rows=16, num_train_epochs=5)
 
     def trainer():
