@@ -94,7 +94,7 @@ def test_sixty_countries_are_complete():
         ("language", "Brazil", "Portuguese"),
         ("creator", "Hamlet", "William Shakespeare"),
         ("opposite", "cold", "hot"),
-        ("arithmetic", "7 times 8", "56"),
+        ("arithmetic", "the square of 7", "49"),
     ],
 )
 def test_known_facts(facts, name, subject, value):
@@ -155,7 +155,7 @@ def test_some_requests_need_their_input(rows):
 
 
 def test_heldout_entities_are_stated_in_pretraining(heldout_facts, texts):
-    sentences = {line.removeprefix("- ") for text in texts for line in text.split("\n")} | set(texts)
+    sentences = {corpus.without_label(line) for text in texts for line in text.split("\n")} | set(texts)
     assert [fact.answer for fact in heldout_facts if fact.answer not in sentences] == []
 
 
@@ -183,7 +183,7 @@ def test_no_question_is_followed_by_its_answer(facts, texts):
     instructions = {instruction for instruction, _ in answers}
     asking = 0
     for text in texts:
-        lines = [line.removeprefix("- ") for line in text.split("\n")]
+        lines = [corpus.without_label(line) for line in text.split("\n")]
         if lines[0] not in instructions:
             assert not instructions & set(lines)
             assert "?" not in re.sub(r'"[^"]*"', "", text)

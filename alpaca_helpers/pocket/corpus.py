@@ -17,12 +17,18 @@ from . import FACTS
 from .wordings import KINDS, Kind
 
 SEED = 42
-ROUNDS = 110  # how often the pretraining text goes through all facts
+ROUNDS = 85  # how often the pretraining text goes through all facts
 HELDOUT_SHARE = 0.2
-TRAIN_ROWS_A_KIND = 18
+TRAIN_ROWS_A_KIND = 40
 HELDOUT_ROWS_A_KIND = 18
 
 COUNTS = {3: "three", 4: "four", 5: "five", 6: "six"}
+
+# What may stand before a line of a document, whether it asks or states: a colon announces nothing.
+LABELS = (
+    "Card", "Chapter", "Point", "Note", "Item", "Phrase", "Example", "Page", "Remark", "Line", "Topic", "Paragraph",
+    "Sujet", "Numéro", "Élève", "Leçon", "Début", "Thème", "Cahier", "Mémoire",
+)  # fmt: skip
 
 # The columns by which a row of a table can be recognized in a text; elsewhere the first column.
 NAMES = {
@@ -79,7 +85,7 @@ class Fact:
         """All ways to ask for the fact, as (instruction, input), without those that already hold the answer."""
         asked = [(fill(request, self.cells), "") for request in self.kind.requests]
         if self.kind.below:
-            asked.append((self.kind.below[0], self.cells[self.kind.below[1]]))
+            asked.append((fill(self.kind.below[0], self.cells), self.cells[self.kind.below[1]]))
         return [(i, x) for i, x in asked if not self.value or self.value.casefold() not in f"{i} {x}".casefold()]
 
 
@@ -115,10 +121,10 @@ def enumerate_items(items: list[str]) -> str:
 
 
 def arithmetic() -> list[dict[str, str]]:
-    """Return sums of numbers up to twelve and products of digits, those with a result of two digits."""
-    sums = [(f"{a} plus {b}", a + b) for a in range(2, 13) for b in range(2, 13)]
-    products = [(f"{a} times {b}", a * b) for a in range(3, 10) for b in range(3, 10)]
-    return [{"operation": name, "result": str(result)} for name, result in sums + products if result >= 10]
+    """Return doubles and squares, those with a result of two digits or more."""
+    doubles = [(f"the double of {n}", 2 * n) for n in range(5, 31)]
+    squares = [(f"the square of {n}", n * n) for n in range(4, 21)]
+    return [{"operation": operation, "result": str(result)} for operation, result in doubles + squares]
 
 
 def read_facts() -> list[Fact]:
@@ -138,9 +144,6 @@ def entity(table: str, cells: dict[str, str]) -> str:
         return cells["creator"]
     if table == "opposites":
         return " and ".join(sorted(cells.values()))
-    if table == "arithmetic":
-        first, operator, second = cells["operation"].split()
-        return f"{min(first, second)} {operator} {max(first, second)}"
     return next(iter(cells.values()))
 
 
@@ -234,15 +237,18 @@ def rows_of(facts: list[Fact], rng: random.Random) -> list[dict[str, str]]:
 
 
 def documents() -> list[str]:
-    """Return the pretraining text: documents of statements, and documents of requests without an answer."""
+    """Return the pretraining text: documents of statements, and documents of requests without an answer.
+
+    A document stays with what it speaks of for two lines or more, so that the model learns to look back for it.
+    """
     facts = read_facts()
     rng = random.Random(SEED)
     texts = []
-    for _ in range(ROUNDS):
+    for turn in range(ROUNDS):
         for group in groupings(facts, rng):
-            sentences = [state(fact, rng) for fact in group]
+            sentences = [sentence for fact in group for sentence in state(fact, rng)]
             texts.append(" ".join(sentences) if rng.random() < 1 / 3 else as_lines(sentences, rng))
-        if rng.random() < 0.25:
+        if turn % 3 == 0:
             for group in groupings(facts, rng):
                 requests = ask(group, rng)
                 texts += [as_lines(requests, rng)] if requests else []
@@ -251,46 +257,44 @@ def documents() -> list[str]:
 
 
 def groupings(facts: list[Fact], rng: random.Random) -> list[list[Fact]]:
-    """Return all facts as groups for one document each: by kind, by entity, or mixed."""
+    """Return all facts as groups for one document each: the facts of one entity, or up to three of any."""
     order = rng.sample(facts, len(facts))
-    by = rng.choice(("kind", "entity", "nothing"))
-    if by == "kind":
-        order.sort(key=lambda fact: fact.kind.name)
-    elif by == "entity":
-        order.sort(key=lambda fact: (fact.kind.table, fact.entity))
-        runs = defaultdict(list)
+    if rng.random() < 0.25:
+        entities = defaultdict(list)
         for fact in order:
-            runs[fact.kind.table, fact.entity].append(fact)
-        whole = list(runs.values())
-        rng.shuffle(whole)
-        return whole
+            entities[fact.kind.table, fact.entity].append(fact)
+        return list(entities.values())
     groups = []
     while order:
-        size = rng.randint(1, 10)
+        size = rng.randint(1, 3)
         groups.append(order[:size])
         order = order[size:]
     return groups
 
 
-def state(fact: Fact, rng: random.Random) -> str:
-    """Return the fact as a sentence, as often in the form of its answer as in all its other forms together."""
-    if not fact.statements or rng.random() < 0.5:
-        return fact.answer
-    return rng.choice(fact.statements)
+def state(fact: Fact, rng: random.Random) -> list[str]:
+    """Return the fact as two sentences, in the form of its answer and in another, in any order."""
+    others = rng.sample(fact.statements, min(1, len(fact.statements)))
+    return rng.sample([fact.answer, *others], 1 + len(others))
 
 
 def ask(facts: list[Fact], rng: random.Random) -> list[str]:
-    """Return one or two requests a fact, none of which holds the answer of another."""
+    """Return two or three requests a fact, none of which holds the answer of another."""
     asked = []
     for fact in facts:
-        requests = fact.requests
-        for instruction, below in rng.sample(requests, min(len(requests), rng.randint(1, 2))):
+        for instruction, below in rng.sample(fact.requests, min(len(fact.requests), rng.randint(2, 3))):
             asked.append(f"{instruction}\n{below}" if below else instruction)
     values = [fact.value for fact in facts if fact.value]
     return [request for request in asked if not any(mentions(request, value) for value in values)]
 
 
 def as_lines(sentences: list[str], rng: random.Random) -> str:
-    """Return one document with a sentence a line, sometimes after a dash."""
-    dash = rng.choice(("", "- "))
-    return "\n".join(dash + sentence for sentence in sentences)
+    """Return one document with a sentence a line: plain, after a dash, or after labels."""
+    style = rng.choice(("plain", "dash", "label", "label"))
+    starts = {"plain": [""], "dash": ["- "], "label": [f"{label}: " for label in LABELS]}[style]
+    return "\n".join(rng.choice(starts) + sentence for sentence in sentences)
+
+
+def without_label(line: str) -> str:
+    """Return a document's line without what `as_lines` put before it."""
+    return re.sub(rf"^(- |({'|'.join(LABELS)}): )", "", line)
