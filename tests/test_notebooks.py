@@ -11,7 +11,7 @@ from alpaca_helpers import PROJECT
 from alpaca_helpers.series import NOTEBOOKS
 
 IGNORED = "nbval-ignore-output"
-LOCAL_PATH = re.compile(r"(?<![\w.:/])/(home|root|tmp|Users|content|work|mnt)/|[A-Z]:\\")
+LOCAL_PATH = re.compile(r"(?<![\w.:/])/(home|root|tmp|Users|content|work|mnt)/|(?<![A-Za-z])[A-Z]:\\")
 HEADINGS = {
     "01": ["# 1. "],
     "02": ["# 2. ", "## 2.1 ", "## 2.2 "],

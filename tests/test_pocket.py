@@ -155,7 +155,7 @@ def test_some_requests_need_their_input(rows):
 
 
 def test_heldout_entities_are_stated_in_pretraining(heldout_facts, texts):
-    sentences = {corpus.without_label(line) for text in texts for line in text.split("\n")} | set(texts)
+    sentences = {line.removeprefix("- ") for text in texts for line in text.split("\n")} | set(texts)
     assert [fact.answer for fact in heldout_facts if fact.answer not in sentences] == []
 
 
@@ -183,7 +183,7 @@ def test_no_question_is_followed_by_its_answer(facts, texts):
     instructions = {instruction for instruction, _ in answers}
     asking = 0
     for text in texts:
-        lines = [corpus.without_label(line) for line in text.split("\n")]
+        lines = [line.removeprefix("- ") for line in text.split("\n")]
         if lines[0] not in instructions:
             assert not instructions & set(lines)
             assert "?" not in re.sub(r'"[^"]*"', "", text)

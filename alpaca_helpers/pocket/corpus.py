@@ -17,18 +17,13 @@ from . import FACTS
 from .wordings import KINDS, Kind
 
 SEED = 42
-ROUNDS = 85  # how often the pretraining text goes through all facts
+ROUNDS = 120  # how often the pretraining text goes through all facts
+RESTATED_ROUNDS = 60  # how often the text of the second stage does
 HELDOUT_SHARE = 0.2
 TRAIN_ROWS_A_KIND = 40
 HELDOUT_ROWS_A_KIND = 18
 
 COUNTS = {3: "three", 4: "four", 5: "five", 6: "six"}
-
-# What may stand before a line of a document, whether it asks or states: a colon announces nothing.
-LABELS = (
-    "Card", "Chapter", "Point", "Note", "Item", "Phrase", "Example", "Page", "Remark", "Line", "Topic", "Paragraph",
-    "Sujet", "Numéro", "Élève", "Leçon", "Début", "Thème", "Cahier", "Mémoire",
-)  # fmt: skip
 
 # The columns by which a row of a table can be recognized in a text; elsewhere the first column.
 NAMES = {
@@ -237,18 +232,16 @@ def rows_of(facts: list[Fact], rng: random.Random) -> list[dict[str, str]]:
 
 
 def documents() -> list[str]:
-    """Return the pretraining text: documents of statements, and documents of requests without an answer.
-
-    A document stays with what it speaks of for two lines or more, so that the model learns to look back for it.
-    """
+    """Return the pretraining text: documents of statements, and documents of requests without an answer."""
     facts = read_facts()
     rng = random.Random(SEED)
     texts = []
-    for turn in range(ROUNDS):
+    for _ in range(ROUNDS):
+        restated = rng.random() < 0.3
         for group in groupings(facts, rng):
-            sentences = [sentence for fact in group for sentence in state(fact, rng)]
+            sentences = [sentence for fact in group for sentence in state(fact, restated, rng)]
             texts.append(" ".join(sentences) if rng.random() < 1 / 3 else as_lines(sentences, rng))
-        if turn % 3 == 0:
+        if rng.random() < 0.3:
             for group in groupings(facts, rng):
                 requests = ask(group, rng)
                 texts += [as_lines(requests, rng)] if requests else []
@@ -256,45 +249,97 @@ def documents() -> list[str]:
     return texts
 
 
+def restatements() -> list[str]:
+    """Return the text of the second stage: each document says, or asks, the same few things in several ways.
+
+    What it says is known by then; what is left to learn is to look back for what a document speaks of.
+    """
+    facts = read_facts()
+    rng = random.Random(SEED + 1)
+    texts = []
+    for _ in range(RESTATED_ROUNDS):
+        order = rng.sample(facts, len(facts))
+        while order:
+            size = rng.randint(1, 4)
+            group, order = order[:size], order[size:]
+            style = rng.random()
+            restate = said if style < 0.4 else asked_again if style < 0.75 else headed
+            if sentences := restate(group, rng):
+                texts.append(" ".join(sentences) if style < 0.1 else as_lines(sentences, rng))
+    rng.shuffle(texts)
+    return texts
+
+
+def said(facts: list[Fact], rng: random.Random) -> list[str]:
+    """Return each fact as up to three sentences, one in the form of its answer, in any order."""
+    sentences = []
+    for fact in facts:
+        forms = [fact.answer, *rng.sample(fact.statements, min(len(fact.statements), 2))]
+        rng.shuffle(forms)
+        sentences += forms
+    return sentences
+
+
+def asked_again(facts: list[Fact], rng: random.Random) -> list[str]:
+    """Return up to four requests a fact, none of which holds the answer of another."""
+    asked = []
+    for fact in facts:
+        for instruction, below in rng.sample(fact.requests, min(len(fact.requests), 4)):
+            asked.append(f"{instruction}\n{below}" if below else instruction)
+    values = [fact.value for fact in facts if fact.value]
+    return [request for request in asked if not any(mentions(request, value) for value in values)]
+
+
+def headed(facts: list[Fact], rng: random.Random) -> list[str]:
+    """Return each fact as its answer, under its entity as a heading where that gives nothing away."""
+    lines = []
+    for fact in facts:
+        if fact.value and mentions(fact.answer, fact.entity) and not mentions(fact.entity, fact.value):
+            lines.append(fact.entity)
+        lines.append(fact.answer)
+    return lines
+
+
 def groupings(facts: list[Fact], rng: random.Random) -> list[list[Fact]]:
-    """Return all facts as groups for one document each: the facts of one entity, or up to three of any."""
+    """Return all facts as groups for one document each: facts of one entity, else up to ten facts, mixed or sorted."""
     order = rng.sample(facts, len(facts))
-    if rng.random() < 0.25:
+    by = rng.choice(("kind", "entity", "nothing"))
+    if by == "entity":
         entities = defaultdict(list)
         for fact in order:
             entities[fact.kind.table, fact.entity].append(fact)
         return list(entities.values())
+    if by == "kind":
+        order.sort(key=lambda fact: fact.kind.name)
     groups = []
     while order:
-        size = rng.randint(1, 3)
+        size = rng.randint(1, 10)
         groups.append(order[:size])
         order = order[size:]
     return groups
 
 
-def state(fact: Fact, rng: random.Random) -> list[str]:
-    """Return the fact as two sentences, in the form of its answer and in another, in any order."""
-    others = rng.sample(fact.statements, min(1, len(fact.statements)))
-    return rng.sample([fact.answer, *others], 1 + len(others))
+def state(fact: Fact, restated: bool, rng: random.Random) -> list[str]:
+    """Return the fact as a sentence, as often in the form of its answer as in all others; restated, in both."""
+    if not fact.statements:
+        return [fact.answer]
+    other = rng.choice(fact.statements)
+    both = rng.sample([fact.answer, other], 2)
+    return both if restated else both[:1]
 
 
 def ask(facts: list[Fact], rng: random.Random) -> list[str]:
-    """Return two or three requests a fact, none of which holds the answer of another."""
+    """Return one to three requests a fact, none of which holds the answer of another."""
     asked = []
     for fact in facts:
-        for instruction, below in rng.sample(fact.requests, min(len(fact.requests), rng.randint(2, 3))):
+        requests = fact.requests
+        for instruction, below in rng.sample(requests, min(len(requests), rng.randint(1, 3))):
             asked.append(f"{instruction}\n{below}" if below else instruction)
     values = [fact.value for fact in facts if fact.value]
     return [request for request in asked if not any(mentions(request, value) for value in values)]
 
 
 def as_lines(sentences: list[str], rng: random.Random) -> str:
-    """Return one document with a sentence a line: plain, after a dash, or after labels."""
-    style = rng.choice(("plain", "dash", "label", "label"))
-    starts = {"plain": [""], "dash": ["- "], "label": [f"{label}: " for label in LABELS]}[style]
-    return "\n".join(rng.choice(starts) + sentence for sentence in sentences)
-
-
-def without_label(line: str) -> str:
-    """Return a document's line without what `as_lines` put before it."""
-    return re.sub(rf"^(- |({'|'.join(LABELS)}): )", "", line)
+    """Return one document with a sentence a line, sometimes after a dash."""
+    dash = rng.choice(("", "- "))
+    return "\n".join(dash + sentence for sentence in sentences)
