@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-colab lab pocket refresh recipes table bench clean
+.PHONY: help setup run test test-browser test-colab lab pocket refresh recipes table bench clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,9 +29,12 @@ run: $(READY)  ## run the four notebooks into runs/RUN and print the before/afte
 test: $(READY)  ## unit tests, then the notebooks' stored outputs against fresh ones
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/test_browser.py
 	$(BIN)/python -m alpaca_helpers.series --prepare build/nbval --profile $(PROFILE:auto=pocket)
 	$(BIN)/python -m pytest --nbval build/nbval
+
+test-browser: $(READY)  ## the chat box in a real browser (Chromium) against a real JupyterLab
+	$(BIN)/python -m pytest tests/test_browser.py
 
 test-colab:  ## the same with Colab's versions
 	$(MAKE) test VENV=.venv-colab CONSTRAINTS=constraints-colab.txt
