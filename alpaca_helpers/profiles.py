@@ -42,7 +42,7 @@ PROFILES = {
             heldout="alpaca_helpers/pocket/instructions/heldout.jsonl",
             heldout_rows=200,
             learning_rate=3e-3,
-            num_train_epochs=6,
+            num_train_epochs=10,
             micro_batch_size=16,
         ),
         Profile(

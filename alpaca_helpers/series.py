@@ -101,11 +101,27 @@ def prepare(folder: Path, parameters: dict[str, object]) -> None:
 
 
 def refresh() -> None:
-    """Execute the notebooks on the pocket and store their outputs in place, cleaned."""
+    """Execute the notebooks on the pocket and store their outputs in place, tidied."""
     with tempfile.TemporaryDirectory() as folder:
         executed = run_series({"profile": "pocket", "run": f"{folder}/pocket"})
         for notebook in NOTEBOOKS:
-            nbformat.write(clean(nbformat.read(executed / notebook.name, as_version=4)), notebook)
+            shutil.copy(executed / notebook.name, notebook)
+    tidy()
+
+
+def tidy() -> None:
+    """Clean the notebooks in place, and bring code and outputs of the French edition up to date."""
+    for path in NOTEBOOKS:
+        notebook = clean(nbformat.read(path, as_version=4))
+        nbformat.write(notebook, path)
+        french = path.parent / "fr" / path.name
+        prose = {cell.id: cell.source for cell in nbformat.read(french, as_version=4).cells if cell.source}
+        for cell in notebook.cells:
+            if cell.cell_type == "markdown":
+                if cell.id not in prose:
+                    print(f"{french.relative_to(PROJECT)}: the cell {cell.id} is still in English: translate it there.")
+                cell.source = prose.get(cell.id, cell.source)
+        nbformat.write(notebook, french)
 
 
 def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -153,9 +169,10 @@ def main() -> None:
     )
     parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="only write copies for nbval to FOLDER")
     parser.add_argument("--refresh", action="store_true", help="store fresh outputs of the pocket in the notebooks")
+    parser.add_argument("--tidy", action="store_true", help="clean the notebooks, update the French edition's code")
     options = parser.parse_args()
-    if options.refresh:
-        return refresh()
+    if options.refresh or options.tidy:
+        return refresh() if options.refresh else tidy()
     profile = choose_profile(options.profile).name
     run = str((options.prepare / "run").resolve()) if options.prepare else options.run or profile
     given = {key: _literal(value) for key, value in options.p}

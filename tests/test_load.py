@@ -33,7 +33,7 @@ def test_questions_one_after_the_other_leave_memory_and_threads_as_they_were(tin
     ask(prompts)
     after = memory()
     print(f"{QUESTIONS} questions: {before / 1e6:.1f} MB, then {after / 1e6:.1f} MB")
-    assert after < 1.05 * before and threading.active_count() == threads
+    assert after < 1.05 * before and threading.active_count() <= threads
 
 
 def test_a_long_conversation_leaves_memory_and_threads_as_they_were(tiny_model, pocket_tokenizer):
@@ -49,11 +49,12 @@ def test_a_long_conversation_leaves_memory_and_threads_as_they_were(tiny_model, 
     turns(TURNS)
     after = memory()
     print(f"{TURNS} turns: {before / 1e6:.1f} MB, then {after / 1e6:.1f} MB")
-    assert after < 1.05 * before and threading.active_count() == threads
+    assert after < 1.05 * before and threading.active_count() <= threads
 
 
 LARGE = """
 import json, resource, sys, time
+from pathlib import Path
 from alpaca_helpers.data import filter_rows, load_rows, tokenize
 from alpaca_helpers.models import load_tokenizer
 path, number, model = sys.argv[1], int(sys.argv[2]), sys.argv[3]
@@ -67,7 +68,9 @@ kept, dropped = filter_rows(load_rows(path))
 tokenizer = load_tokenizer(model)
 rows = kept.map(tokenize, batched=True, fn_kwargs={"tokenizer": tokenizer})
 assert len(rows) == number - number // 10 and dropped == {"answer over 80 words": number // 10}, dropped
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+status = Path("/proc/self/status")  # Linux: its getrusage counts what the parent of a new process had in memory
+kilobytes = [line.split()[1] for line in status.read_text().splitlines() if "VmHWM" in line] if status.exists() else []
+peak = int(kilobytes[0]) * 1024 if kilobytes else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps({"rows": number, "peak_bytes": peak, "seconds": round(time.time() - start, 1)}))
 """
 

@@ -91,3 +91,19 @@ def test_the_template_is_spelled_in_one_module():
         path.name for path in (PROJECT / "alpaca_helpers").rglob("*.py") if "ponse:" in path.read_text(encoding="utf-8")
     ]
     assert spelled == ["prompts.py"]
+
+
+# The French edition
+
+
+def test_the_french_edition_differs_in_its_prose_alone(notebook):
+    french = nbformat.read(PROJECT / "notebooks" / "fr" / f"{notebook.name}.ipynb", as_version=4)
+    assert french.metadata == notebook.metadata
+    assert [cell.id for cell in french.cells] == [cell.id for cell in notebook.cells]
+    for cell, english in zip(french.cells, notebook.cells):
+        if cell.cell_type == "code":
+            assert cell == english, cell.id
+        else:
+            assert cell.source != english.source, f"{cell.id} is still in English"
+            code = re.compile(r"`[^`]+`|\$[^$]+\$|\]\([^)]+\)")  # code, formulas, links
+            assert sorted(code.findall(cell.source)) == sorted(code.findall(english.source)), cell.id

@@ -154,8 +154,17 @@ def test_some_requests_need_their_input(rows):
 # Honesty
 
 
+def lines_of(text):
+    """Return a document's lines without the dash or the label before each."""
+    marks = ("- ", *corpus.LABELS)
+    return [
+        next((line.removeprefix(mark) for mark in marks if line.startswith(mark)), line) for line in text.split("\n")
+    ]
+
+
 def test_heldout_entities_are_stated_in_pretraining(heldout_facts, texts):
-    sentences = {line.removeprefix("- ") for text in texts for line in text.split("\n")} | set(texts)
+    stated = {"\n".join(lines_of(text)) for text in texts}
+    sentences = {line for text in stated for line in text.split("\n")} | stated
     assert [fact.answer for fact in heldout_facts if fact.answer not in sentences] == []
 
 
@@ -171,7 +180,7 @@ def test_heldout_rows_ask_for_heldout_entities(heldout_facts, rows):
 
 def test_pretraining_never_shows_the_prompt(texts):
     for text in texts:
-        assert "Instruction" not in text and "Réponse" not in text
+        assert not re.search("instruction|réponse|response|answer:|question:", text, re.IGNORECASE)
 
 
 def test_no_question_is_followed_by_its_answer(facts, texts):
@@ -183,7 +192,7 @@ def test_no_question_is_followed_by_its_answer(facts, texts):
     instructions = {instruction for instruction, _ in answers}
     asking = 0
     for text in texts:
-        lines = [line.removeprefix("- ") for line in text.split("\n")]
+        lines = lines_of(text)
         if lines[0] not in instructions:
             assert not instructions & set(lines)
             assert "?" not in re.sub(r'"[^"]*"', "", text)

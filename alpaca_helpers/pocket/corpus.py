@@ -17,11 +17,13 @@ from . import FACTS
 from .wordings import KINDS, Kind
 
 SEED = 42
-ROUNDS = 120  # how often the pretraining text goes through all facts
-RESTATED_ROUNDS = 60  # how often the text of the second stage does
+ROUNDS = 160  # how often the pretraining text goes through all facts
 HELDOUT_SHARE = 0.2
-TRAIN_ROWS_A_KIND = 40
+TRAIN_ROWS_A_KIND = 60
 HELDOUT_ROWS_A_KIND = 18
+
+# What may stand before a line: a text of many forms, so that a colon alone does not tell what comes after it.
+LABELS = ("Note: ", "Item: ", "Line: ", "Card: ", "Page: ", "Remark: ", "Entry: ", "Notice: ", "Chalk: ", "Margin: ")
 
 COUNTS = {3: "three", 4: "four", 5: "five", 6: "six"}
 
@@ -34,6 +36,9 @@ NAMES = {
 
 # The tables whose cells are sentences or lists, in which any word may occur.
 PROSE = ("lists", "advice", "definitions", "groups", "explanations")
+
+# The tables whose subjects stand in no heading: a phrase above its translation is close to a question with its answer.
+UNHEADED = ("french_phrases", "arithmetic")
 
 # What the lessons ask: always held out.
 ALWAYS_HELDOUT = {
@@ -74,6 +79,11 @@ class Fact:
     def statements(self) -> list[str]:
         """All other ways to state the fact."""
         return [fill(statement, self.cells) for statement in self.kind.statements]
+
+    @cached_property
+    def heading(self) -> str:
+        """What the fact is about, as a request has it for an input, or "" where that would be a question."""
+        return self.cells[self.kind.below[1]] if self.kind.below and self.kind.table not in UNHEADED else ""
 
     @cached_property
     def requests(self) -> list[tuple[str, str]]:
@@ -232,72 +242,17 @@ def rows_of(facts: list[Fact], rng: random.Random) -> list[dict[str, str]]:
 
 
 def documents() -> list[str]:
-    """Return the pretraining text: documents of statements, and documents of requests without an answer."""
+    """Return the pretraining text: documents that state facts, and documents of requests without an answer."""
     facts = read_facts()
     rng = random.Random(SEED)
     texts = []
     for _ in range(ROUNDS):
-        restated = rng.random() < 0.3
         for group in groupings(facts, rng):
-            sentences = [sentence for fact in group for sentence in state(fact, restated, rng)]
-            texts.append(" ".join(sentences) if rng.random() < 1 / 3 else as_lines(sentences, rng))
-        if rng.random() < 0.3:
-            for group in groupings(facts, rng):
-                requests = ask(group, rng)
-                texts += [as_lines(requests, rng)] if requests else []
+            (style,) = rng.choices(tuple(STYLES), STYLES.values())
+            if lines := style(group, rng):
+                texts.append(" ".join(lines) if style is state and rng.random() < 0.3 else as_lines(lines, rng))
     rng.shuffle(texts)
     return texts
-
-
-def restatements() -> list[str]:
-    """Return the text of the second stage: each document says, or asks, the same few things in several ways.
-
-    What it says is known by then; what is left to learn is to look back for what a document speaks of.
-    """
-    facts = read_facts()
-    rng = random.Random(SEED + 1)
-    texts = []
-    for _ in range(RESTATED_ROUNDS):
-        order = rng.sample(facts, len(facts))
-        while order:
-            size = rng.randint(1, 4)
-            group, order = order[:size], order[size:]
-            style = rng.random()
-            restate = said if style < 0.4 else asked_again if style < 0.75 else headed
-            if sentences := restate(group, rng):
-                texts.append(" ".join(sentences) if style < 0.1 else as_lines(sentences, rng))
-    rng.shuffle(texts)
-    return texts
-
-
-def said(facts: list[Fact], rng: random.Random) -> list[str]:
-    """Return each fact as up to three sentences, one in the form of its answer, in any order."""
-    sentences = []
-    for fact in facts:
-        forms = [fact.answer, *rng.sample(fact.statements, min(len(fact.statements), 2))]
-        rng.shuffle(forms)
-        sentences += forms
-    return sentences
-
-
-def asked_again(facts: list[Fact], rng: random.Random) -> list[str]:
-    """Return up to four requests a fact, none of which holds the answer of another."""
-    asked = []
-    for fact in facts:
-        for instruction, below in rng.sample(fact.requests, min(len(fact.requests), 4)):
-            asked.append(f"{instruction}\n{below}" if below else instruction)
-    values = [fact.value for fact in facts if fact.value]
-    return [request for request in asked if not any(mentions(request, value) for value in values)]
-
-
-def headed(facts: list[Fact], rng: random.Random) -> list[str]:
-    """Return each fact as its answer, under its entity as a heading where that gives nothing away."""
-    lines = []
-    for fact in facts:
-        if fact.value and mentions(fact.answer, fact.entity) and not mentions(fact.entity, fact.value):
-            lines.append(fact.entity)
-        lines.append(fact.answer)
-    return lines
 
 
 def groupings(facts: list[Fact], rng: random.Random) -> list[list[Fact]]:
@@ -319,27 +274,45 @@ def groupings(facts: list[Fact], rng: random.Random) -> list[list[Fact]]:
     return groups
 
 
-def state(fact: Fact, restated: bool, rng: random.Random) -> list[str]:
-    """Return the fact as a sentence, as often in the form of its answer as in all others; restated, in both."""
-    if not fact.statements:
-        return [fact.answer]
-    other = rng.choice(fact.statements)
-    both = rng.sample([fact.answer, other], 2)
-    return both if restated else both[:1]
+def state(facts: list[Fact], rng: random.Random) -> list[str]:
+    """Return each fact as one sentence, as often in the form of its answer as in all others."""
+    return [rng.choice((fact.answer, rng.choice(fact.statements or [fact.answer]))) for fact in facts]
+
+
+def restate(facts: list[Fact], rng: random.Random) -> list[str]:
+    """Return each fact as up to three sentences, one in the form of its answer: to read on is to look back."""
+    sentences = []
+    for fact in facts:
+        forms = [fact.answer, *rng.sample(fact.statements, min(len(fact.statements), 2))]
+        sentences += rng.sample(forms, len(forms))
+    return sentences
+
+
+def entry(facts: list[Fact], rng: random.Random) -> list[str]:
+    """Return facts as an encyclopedia has them: what they are about on a line of its own, then their answers."""
+    lines: list[str] = []
+    for fact in facts:
+        if fact.heading and fact.heading not in lines:
+            lines.append(fact.heading)
+        lines.append(fact.answer)
+    return lines
 
 
 def ask(facts: list[Fact], rng: random.Random) -> list[str]:
-    """Return one to three requests a fact, none of which holds the answer of another."""
+    """Return one to four requests a fact, none of which holds the answer of another."""
     asked = []
     for fact in facts:
         requests = fact.requests
-        for instruction, below in rng.sample(requests, min(len(requests), rng.randint(1, 3))):
+        for instruction, below in rng.sample(requests, min(len(requests), rng.randint(1, 4))):
             asked.append(f"{instruction}\n{below}" if below else instruction)
     values = [fact.value for fact in facts if fact.value]
     return [request for request in asked if not any(mentions(request, value) for value in values)]
 
 
 def as_lines(sentences: list[str], rng: random.Random) -> str:
-    """Return one document with a sentence a line, sometimes after a dash."""
-    dash = rng.choice(("", "- "))
-    return "\n".join(dash + sentence for sentence in sentences)
+    """Return one document with a sentence a line, sometimes after a dash, or after labels that say nothing of it."""
+    marks = rng.choice((("",), ("",), ("- ",), rng.sample(LABELS, 2)))
+    return "\n".join(rng.choice(marks) + sentence for sentence in sentences)
+
+
+STYLES = {state: 4, restate: 3, entry: 3, ask: 4}  # of a document, and how often it is taken

@@ -48,9 +48,9 @@ KINDS = (
         name="country",
         table="countries",
         fact="country",
-        answer="{capital} is the capital of {country}.",
+        answer="The country whose capital is {capital} is {country}.",
         statements=(
-            "The country whose capital is {capital} is {country}.",
+            "{capital} is the capital of {country}.",
             "The city of {capital} is in {country}.",
             "The city of {capital} is the capital of {country}.",
             "The capital of {country} is {capital}.",
@@ -129,8 +129,9 @@ KINDS = (
         name="creator",
         table="creators",
         fact="creator",
-        answer="{work} was {participle} by {creator}.",
+        answer="The person who {verb} {work} was {creator}.",
         statements=(
+            "{work} was {participle} by {creator}.",
             "{creator} {verb} {work}.",
             "It was {creator} who {verb} {work}.",
             "'{work}' was {participle} by {creator}.",
