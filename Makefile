@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-browser test-colab lab pocket refresh recipes table bench clean
+.PHONY: help setup run test test-colab lab pocket refresh french recipes table bench audit address clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,12 +29,10 @@ run: $(READY)  ## run the four notebooks into runs/RUN and print the before/afte
 test: $(READY)  ## unit tests, then the notebooks' stored outputs against fresh ones
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest --ignore tests/test_browser.py
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
 	$(BIN)/python -m alpaca_helpers.series --prepare build/nbval --profile $(PROFILE:auto=pocket)
 	$(BIN)/python -m pytest --nbval build/nbval
-
-test-browser: $(READY)  ## the chat box in a real browser (Chromium) against a real JupyterLab
-	$(BIN)/python -m pytest tests/test_browser.py
 
 test-colab:  ## the same with Colab's versions
 	$(MAKE) test VENV=.venv-colab CONSTRAINTS=constraints-colab.txt
@@ -48,6 +46,9 @@ pocket: $(READY)  ## rebuild the shipped model from its facts
 refresh: $(READY)  ## execute the notebooks in place on the pocket and clean them
 	$(BIN)/python -m alpaca_helpers.series --refresh
 
+french: $(READY)  ## clean the notebooks, and carry their code and outputs over to the French edition
+	$(BIN)/python -m alpaca_helpers.series --tidy
+
 recipes: $(READY)  ## what each choice buys: a grid of recipes and LoRA ranks on the pocket, three seeds
 	$(BIN)/python -m benchmarks.recipes
 
@@ -57,6 +58,17 @@ table: $(READY)  ## the same table of any finished runs: RUNS="a b c"
 bench: $(READY)  ## measure training, evaluation and the chat against the usual ways
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -r benchmarks/requirements.txt
 	$(BIN)/python -m benchmarks.bench
+
+audit: $(READY)  ## look up what is installed among known vulnerabilities (asks a public database)
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) pip-audit
+	$(BIN)/pip-audit --skip-editable
+
+address:  ## where you publish the project, for Colab: REPO_URL=https://github.com/owner/name
+	@case "$(REPO_URL)" in https://github.com/*/*) ;; \
+	  *) echo "Say where the project is: make address REPO_URL=https://github.com/owner/name"; exit 1;; esac
+	sed -i.bak -E 's#(colab\.research\.google\.com/github/)[^/]+/[^/]+/#\1$(REPO_URL:https://github.com/%=%)/#' README.md
+	sed -i.bak -E 's#repo_url: str = \\"[^"\\]*\\"#repo_url: str = \\"$(REPO_URL)\\"#' notebooks/*.ipynb notebooks/fr/*.ipynb
+	@rm -f README.md.bak notebooks/*.bak notebooks/fr/*.bak
 
 clean:  ## remove what can be made again, runs excepted
 	rm -rf build .venv .venv-colab .pytest_cache .ruff_cache *.egg-info

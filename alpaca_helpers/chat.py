@@ -2,6 +2,7 @@
 
 import argparse
 import html
+import io
 import signal
 import sys
 import threading
@@ -43,6 +44,21 @@ class Transcript:
 
     def _repr_mimebundle_(self, **_) -> dict[str, str]:
         return {"text/html": as_html(self.exchanges), "text/plain": as_text(self.exchanges)}
+
+
+class _WellFormed:
+    """Replaces half a character in what a front end sends: ipywidgets' echo of it would fail, and lose all."""
+
+    def set_state(self, sync_data: dict) -> None:
+        super().set_state({key: well_formed(v) if isinstance(v, str) else v for key, v in sync_data.items()})  # type: ignore[misc]
+
+
+class _Text(_WellFormed, widgets.Text):
+    pass
+
+
+class _Textarea(_WellFormed, widgets.Textarea):
+    pass
 
 
 class ChatBox:
@@ -112,7 +128,7 @@ class ChatBox:
         scroll = widgets.Layout(flex_flow="column-reverse", overflow="auto", height="420px", width="100%")
         self.hello = widgets.HTML(HELLO)
         self.status = widgets.HTML()
-        self.field = widgets.Text(placeholder="Type an instruction, Enter sends it", continuous_update=False)
+        self.field = _Text(placeholder="Type an instruction, Enter sends it", continuous_update=False)
         self.field.layout = widgets.Layout(flex="1 1 auto", width="auto")
         self.send = widgets.Button(description="Send", button_style="primary", layout=small)
         self.stop = widgets.Button(description="Stop", disabled=True, tooltip="End this answer here", layout=small)
@@ -125,7 +141,7 @@ class ChatBox:
         )
         self.with_settings = widgets.ToggleButton(description="Settings", layout=small)
         self.clear = widgets.Button(description="Clear", tooltip="Forget the conversation", layout=small)
-        self.input = widgets.Textarea(
+        self.input = _Textarea(
             placeholder="Optional input: the text that the instruction is about", continuous_update=False, rows=3
         )
         self.input.layout = widgets.Layout(width="100%", display="none")
@@ -138,7 +154,7 @@ class ChatBox:
         }
         for key, knob in self.knobs.items():
             knob.value = settings[key]
-        self.path = widgets.Text(value="chat.md", description="save as", tooltip=".md or .json", **line)
+        self.path = _Text(value="chat.md", description="save as", tooltip=".md or .json", **line)
         self.save = widgets.Button(description="Save", layout=small)
         self.panel = widgets.VBox([*self.knobs.values(), widgets.HBox([self.path, self.save])])
         self.panel.layout = widgets.Layout(width="100%", display="none")
@@ -392,7 +408,8 @@ def main() -> None:
         parser.add_argument(f"--{key.replace('_', '-')}", type=type(value), default=value, help=f"({value})")
     options = vars(parser.parse_args())
     for output in (sys.stdout, sys.stderr):
-        output.reconfigure(errors="replace")
+        if isinstance(output, io.TextIOWrapper):
+            output.reconfigure(errors="replace")
     sides = SIDES[0] if options["compare"] else SIDES[1]
     conversation = Conversation(*open_run(options["run"]), sides=sides, **{key: options[key] for key in DEFAULTS})
     if options["once"] is None:

@@ -171,7 +171,7 @@ def evaluate(
             }
             if prompts is templated:
                 losses = answer_losses(model, tokenizer, rows, side, progress=progress)
-                table["output_tokens"] = losses[:, 2].astype(int)
+                table["output_tokens"] = losses[:, 2].astype(int).tolist()
                 scores["answer_loss"] = losses[:, [0, 2]]
                 scores["token_accuracy"] = losses[:, [1, 2]]
             estimates[name] = _estimate(scores, weights)
@@ -287,11 +287,13 @@ def _estimate(scores: dict[str, np.ndarray], weights: np.ndarray) -> dict[str, n
 
 def _side(estimates: dict[str, np.ndarray | None]) -> dict:
     """Return values and intervals as `metrics.json` holds them."""
-    values, intervals = {}, {}
+    values: dict[str, float | None] = {}
+    intervals: dict[str, list[float] | None] = {}
     for name, estimate in estimates.items():
-        known = estimate is not None
-        values[name] = round(float(estimate[0]), 6) if known else None
-        intervals[name] = np.nanpercentile(estimate[1:], [2.5, 97.5]).round(6).tolist() if known else None
+        values[name], intervals[name] = None, None
+        if estimate is not None:
+            values[name] = round(float(estimate[0]), 6)
+            intervals[name] = np.nanpercentile(estimate[1:], [2.5, 97.5]).round(6).tolist()
     return {**values, "intervals": intervals}
 
 

@@ -56,9 +56,8 @@ def load_base(model: str, revision: str | None = None, dtype: torch.dtype = torc
 
 def _load(loader, model: str, revision: str | None, files: tuple[str, ...], **settings):
     """Return what `loader` makes of the folder that `model` is, of the cache's, or of the one just fetched."""
-    folder = locate(model)
-    if folder.is_dir():
-        return _from_folder(loader, folder.resolve(), **settings)
+    if (here := locate(model)).is_dir():
+        return _from_folder(loader, here.resolve(), **settings)
     if model.startswith((".", "/", "~")) or model.count("/") > 1:  # a path: never looked up on the Hub
         raise AlpacaError(f"There is no model folder {model}: check the parameter `model`.")
     loaded = None

@@ -111,8 +111,7 @@ def token_lengths(lengths: Sequence[int], max_length: int, dropped: Mapping[str,
         dropped: rows that the filter dropped, by reason, as `filter_rows` returns them.
     """
     full = sum(length >= max_length for length in lengths)
-    options = {"columns": 2, "width_ratios": [2, 1]} if dropped else {}
-    picture, axes = _figure(9 if dropped else 7.5, 3, **options)
+    picture, axes = _figure(9, 3, columns=2, width_ratios=[2, 1]) if dropped else _figure(7.5, 3)
     note = f"cut at {max_length} tokens;\n{full:,} of {len(lengths):,} rows\nreach it"
     _histogram(axes[0], lengths, max_length, note)
     axes[0].set(title="How long the rows are", xlabel="prompt and answer (tokens)", ylabel="rows")
@@ -159,7 +158,7 @@ def _histogram(axes, values: Sequence[int], limit: int, note: str) -> None:
 
 
 # How each part of a row looks: fill where learned, text on that fill, border.
-PARTS = {
+PARTS: dict[str, tuple[str, str, dict]] = {
     "prompt": ("#bdbdbd", INK, {"linestyle": (0, (2, 1.5)), "linewidth": 0.8}),
     "answer": (BLUE, "white", {"linewidth": 0.8}),
     "end of text": (ORANGE, INK, {"linewidth": 2.2}),
@@ -230,7 +229,8 @@ def _drawable() -> frozenset[int]:
 
 def _wrap(boxes: list[tuple[str, str, bool]]) -> list[list[tuple[str, str, bool]]]:
     """Return the boxes in lines of at most `CELLS` characters."""
-    lines, used = [[]], 0
+    lines: list[list[tuple[str, str, bool]]] = [[]]
+    used = 0
     for part, text, learned in boxes:
         text = text if len(text) <= CELLS - 2 else text[: CELLS - 3] + "…"
         if used + len(text) + 1 > CELLS and lines[-1]:

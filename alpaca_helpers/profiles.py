@@ -79,7 +79,7 @@ def choose_profile(name: str = "auto", **changes) -> Profile:
         raise AlpacaError(f"A profile has no setting {sorted(unknown)[0]!r}: see alpaca_helpers/profiles.py.")
     for key in {"model", "dataset"} & set(changes):
         changes[key] = portable(changes[key])
-    unpinned = {}
+    unpinned: dict[str, None] = {}
     if changes.get("model", profile.model) != profile.model:
         unpinned["model_revision"] = None
     if changes.get("dataset", profile.dataset) != profile.dataset:

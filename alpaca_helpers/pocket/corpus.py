@@ -174,7 +174,7 @@ def choose_heldout(facts: list[Fact]) -> set[tuple[str, str]]:
     A name that the wordings or another table's prose use ("word", "tea") cannot be kept out of the training rows: it is
     not chosen.
     """
-    by_entity = defaultdict(list)
+    by_entity: dict[tuple[str, str], list[str]] = defaultdict(list)
     for fact in facts:
         by_entity[fact.kind.table, fact.entity] += names(fact)
     wordings = [text for kind in KINDS for text in (kind.answer, *kind.requests)]
@@ -248,7 +248,7 @@ def documents() -> list[str]:
     texts = []
     for _ in range(ROUNDS):
         for group in groupings(facts, rng):
-            (style,) = rng.choices(tuple(STYLES), STYLES.values())
+            (style,) = rng.choices(tuple(STYLES), tuple(STYLES.values()))
             if lines := style(group, rng):
                 texts.append(" ".join(lines) if style is state and rng.random() < 0.3 else as_lines(lines, rng))
     rng.shuffle(texts)
