@@ -1,4 +1,4 @@
-"""Speed and memory of what the series does: `python benchmarks/bench.py --help`.
+"""Speed and memory of what the series does: `python -m benchmarks.bench --help`.
 
 Contenders live in processes of their own (so that each has its own peak memory) and take turns on the same rows, the
 same number of optimizer steps and the same threads: what disturbs the machine disturbs them all. A ratio is taken
@@ -40,7 +40,10 @@ from alpaca_helpers.lora import lora_config
 from alpaca_helpers.models import best_device, load_base, load_tokenizer
 from alpaca_helpers.profiles import PROFILES, Profile
 from alpaca_helpers.prompts import format_prompt
+from alpaca_helpers.runs import run_folder
+from alpaca_helpers.series import run_series
 from alpaca_helpers.training import base_dtype, make_trainer
+from benchmarks import chat, evaluation
 
 RESULTS = Path(__file__).with_name("results.json")
 REAL = Path(os.environ.get("ALPACA_TEST_DATA", PROJECT.parent / "shared" / "data"))  # real rows and vocabulary
@@ -184,9 +187,22 @@ def compete(contender: str, name: str, options: dict, pipe) -> None:
             trainer.train()
             seconds, worked = time.perf_counter() - start, time.process_time() - worked
         loss = heldout_loss(trainer.model, tokenized(heldout, tokenizer, "answers"))
-        count = settings.batch_size * steps
-        pipe.send({"seconds": seconds, "cpu": worked, "rows": count, "loss": loss, "peak_gb": peak_memory()})
+        gflops = needed_work(trainer.model, tokenized(train, tokenizer, "answers")) / seconds / 1e9
+        run = {"seconds": seconds, "cpu": worked, "rows": settings.batch_size * steps, "loss": loss, "gflops": gflops}
+        pipe.send(run | {"peak_gb": peak_memory()})
         del trainer
+
+
+def needed_work(model, rows: Dataset) -> float:
+    """Return the floating-point operations of one pass that nobody is spared: 4 a parameter and token (the frozen base
+    takes no gradients of its weights), in the layers for every token, in the output layer for the learned ones.
+    """
+    sizes = {name: value.numel() for name, value in model.named_parameters() if "lora_" not in name}
+    layers = sum(size for name, size in sizes.items() if ".h." in name)
+    head = next(size for name, size in sizes.items() if name.endswith("wte.weight"))
+    tokens = sum(map(len, rows["input_ids"]))
+    learned = sum(label != IGNORED for labels in rows["labels"] for label in labels)
+    return 4.0 * (layers * tokens + head * learned)
 
 
 def heldout_loss(model, rows: Dataset) -> float:
@@ -256,6 +272,7 @@ def summary(runs: dict[str, list[dict]], contender: str) -> dict:
     }
     return {
         "rows_per_second": spread(speeds),
+        "gflops": spread([run["gflops"] for run in mine]),
         "cpu_seconds": spread([run["cpu"] for run in mine]),  # less than the clock's where others use the machine too
         "peak_gb": max(run["peak_gb"] for run in mine),
         "heldout_loss": mine[-1]["loss"],
@@ -315,7 +332,25 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
-SECTIONS = {"training": train_speed, "tokenizing": tokenize_speed, "matrix_product": matrix_rate}
+def evaluation_speed(options: argparse.Namespace) -> dict:
+    """Held-out rows answered in batches against the document's way, on a finished run of the pocket."""
+    if not (run_folder("pocket") / "adapter").exists():
+        run_series({"profile": "pocket", "run": "pocket"})
+    return evaluation.measure("pocket", rows=200 if options.rounds > 1 else 8)
+
+
+def chat_speed(options: argparse.Namespace) -> dict:
+    """What the chat box makes one wait."""
+    return {f"{row['what']} ({row['unit']})": row["value"] for row in chat.measure(15 if options.rounds > 1 else 2)}
+
+
+SECTIONS = {
+    "training": train_speed,
+    "tokenizing": tokenize_speed,
+    "matrix_product": matrix_rate,
+    "evaluation": evaluation_speed,
+    "chat": chat_speed,
+}
 
 
 def installed(package: str) -> bool:
@@ -383,6 +418,10 @@ def main() -> None:
     for section in options.sections:
         print(f"{section} …", flush=True)
         results[section] = SECTIONS[section](options)
+    if {"training", "matrix_product"} <= results.keys():
+        for name, race in results["training"].items():
+            reached, rate = race["ours"]["gflops"]["median"], results["matrix_product"]["gflops"]["median"]
+            results["matrix_product"][f"share that ours reaches on {name}"] = reached / rate
     options.results.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     show(results)
     print(f"Written to {options.results}")

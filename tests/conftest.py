@@ -1,5 +1,6 @@
 """What the tests share: tiny models made on the spot, and real rows and the real vocabulary where they are at hand."""
 
+import json
 import os
 from pathlib import Path
 
@@ -19,6 +20,24 @@ def real_data() -> Path:
     folder = Path(os.environ.get("ALPACA_TEST_DATA", PROJECT.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"real rows and vocabulary are not at {folder}: set ALPACA_TEST_DATA to their folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def alpaca_like(tmp_path_factory) -> Path:
+    """The folder with real data, or one of the same form made of the pocket's rows and vocabulary."""
+    real = Path(os.environ.get("ALPACA_TEST_DATA", PROJECT.parent / "shared" / "data"))
+    if real.is_dir():
+        return real
+    folder = tmp_path_factory.mktemp("alpaca-like")
+    vocabulary = folder / "gpt2-tokenizer"
+    vocabulary.mkdir()
+    bpe = json.loads((pocket.MODEL / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    (vocabulary / "vocab.json").write_text(json.dumps(bpe["vocab"]), encoding="utf-8")
+    merges = "".join(f"{' '.join(merge)}\n" for merge in bpe["merges"])
+    (vocabulary / "merges.txt").write_text(f"#version: 0.2\n{merges}", encoding="utf-8")
+    lines = pocket.TRAIN.read_text(encoding="utf-8").splitlines()
+    (folder / "alpaca_en_demo.json").write_text(f"[{','.join(lines)}]", encoding="utf-8")
     return folder
 
 

@@ -1,6 +1,9 @@
 """Loading from the Hub through a stand-in on loopback: what works, what is said, and each fault."""
 
+import json
 import socket
+import subprocess
+import sys
 import time
 
 import datasets
@@ -10,20 +13,22 @@ from hub import ALPACA_FILE, DATASET, DATASET_COMMIT, MODEL, MODEL_COMMIT, Fault
 from huggingface_hub import constants
 from safetensors.torch import load_file
 
-from alpaca_helpers import AlpacaError, data, hub
+from alpaca_helpers import PROJECT, AlpacaError, data, hub
 from alpaca_helpers.data import load_rows
 from alpaca_helpers.models import load_base, load_tokenizer
+from alpaca_helpers.series import NOTEBOOKS
 
 NAME, ALPACA = MODEL.removeprefix("models/"), DATASET.removeprefix("datasets/")
-FRANCE = [6310, 2762, 25, 1867, 318, 262, 3139, 286, 4881, 30, 198, 49, 2634, 79, 2591, 25]
+QUESTION = "Instruction: What is the capital of France?\nRéponse:"
+FRANCE = [6310, 2762, 25, 1867, 318, 262, 3139, 286, 4881, 30, 198, 49, 2634, 79, 2591, 25]  # in GPT-2's vocabulary
 
 
 ROWS = 600  # instead of 52,002, to be quick
 
 
 @pytest.fixture(scope="module")
-def repositories(real_data, tmp_path_factory) -> Hub:
-    return stand_in(tmp_path_factory.mktemp("hub"), real_data, ROWS)
+def repositories(alpaca_like, tmp_path_factory) -> Hub:
+    return stand_in(tmp_path_factory.mktemp("hub"), alpaca_like, ROWS)
 
 
 @pytest.fixture
@@ -46,6 +51,12 @@ def point_to(url: str, home, monkeypatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", url)
 
 
+def encodes(tokenizer) -> bool:
+    """Tell whether the tokenizer gives GPT-2's ids of a prompt, or where it is the pocket's, ids that give it back."""
+    ids = tokenizer(QUESTION).input_ids
+    return ids == FRANCE if len(tokenizer) == 50257 else tokenizer.decode(ids) == QUESTION
+
+
 def refused() -> str:
     """The address of a port that nobody listens on."""
     with socket.socket() as free:
@@ -55,7 +66,7 @@ def refused() -> str:
 
 def test_tokenizer_and_weights_come_in_two_announced_downloads(server, capsys):
     tokenizer = load_tokenizer(NAME, MODEL_COMMIT)
-    assert tokenizer("Instruction: What is the capital of France?\nRéponse:").input_ids == FRANCE
+    assert encodes(tokenizer)
     assert not any("safetensors" in line for line in server.log)
     model = load_base(NAME, MODEL_COMMIT)
     said = capsys.readouterr().out.splitlines()
@@ -198,7 +209,21 @@ def test_a_damaged_weight_file_is_never_loaded(server):
 def test_the_documents_own_lines_work_against_the_stand_in(server):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    assert AutoTokenizer.from_pretrained(NAME)("Réponse:").input_ids == FRANCE[-5:]
+    assert encodes(AutoTokenizer.from_pretrained(NAME))
     assert AutoModelForCausalLM.from_pretrained(NAME, use_safetensors=True).config.n_layer == 2
     assert datasets.load_dataset(ALPACA)["train"].num_rows == ROWS
     assert any(ALPACA_FILE in line for line in server.log)
+
+
+def test_the_whole_series_from_the_stand_in(alpaca_like, tmp_path):
+    """benchmarks/gpu.py at small size: four notebooks under `gpt2-medium` by papermill, one run killed and resumed."""
+    figures = tmp_path / "figures.json"
+    command = [sys.executable, "benchmarks/gpu.py", "--layers", "2", "--width", "64", "--heads", "2", "--out", figures]
+    command += ["--data", alpaca_like, "--max-train-rows", "200", "--killed-rows", "200"]
+    command += ["-p", "lora_rank", "8", "-p", "micro_batch_size", "4", "-p", "max_heldout_rows", "20"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    made = json.loads(figures.read_text(encoding="utf-8"))
+    assert list(made["parts"]) == [path.stem for path in NOTEBOOKS]
+    assert made["trainable_parameters"] == 2 * 8 * (64 + 3 * 64)
+    assert made["metrics"]["profile"] == "gpt2-medium" and made["metrics"]["n"] == 20

@@ -1,3 +1,8 @@
+import jinja2
+import pytest
+import yaml
+
+from alpaca_helpers import PROJECT
 from alpaca_helpers.prompts import format_answer, format_example, format_prompt, parse_answer
 
 
@@ -18,3 +23,11 @@ def test_parse_answer_is_the_inverse_also_for_answers_that_look_like_the_templat
         prompt = format_prompt("Q\nRéponse: no")
         assert parse_answer(format_example("Q\nRéponse: no", answer)[len(prompt) :]) == answer
         assert parse_answer(format_answer(answer)) == answer
+
+
+@pytest.mark.parametrize("input", ["", "Berlin"])
+def test_the_task_of_the_evaluation_harness_asks_as_training_does(input):
+    task = yaml.safe_load((PROJECT / "benchmarks" / "lm_eval" / "pocket.yaml").read_text(encoding="utf-8"))
+    row = {"instruction": "Name the country.", "input": input, "output": "Germany."}
+    asked, wanted = (jinja2.Template(task[key]).render(row) for key in ("doc_to_text", "doc_to_target"))
+    assert asked + task["target_delimiter"] + wanted == format_example(row["instruction"], row["output"], input)
