@@ -60,7 +60,7 @@ def test_each_command_is_run_somewhere():
 
 def test_make_help_lists_every_target_that_the_readme_names():
     listed = subprocess.run(["make", "help"], cwd=PROJECT, capture_output=True, text=True, check=True).stdout
-    for target in set(re.findall(r"make ([a-z-]+)", README)):
+    for target in set(re.findall(r"(?:^|`)make ([a-z-]+)", README, re.MULTILINE)):
         assert re.search(rf"make {target}\s", listed), target
 
 
