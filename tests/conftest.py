@@ -13,22 +13,22 @@ from alpaca_helpers import PROJECT, pocket
 from alpaca_helpers.lora import lora_config
 from alpaca_helpers.models import load_tokenizer
 
+REAL = Path(os.environ.get("ALPACA_TEST_DATA", PROJECT.parent / "shared" / "data"))
+
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder with real Alpaca-style rows and GPT-2's vocabulary; it is not part of the project."""
-    folder = Path(os.environ.get("ALPACA_TEST_DATA", PROJECT.parent / "shared" / "data"))
-    if not folder.is_dir():
-        pytest.skip(f"real rows and vocabulary are not at {folder}: set ALPACA_TEST_DATA to their folder")
-    return folder
+    if not REAL.is_dir():
+        pytest.skip(f"real rows and vocabulary are not at {REAL}: set ALPACA_TEST_DATA to their folder")
+    return REAL
 
 
 @pytest.fixture(scope="session")
 def alpaca_like(tmp_path_factory) -> Path:
     """The folder with real data, or one of the same form made of the pocket's rows and vocabulary."""
-    real = Path(os.environ.get("ALPACA_TEST_DATA", PROJECT.parent / "shared" / "data"))
-    if real.is_dir():
-        return real
+    if REAL.is_dir():
+        return REAL
     folder = tmp_path_factory.mktemp("alpaca-like")
     vocabulary = folder / "gpt2-tokenizer"
     vocabulary.mkdir()
