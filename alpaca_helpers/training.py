@@ -32,6 +32,11 @@ from .profiles import Profile
 from .runs import alone, artifact, read_manifest, record, room_on_disk, run_folder
 from .sharing import write_card
 
+# transformers 5.15 resumes several processes without a GPU on the device "cpu:0", which torch cannot load to
+torch.serialization.register_package(
+    15, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+)
+
 INPUTS = {"input_ids", "attention_mask", "labels"}  # the columns that a batch is made of
 
 
