@@ -236,7 +236,7 @@ def train_speed(options: argparse.Namespace) -> dict:
 
 def race(name: str, options: argparse.Namespace) -> dict:
     settings = PROFILES["pocket" if name == "pocket" else "gpt2-medium"]
-    steps = options.steps or (60 if name == "pocket" else 4)
+    steps = options.steps or (60 if name == "pocket" else 8)
     shared = {"settings": settings, "steps": steps, "heldout": 32, "threads": options.threads}
     contenders = [c for c in CONTENDERS if not c.startswith("TRL") or installed("trl")]
     context, runs = multiprocessing.get_context("spawn"), {contender: [] for contender in contenders}
@@ -297,7 +297,7 @@ def matrix_rate(options: argparse.Namespace) -> dict:
 def tokenize_speed(options: argparse.Namespace) -> dict:
     """Rows a second: the document's map, row by row and padded, against ours in batches."""
     rows, tokenizer = load_data("gpt2")
-    rows = Dataset.from_dict({name: rows[name] * (1 + 4000 // len(rows)) for name in rows.column_names})
+    rows = Dataset.from_dict({name: list(rows[name]) * (1 + 4000 // len(rows)) for name in rows.column_names})
 
     def row_by_row(example):
         text = format_prompt(example["instruction"]) + " " + example["output"]
@@ -405,7 +405,7 @@ def main() -> None:
     )
     parser.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=list(SECTIONS), help="(all)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender (3)")
-    parser.add_argument("--steps", type=int, help="optimizer steps a turn (pocket 60, others 4)")
+    parser.add_argument("--steps", type=int, help="optimizer steps a turn (pocket 60, others 8)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(torch's own choice)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file to write (results.json beside this one)")
     parser.add_argument("--quick", action="store_true", help="one short round, to see that all works")
