@@ -6,6 +6,7 @@ PROFILE ?= auto
 PARAMS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TESTABLE := $(VENV)/.testable
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test test-colab lab pocket refresh french recipes table bench audit address clean
@@ -14,19 +15,23 @@ help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  for run: PROFILE=auto|pocket|gpt2-medium  RUN=name  PARAMS=\"-p key value ...\""
 
-setup: $(READY)  ## make the environment alone (.venv)
+setup: $(TESTABLE)  ## make the environment alone (.venv), for running and testing
 
 $(READY): requirements.txt $(CONSTRAINTS) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 	  || { echo "Python 3.11 to 3.13 is needed: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --progress-bar on -c $(CONSTRAINTS) -e .
+	@touch $@
+
+$(TESTABLE): $(READY)
 	$(BIN)/python -m pip install --progress-bar on -c $(CONSTRAINTS) -e ".[test]"
 	@touch $@
 
 run: $(READY)  ## run the four notebooks into runs/RUN and print the before/after table
 	$(BIN)/python -m alpaca_helpers.series --profile $(PROFILE) $(if $(RUN),--run $(RUN)) $(PARAMS)
 
-test: $(READY)  ## unit tests, then the notebooks' stored outputs against fresh ones
+test: $(TESTABLE)  ## unit tests, then the notebooks' stored outputs against fresh ones
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

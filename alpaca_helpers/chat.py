@@ -28,7 +28,7 @@ from .conversation import (
 )
 from .lora import load_adapter
 from .models import load_base, load_tokenizer
-from .runs import artifact, read_manifest, run_folder
+from .runs import artifact, made_by, run_folder
 
 TICK = 0.05  # seconds between two looks at what the model has written
 PLAYING = "playing" if widgets.Play.class_traits().get("playing") else "_playing"  # ipywidgets 8, 7
@@ -112,6 +112,8 @@ class ChatBox:
         return f"ChatBox with {len(self.conversation.exchanges)} exchanges: run the cell to open it"
 
     def _ipython_display_(self, **_) -> None:
+        _switch(self.composer, True)  # shown again, a closed chat is open
+        self._say("")
         view = {"version_major": 2, "version_minor": 0, "model_id": self.widget.model_id}
         display({WIDGET: view, "text/plain": repr(self)}, raw=True)
         self._kept = display(self._static(), raw=True, display_id=True)
@@ -317,7 +319,7 @@ class ChatBox:
         with self._lock:
             self._stop_all()
             self.composer.layout.display = "none"
-            self._say("The chat is closed: run the cell again to open a new one.")
+            self._say("The chat is closed: run its cell again to open it.")
             self._play()
 
     def _stop_all(self) -> None:
@@ -387,9 +389,7 @@ def open_run(run: str):
     """Return the tuned model and the tokenizer of a run; raise AlpacaError that says which notebook is missing."""
     folder = run_folder(run, make=False)
     adapter = artifact(folder, "adapter")
-    made_of = read_manifest(folder).get("data")
-    if made_of is None:
-        raise AlpacaError(f"The manifest of {folder} names no model: run notebook 02 first, with the same `run`.")
+    made_of = made_by(folder, "training")
     name, revision = made_of["model"], made_of["model_revision"]
     print(f"Loading {name} and {adapter} …", file=sys.stderr, flush=True)
     return load_adapter(load_base(name, revision), adapter), load_tokenizer(name, revision)
@@ -407,9 +407,9 @@ def main() -> None:
     for key, value in DEFAULTS.items():
         parser.add_argument(f"--{key.replace('_', '-')}", type=type(value), default=value, help=f"({value})")
     options = vars(parser.parse_args())
-    for output in (sys.stdout, sys.stderr):
-        if isinstance(output, io.TextIOWrapper):
-            output.reconfigure(errors="replace")
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # whatever bytes come in or cannot go out
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     sides = SIDES[0] if options["compare"] else SIDES[1]
     conversation = Conversation(*open_run(options["run"]), sides=sides, **{key: options[key] for key in DEFAULTS})
     if options["once"] is None:

@@ -14,10 +14,10 @@ import torch
 import torch.distributed
 from transformers import TrainerCallback
 
-from . import PROJECT, AlpacaError
+from . import PROJECT, AlpacaError, locate
 from .models import base_dtype
 from .profiles import Profile
-from .runs import alone, fault, read_manifest, record, seal
+from .runs import alone, content_hash, fault, made_by, read_manifest, record, seal
 
 
 class CompleteCheckpoints(TrainerCallback):
@@ -43,8 +43,8 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
 def resume_point(folder: Path, settings: Profile, recipe: str, resume: bool = True) -> Path | None:
     """Record what makes this training, and return the checkpoint to go on from; None: from the beginning.
 
-    Other versions, another machine, `micro_batch_size` or number of processes change rounding and the draws of
-    dropout alone, so a training may go on under them.
+    Other versions, another machine and so perhaps `dtype`, `micro_batch_size` or number of processes change rounding
+    and the draws of dropout alone, so a training may go on under them.
 
     Args:
         resume: False forgets the run's checkpoints.
@@ -54,14 +54,14 @@ def resume_point(folder: Path, settings: Profile, recipe: str, resume: bool = Tr
     """
     if is_main_process():
         with alone(folder, "training"):
-            made_by = training_record(folder, settings, recipe)
+            now = training_record(folder, settings, recipe)
             if not resume:
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             if any((folder / "checkpoints").glob("checkpoint-*")):
                 before = read_manifest(folder).get("training", {})
-                refuse_changes(before, made_by)
-                made_by["earlier"] = made_elsewhere(before, made_by)
-            record(folder, "training", made_by)
+                refuse_changes(before, now)
+                now["earlier"] = made_elsewhere(before, now)
+            record(folder, "training", now)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     checkpoint = last_complete_checkpoint(folder)
@@ -75,13 +75,13 @@ def resume_point(folder: Path, settings: Profile, recipe: str, resume: bool = Tr
 
 def made_elsewhere(before: dict, now: dict) -> list[dict]:
     """Return on what the parts of a training were made before it came here, if that was elsewhere."""
-    place = {name: before.get(name) for name in ("versions", "hardware", "commit", "processes")}
+    place = {name: before.get(name) for name in ("versions", "hardware", "dtype", "commit", "processes")}
     return before.get("earlier", []) + [place] * any(now[name] != value for name, value in place.items())
 
 
 def refuse_changes(before: dict, now: dict) -> None:
     """Raise AlpacaError that shows what differs, among what changes the result, between two training records."""
-    free = {"name", "dataset", "heldout", "micro_batch_size", "processes", "versions", "hardware", "commit"}
+    free = {"name", "dataset", "heldout", "micro_batch_size", "processes", "versions", "hardware", "dtype", "commit"}
     changes = [
         f"{key} {before.get(key)} -> {now[key]}" for key in now if key not in free and before.get(key) != now[key]
     ]
@@ -99,19 +99,19 @@ def training_record(folder: Path, settings: Profile, recipe: str) -> dict:
     git = ["git", "-C", str(PROJECT), "describe", "--always", "--abbrev=40", "--dirty"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
-    except OSError:
+    except (OSError, subprocess.TimeoutExpired):  # no git, or a slow disk
         commit = None
-    made_by = {
-        **asdict(settings),
+    return {
+        **json.loads(json.dumps(asdict(settings))),  # as it will be read back
         "recipe": recipe,
-        "fingerprint": read_manifest(folder)["data"]["fingerprint"],
+        "fingerprint": made_by(folder, "data")["fingerprint"],
+        "base": content_hash(locate(settings.model), "*.safetensors") or None,  # on the Hub, the revision tells
         "dtype": str(base_dtype()).removeprefix("torch."),
         "processes": processes(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
         "hardware": f"{device}, {torch.get_num_threads()} threads",
         "commit": commit,
     }
-    return json.loads(json.dumps(made_by))  # as it will be read back
 
 
 def processes() -> int:

@@ -47,8 +47,8 @@ IGNORED = -100  # the label that torch's cross entropy skips
 def load_rows(dataset: str, revision: str | None = None) -> Dataset:
     """Return the rows of a JSON, JSONL or Parquet file, or of a dataset's train split on the Hub.
 
-    The columns are `COLUMNS`, all text; a missing `input` or `fact` is "". Any suffix or separator in `dataset` makes
-    it a file: a mistyped path is never looked up on the Hub.
+    The columns are `COLUMNS`, all text; a missing `input` or `fact` is "". What ends in .json, .jsonl or .parquet, or
+    is not of the form owner/name, is never looked up on the Hub.
 
     Raises AlpacaError that names file and row.
     """
@@ -206,7 +206,7 @@ def question_key(row: dict) -> str:
 def split_rows(rows: Dataset, heldout_rows: int, seed: int = 0) -> tuple[Dataset, Dataset]:
     """Return train and held-out rows; rows with the same question land on the same side.
 
-    At most a fifth of the rows are held out, whatever `heldout_rows` asks.
+    At most a fifth of the questions are held out (at least one), whatever `heldout_rows` asks.
     """
     keys = [question_key(row) for row in rows]
     questions = sorted(set(keys))

@@ -13,14 +13,13 @@ import numpy as np
 import pandas as pd
 import regex
 import torch
-from peft import PeftModel
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import CHRF
 from tqdm.auto import tqdm
 
-from . import AlpacaError, generation
+from . import AlpacaError
 from .data import encode
-from .generation import Answer, generate
+from .generation import Answer, generate, only_forward
 from .prompts import format_answer, format_prompt
 
 RESAMPLES = 2000  # of the bootstrap
@@ -41,7 +40,8 @@ class Metric:
             return "–"
         sign = "+" if signed else ""
         if self.unit == "%":
-            return f"{round(100 * value):{sign}d}" + ("" if signed else "%")
+            decimals = int(0 < abs(100 * value) < 1)  # else a small change would read as none
+            return f"{100 * value:{sign}.{decimals}f}" + ("" if signed else "%")
         decimals = 1 if abs(value) >= 10 or self.unit in ("tokens", "seconds") else 2
         return f"{value:{sign}.{decimals}f}"
 
@@ -225,27 +225,20 @@ def _losses_of_batch(model, eos: int, prompts, answers, side: str) -> np.ndarray
     # padded on the left, so that all answers end in the last column and only their logits are made
     tokens = torch.tensor([[eos] * (width - len(row)) + row for row in ids], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=model.device)
-    adapters = {"adapter_names": ["__base__"] * len(ids)} if side == "base" and isinstance(model, PeftModel) else {}
-    training = model.training
-    with generation._FORWARD, torch.inference_mode():
-        model.eval()
-        try:
-            output = model(
-                input_ids=tokens,
-                attention_mask=mask,
-                position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-                use_cache=False,
-                logits_to_keep=longest + 1,
-                **adapters,
-            )
-        finally:
-            model.train(training)
-        result = np.zeros((len(ids), 3))
-        for row, (answer, logits) in enumerate(zip(answers, output.logits)):
-            if answer:
-                logits, target = logits[-len(answer) - 1 : -1].float(), tokens[row, -len(answer) :]
-                loss = torch.nn.functional.cross_entropy(logits, target, reduction="sum")
-                result[row] = float(loss), int((logits.argmax(-1) == target).sum()), len(answer)
+    with only_forward(model, [side] * len(ids)):
+        output = model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            use_cache=False,
+            logits_to_keep=longest + 1,
+        )
+    result = np.zeros((len(ids), 3))
+    for row, (answer, logits) in enumerate(zip(answers, output.logits)):
+        if answer:
+            logits, target = logits[-len(answer) - 1 : -1].float(), tokens[row, -len(answer) :]
+            loss = torch.nn.functional.cross_entropy(logits, target, reduction="sum")
+            result[row] = float(loss), int((logits.argmax(-1) == target).sum()), len(answer)
     return result
 
 

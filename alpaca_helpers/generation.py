@@ -3,11 +3,11 @@
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import LoraLayer
 from transformers import (
     DynamicCache,
     LogitsProcessorList,
@@ -100,9 +100,7 @@ class _Decoding:
         room = positions - max_new_tokens
         self.prompts = [row[-room:] or [self.eos] for row in ids]
         self.prompt_cut = [max(0, len(row) - room) for row in ids]
-        # peft's own switch, row by row; an adapterless model is the base on both sides
-        mixed = isinstance(model, PeftModel) and "base" in sides
-        self.adapters = ["__base__" if side == "base" else model.active_adapter for side in sides] if mixed else None
+        self.sides = list(sides)
         self.choose = _sampler(seed, len(ids), **sampling)
         self.written: list[list[int]] = [[] for _ in ids]
         self.stopped = [False] * len(ids)
@@ -142,31 +140,41 @@ class _Decoding:
 
     def _forward(self, rows, tokens, mask, positions, cache) -> torch.Tensor:
         """Return the logits of each row's next token, float32, (rows, vocabulary)."""
-        adapters = {"adapter_names": [self.adapters[row] for row in rows]} if self.adapters else {}
-        with _FORWARD, torch.inference_mode():
-            training = self.model.training
-            if training:
-                self.model.eval()
-            try:
-                output = self.model(
-                    input_ids=tokens,
-                    attention_mask=mask,
-                    position_ids=positions,
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                    **adapters,
-                )
-            except BaseException:  # Ctrl-C too: peft's hooks would stay, and change the answers of the next forward
-                for module in self.model.modules():
-                    if isinstance(module, BaseTunerLayer):
-                        module._forward_pre_hooks.clear()
-                        module._forward_pre_hooks_with_kwargs.clear()
-                raise
-            finally:
-                if training:
-                    self.model.train()
+        with only_forward(self.model, [self.sides[row] for row in rows]):
+            output = self.model(
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         return output.logits[:, -1].float()
+
+
+@contextmanager
+def only_forward(model, sides: Sequence[str]) -> Iterator[None]:
+    """Run a forward of `model` in the block on rows of these `sides`, in evaluation mode, while no other thread does.
+
+    In the rows of the base what an adapter adds is multiplied by zero. A model without adapter is the base on both
+    sides. However the block ends, by Ctrl-C too, the model is left as it was.
+    """
+    with _FORWARD, torch.inference_mode():
+        training, switches = model.training, []
+        try:
+            if training:
+                model.eval()
+            if "base" in sides:
+                tuned = torch.tensor([[[side == "tuned"]] for side in sides], device=model.device)
+                for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
+                    for last in layer.lora_B.values():
+                        switches.append(last.register_forward_hook(lambda _, __, added: added * tuned))
+            yield
+        finally:
+            for switch in switches:
+                switch.remove()
+            if training:
+                model.train()
 
 
 def _sampler(

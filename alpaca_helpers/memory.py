@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 
-def step_memory(model: PeftModel, rows: int, tokens: int, fp16: bool = False, learning: bool = True) -> dict[str, int]:
+def step_memory(model: PeftModel, rows: int, tokens: int, fp16: bool = False) -> dict[str, int]:
     """Return the bytes in use at the peak of one training step on `rows` rows of `tokens` tokens, by part.
 
     A copy of the model without any numbers in it (torch's meta device) goes forward and backward, and every tensor's
@@ -20,7 +20,6 @@ def step_memory(model: PeftModel, rows: int, tokens: int, fp16: bool = False, le
 
     Args:
         fp16: under autocast, which keeps a half-precision copy of each matrix for the backward pass.
-        learning: False for a step that only measures the loss.
     """
     base = model.get_base_model()
     with torch.device("meta"):
@@ -32,15 +31,12 @@ def step_memory(model: PeftModel, rows: int, tokens: int, fp16: bool = False, le
     frozen = [value for value in twin.parameters() if not value.requires_grad]
     adapter = sum(value.nbytes for value in trained)
     with _LiveTensors() as live:
-        with torch.set_grad_enabled(learning):
-            loss = twin(input_ids=ids, attention_mask=seen, labels=ids, use_cache=False).loss
-        if learning:
-            loss.backward()
+        twin(input_ids=ids, attention_mask=seen, labels=ids, use_cache=False).loss.backward()
     return {
         "weights": sum(value.nbytes for value in frozen),
         "half-precision copies": sum(2 * value.numel() for value in frozen if value.dim() == 2) if fp16 else 0,
         "adapter, gradients, AdamW": 4 * adapter,
-        "activations": live.peak - (adapter if learning else 0),  # the gradients were born among them
+        "activations": live.peak - adapter,  # the gradients were born among them
     }
 
 

@@ -343,7 +343,11 @@ def before_after(metrics: Mapping) -> Picture:
         f"{METRICS[name].show(metrics['tuned'][name])} after"
         for name in (*names, "answer_loss", "mean_answer_tokens")
     )
-    picture.alt = "Bars with 95% intervals for base and tuned model: " + "; ".join(said) + "."
+    picture.alt = (
+        "Bars with 95% intervals for the base, also asked the bare question, and the tuned model: "
+        + "; ".join(said)
+        + "."
+    )
     return picture
 
 
@@ -380,7 +384,7 @@ def answer_lengths(answers: pd.DataFrame, max_new_tokens: int = 80) -> Picture:
         answers: the table that `evaluation.evaluate` returns.
         max_new_tokens: where an answer that did not stop was cut.
     """
-    picture, panels = _figure(7.5, 4.2, rows=3, sharex=True)
+    picture, panels = _figure(7.5, 4.2, rows=3, sharex=True, sharey=True)
     longest = max(max_new_tokens, int(answers["output_tokens"].max()))
     bins = np.arange(-0.5, longest + 3, max(1, round(longest / 40)))
     said = []

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, fields, replace
 
-from . import AlpacaError, portable
+from . import AlpacaError, locate, portable
 
 
 @dataclass(frozen=True)
 class Profile:
-    """One way to run the series; every field is a notebook parameter of the same name."""
+    """One way to run the series; most fields are notebook parameters of the same name."""
 
     name: str
     model: str  # a folder, or a name on the Hub
@@ -78,7 +78,8 @@ def choose_profile(name: str = "auto", **changes) -> Profile:
     if unknown:
         raise AlpacaError(f"A profile has no setting {sorted(unknown)[0]!r}: see alpaca_helpers/profiles.py.")
     for key in {"model", "dataset"} & set(changes):
-        changes[key] = portable(changes[key])
+        place = locate(changes[key])  # recorded as seen from the project, whatever the working folder
+        changes[key] = portable(str(place.resolve()) if place.exists() else changes[key])
     unpinned: dict[str, None] = {}
     if changes.get("model", profile.model) != profile.model:
         unpinned["model_revision"] = None

@@ -72,6 +72,8 @@ def alone(folder: Path, work: str) -> Iterator[None]:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Give an empty folder to write to, which takes the place of `folder` when the block ends without an error."""
     part, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
+    if old.exists() and not folder.exists():  # cut between the two renames below
+        old.rename(folder)
     for leftover in (part, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
@@ -139,6 +141,15 @@ def fault(folder: Path) -> str:
     return ""
 
 
+def content_hash(path: Path, pattern: str = "*") -> str:
+    """Return the SHA-256 of a file, or of the files in a folder that match `pattern`; "" where there is neither."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob(pattern) if file.is_file())
+        listed = "".join(f"{file.relative_to(path)} {_sha256(file)}\n" for file in files)
+        return hashlib.sha256(listed.encode()).hexdigest()
+    return _sha256(path) if path.is_file() else ""
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -162,6 +173,23 @@ def read_manifest(folder: Path) -> dict:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
     except (OSError, ValueError, TypeError) as error:
         raise AlpacaError(f"{path} is broken ({error}): delete it and run notebook 02 again.") from error
+
+
+def made_by(folder: Path, part: str) -> dict:
+    """Return what made the run's `data`, or by its `training` the adapter.
+
+    Raises AlpacaError where the manifest does not say, and for an adapter trained on other rows than the run's data.
+    """
+    manifest = read_manifest(folder)
+    notebook = MADE_BY["adapter" if part == "training" else part]
+    if part not in manifest:
+        raise AlpacaError(f"The manifest of {folder} has no {part}: run notebook {notebook}, with the same `run`.")
+    if manifest[part]["fingerprint"] != manifest.get("data", manifest[part])["fingerprint"]:
+        raise AlpacaError(
+            f"The adapter in {folder} was trained on other rows than the run's data, which notebook 02 has made anew: "
+            f"run notebook {notebook} with `resume = False`, or take another `run`."
+        )
+    return manifest[part]
 
 
 def record(folder: Path, part: str, content: dict) -> None:

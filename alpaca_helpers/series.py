@@ -15,10 +15,10 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from tqdm import tqdm
 
-from . import PROJECT, AlpacaError
+from . import PROJECT, AlpacaError, locate
 from .evaluation import comparison, conclusion
 from .profiles import choose_profile
-from .runs import artifact, read_manifest, record, run_folder
+from .runs import MADE_BY, artifact, content_hash, read_manifest, record, run_folder
 
 QUIET = ["--log-level=ERROR"]  # ipykernel warns at each start that its local sockets are not encrypted
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("0*.ipynb"))
@@ -51,8 +51,8 @@ def check_parameters(given: dict[str, object]) -> None:
 def run_series(parameters: dict[str, object], notebooks: Sequence[Path] | None = None) -> Path:
     """Execute the notebooks in order into the folder of the run that `parameters` names, and return that folder.
 
-    A notebook is left alone while its cells, its parameters, the helpers, the dataset file that it names and the
-    notebooks before it are those of its last whole execution.
+    A notebook is left alone while its cells, its parameters, the helpers, the files of model and dataset, what it left
+    in the run and the notebooks before it are those of its last whole execution.
 
     Args:
         notebooks: those to execute; None: all.
@@ -62,12 +62,19 @@ def run_series(parameters: dict[str, object], notebooks: Sequence[Path] | None =
     notebooks = notebooks or NOTEBOOKS
     folder = run_folder(str(parameters["run"]))
     done = read_manifest(folder).get("notebooks", {})
-    made_of = _hash(*(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.rglob("*.py"))))
+    named = {key: parameters[key] for key in ("model", "dataset") if key in parameters}
+    profile = choose_profile(str(parameters.get("profile", "auto")), **named)
+    sources = [
+        *sorted(Path(__file__).parent.rglob("*.py")),
+        *(locate(path) for path in (profile.model, profile.dataset, profile.heldout) if path),
+    ]
+    made_of = _hash(*map(content_hash, sources))
     for number, notebook in enumerate(notebooks, 1):
         chosen = {key: value for key, value in parameters.items() if key in notebook_parameters(notebook)}
-        made_of = _hash(made_of, _cells(notebook), json.dumps(chosen, sort_keys=True), _content(chosen.get("dataset")))
+        made_of = _hash(made_of, _cells(notebook), json.dumps(chosen, sort_keys=True))
         executed = folder / notebook.name
-        unchanged = done.get(notebook.stem) == made_of and executed.exists()
+        left = [executed, *(folder / name for name, maker in MADE_BY.items() if maker == notebook.stem)]
+        unchanged = done.get(notebook.stem) == made_of and all(path.exists() for path in left)
         print(f"[{number}/{len(notebooks)}] {notebook.stem}{': unchanged' if unchanged else ''}", flush=True)
         if unchanged:
             continue
@@ -155,11 +162,6 @@ def _cells(notebook: Path) -> str:
     return json.dumps([cell.source for cell in nbformat.read(notebook, as_version=4).cells])
 
 
-def _content(dataset: object) -> str:
-    path = Path(str(dataset))
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m alpaca_helpers.series", description=__doc__)
     parser.add_argument("--profile", default="auto", help="auto, pocket or gpt2-medium (auto)")
@@ -173,10 +175,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.refresh or options.tidy:
         return refresh() if options.refresh else tidy()
-    profile = choose_profile(options.profile).name
-    run = str((options.prepare / "run").resolve()) if options.prepare else options.run or profile
     given = {key: _literal(value) for key, value in options.p}
     check_parameters(given)
+    profile = choose_profile(str(given.get("profile", options.profile))).name
+    run = str((options.prepare / "run").resolve()) if options.prepare else options.run or profile
     parameters = {"profile": profile, "run": run, **given}
     if options.prepare:
         return prepare(options.prepare, parameters)

@@ -11,7 +11,7 @@ from .data import RECIPES
 from .hub import first_line
 from .lora import TOKENIZER_BYTES, load_adapter
 from .prompts import format_prompt
-from .runs import artifact, read_manifest, room_on_disk, whole_folder
+from .runs import artifact, made_by, room_on_disk, whole_folder
 
 SHOWN = (  # the settings that a card lists
     "lora_rank lora_alpha lora_dropout target_modules learning_rate num_train_epochs batch_size max_words max_length "
@@ -64,34 +64,34 @@ def write_card(folder: Path) -> None:
     measured = json.loads(metrics.read_text(encoding="utf-8")) if metrics.exists() else {}
     card = artifact(folder, "adapter") / "README.md"
     part = card.with_suffix(".part")
-    part.write_text(model_card(read_manifest(folder)["training"], measured), encoding="utf-8")
+    part.write_text(model_card(made_by(folder, "training"), measured), encoding="utf-8")
     os.replace(part, card)
 
 
-def model_card(made_by: dict, metrics: dict) -> str:
+def model_card(training: dict, metrics: dict) -> str:
     """Return the model card in Markdown: what the adapter is, its prompt, what made it, what it reached, whose data.
 
     Args:
-        made_by: the manifest's part `training`.
+        training: what the run's manifest has under that name.
         metrics: the content of metrics.json, or nothing.
     """
-    tag, licence = LICENCES.get(made_by["dataset"], UNKNOWN_LICENCE)
-    features = RECIPES[made_by["recipe"]]
+    tag, licence = LICENCES.get(training["dataset"], UNKNOWN_LICENCE)
+    features = RECIPES[training["recipe"]]
     head = ["library_name: peft", "pipeline_tag: text-generation"] + [f"license: {tag}"] * bool(tag)
-    if made_by["model_revision"]:  # only a model on the Hub has one
-        head.append(f"base_model: {made_by['model']}")
+    if training["model_revision"]:  # only a model on the Hub has one
+        head.append(f"base_model: {training['model']}")
     facts = {
-        "base": f"{made_by['model']}, revision {made_by['model_revision'] or 'none'}, held in {made_by['dtype']}",
-        "data": f"{made_by['dataset']}, SHA-256 of the rows {made_by['fingerprint']}",
-        "recipe": f"{made_by['recipe']} ({', '.join(sorted(features)) or 'as the document has it'})",
-        **{name: made_by[name] for name in SHOWN},
-        **made_by.get("result", {}),
-        "versions": ", ".join(f"{name} {number}" for name, number in made_by["versions"].items()),
-        "hardware": made_by["hardware"],
-        "commit": made_by["commit"],
+        "base": f"{training['model']}, revision {training['model_revision'] or 'none'}, held in {training['dtype']}",
+        "data": f"{training['dataset']}, SHA-256 of the rows {training['fingerprint']}",
+        "recipe": f"{training['recipe']} ({', '.join(sorted(features)) or 'as the document has it'})",
+        **{name: training[name] for name in SHOWN},
+        **training.get("result", {}),
+        "versions": ", ".join(f"{name} {number}" for name, number in training["versions"].items()),
+        "hardware": training["hardware"],
+        "commit": training["commit"],
     }
     return "\n".join(
-        ["---", *head, "---", "", f"# {made_by['model']} with LoRA, answering instructions", "", "## Prompt", ""]
+        ["---", *head, "---", "", f"# {training['model']} with LoRA, answering instructions", "", "## Prompt", ""]
         + ["```", format_prompt("{instruction}", "{input, or no such line}" if "input" in features else ""), "```", ""]
         + [
             "The answer follows after a space"

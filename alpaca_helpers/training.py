@@ -5,6 +5,7 @@ Notebook 03 does the same, cell by cell, with the same functions.
 
 import argparse
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ from .data import IGNORED
 from .lora import lora_config, save_adapter
 from .models import base_dtype, load_base, load_tokenizer
 from .profiles import Profile
-from .runs import alone, artifact, read_manifest, record, room_on_disk, run_folder
+from .runs import alone, artifact, made_by, record, room_on_disk, run_folder
 from .sharing import write_card
 
 # transformers 5.15 resumes several processes without a GPU on the device "cpu:0", which torch cannot load to
@@ -195,9 +196,11 @@ class AnswerTrainer(Trainer):
             if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
             rows = self.args.train_batch_size
+            remedy = f"set `micro_batch_size` to {rows // 2}; the batch and the result stay the same"
             raise AlpacaError(
-                f"Out of memory with {rows} rows at once: set `micro_batch_size` to {max(1, rows // 2)}; the batch "
-                "and the result stay the same, and training goes on from its last checkpoint."
+                f"Out of memory with {rows} row{'s' * (rows > 1)} at once: "
+                f"{remedy if rows > 1 else 'take a smaller `max_length` or a smaller `model`, in another `run`'}, and "
+                "training goes on from its last checkpoint."
             ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -254,12 +257,14 @@ def record_result(trainer: Trainer, folder: Path) -> None:
     history = trainer.state.log_history
     last = {name: entry[name] for entry in history for name in ("loss", "eval_loss") if name in entry}
     result = {"steps": trainer.state.global_step, **last}
-    record(folder, "training", read_manifest(folder)["training"] | {"result": result})
+    record(folder, "training", made_by(folder, "training") | {"result": result})
     write_card(folder)
 
 
 def finetune(folder: Path, settings: Profile, recipe: str, resume: bool = True) -> None:
     """Train the run's adapter from its prepared data, as notebook 03's cells do, on all of torchrun's devices."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # before anything is put on a GPU
     data = load_from_disk(artifact(folder, "data"))
     tokenizer = load_tokenizer(settings.model, settings.model_revision)
     set_seed(settings.seed)
@@ -287,12 +292,12 @@ def main() -> None:
     if not (run := options.folder or options.run):
         parser.error("which RUN? Give its name, or a path to its folder")
     try:
-        folder = run_folder(run)
+        folder = run_folder(run, make=False)
         artifact(folder, "data")
-        made_by = read_manifest(folder)["data"]
-        settings = Profile(**{field.name: made_by[field.name] for field in fields(Profile)})
+        prepared = made_by(folder, "data")
+        settings = Profile(**{field.name: prepared[field.name] for field in fields(Profile)})
         settings = replace(settings, micro_batch_size=options.micro_batch_size or settings.micro_batch_size)
-        finetune(folder, settings, made_by["recipe"], resume=not options.no_resume)
+        finetune(folder, settings, prepared["recipe"], resume=not options.no_resume)
     except AlpacaError as error:
         sys.exit(f"{error}")
     finally:

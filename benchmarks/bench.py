@@ -81,7 +81,9 @@ def tokenized(rows: Dataset, tokenizer, recipe: str) -> Dataset:
 
 
 def common(settings: Profile, folder: str, steps: int) -> dict:
-    """The training arguments that all contenders share: nothing is saved, evaluated or logged on the way."""
+    """The training arguments that all share, but for the rows at once of ours: those of the profile. Nothing is saved,
+    evaluated or logged on the way.
+    """
     return {
         "output_dir": folder,
         "max_steps": steps,

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -35,29 +36,35 @@ from alpaca_helpers.runs import read_manifest, write_json  # noqa: E402
 
 LIBRARIES = ("torch", "transformers", "peft", "datasets", "accelerate", "huggingface_hub")
 
+# what the notebooks print that does not depend on what a model has learned
+CHECKS = ("same output as the base", "the loaded adapter is the trained one", "adapter off is the base model")
+
 
 class Memory:
-    """Watches, twice a second, what the GPU has in use, or without one the resident memory of a process tree."""
+    """Watches a process, twice a second while it runs: what the GPU has in use, or without one its tree's memory."""
 
-    def __init__(self, root: int):
-        self.root, self.peak = root, 0
+    def __init__(self, process: subprocess.Popen):
+        self.process, self.peak, self.lock = process, 0, threading.Lock()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
-        while True:
-            used = gpu_bytes() if torch.cuda.is_available() else sum(process_tree(self.root).values())
-            self.peak = max(self.peak, used)
+        while self.process.poll() is None:
+            used = gpu_bytes() if torch.cuda.is_available() else sum(process_tree(self.process.pid).values())
+            with self.lock:
+                self.peak = max(self.peak, used)
             time.sleep(0.5)
 
     def taken(self) -> int:
         """Return the peak in bytes since the last call."""
-        peak, self.peak = self.peak, 0
+        with self.lock:
+            peak, self.peak = self.peak, 0
         return peak
 
 
 def gpu_bytes() -> int:
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    return int(subprocess.run(query, capture_output=True, text=True).stdout.split()[0]) * 2**20
+    used = subprocess.run(query, capture_output=True, text=True).stdout.split()
+    return int(used[0]) * 2**20 if used else 0
 
 
 def process_tree(root: int) -> dict[int, int]:
@@ -87,16 +94,19 @@ def series(run: Path, environment: dict, given: list[str], kill_when=None) -> tu
     command = [sys.executable, "-m", "alpaca_helpers.series", "--run", str(run), *given]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, env=environment, cwd=PROJECT, **pipes)
-    memory, parts, printed, part, begun = Memory(process.pid), {}, [], "", time.monotonic()
+    memory, parts, printed, part, begun = Memory(process), {}, [], "", time.monotonic()
     killed = threading.Event()
 
     def watch() -> None:
-        while process.poll() is None:
-            if kill_when():
-                killed.set()
-                for child in process_tree(process.pid):
-                    os.kill(child, signal.SIGKILL)
+        while not kill_when():
+            if process.poll() is not None:
+                return
             time.sleep(0.05)
+        killed.set()
+        os.kill(process.pid, signal.SIGSTOP)  # or it would start another kernel, and see this one die
+        for child in process_tree(process.pid):
+            with suppress(ProcessLookupError):  # it ended by itself
+                os.kill(child, signal.SIGKILL)
 
     if kill_when:
         threading.Thread(target=watch, daemon=True).start()
@@ -162,8 +172,9 @@ def main() -> None:
         finished_before = (killed / "metrics.json").exists()
         _, said = series(killed, environment | {"PATH": path}, small)
     notebook = (killed / "03_lora_finetuning.ipynb").read_text(encoding="utf-8")
+    printed = "".join(path.read_text(encoding="utf-8") for path in (folder / "whole").glob("0*.ipynb"))
     curve, manifest = losses(folder / "whole"), read_manifest(folder / "whole")
-    expected = o.layers * 8 * (o.width + 3 * o.width)
+    expected = o.layers * manifest["training"]["lora_rank"] * (o.width + 3 * o.width)
     figures = {
         "device": torch.cuda.get_device_name() if gpu else f"CPU {platform.machine()}: a rehearsal, not a GPU figure",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
@@ -186,6 +197,7 @@ def main() -> None:
             ]
             == expected,
             f"the loss did not fall: {curve}": curve[-1] < curve[0],
+            "a check of the notebooks failed": all(f"{check}: True" in printed for check in CHECKS),
             "auto did not choose gpt2-medium on a GPU": chosen == "gpt2-medium" or not gpu,
             "the second run was not killed during its training": resumed_at and not finished_before,
             "the killed run did not go on from its checkpoint": figures["killed_and_resumed"]["went_on"],

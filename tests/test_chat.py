@@ -262,6 +262,11 @@ def test_exit_closes(box, slow, word):
     wait(box)
     assert box.composer.layout.display == "none" and "closed" in box.status.value
     assert [exchange.instruction for exchange in exchanges(box)] == ["one"] and exchanges(box)[0].state == "done"
+    box._ipython_display_()  # its cell is run again
+    assert box.composer.layout.display == "" and not box.status.value
+    enter(box, "two")
+    wait(box)
+    assert [exchange.instruction for exchange in exchanges(box)] == ["one", "two"]
 
 
 def test_tuned_only(box):

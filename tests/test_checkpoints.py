@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import prepare_run
+from tiny_run import prepare_run, tiny_gpt2
 
 from alpaca_helpers import PROJECT, AlpacaError, checkpoints, training
 from alpaca_helpers.lora import WEIGHTS, save_adapter
@@ -120,6 +120,28 @@ def test_other_data_under_the_same_settings_are_refused(run, tmp_path):
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(AlpacaError, match="fingerprint .* -> other"):
         training.resume_point(folder, settings, "answers")
+
+
+def test_another_base_at_the_same_place_is_refused(run, tmp_path):
+    folder, settings = tmp_path / "run", run[1]
+    shutil.copytree(run[0], folder)
+    moved = replace(settings, model=str(folder / "base"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["training"]["model"] = moved.model
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert training.resume_point(folder, moved, "answers")
+    tiny_gpt2(initializer_range=0.3).save_pretrained(folder / "base")
+    with pytest.raises(AlpacaError, match="base [0-9a-f]+ -> [0-9a-f]+"):
+        training.resume_point(folder, moved, "answers")
+
+
+def test_another_kind_of_device_may_go_on_and_is_noted(run, tmp_path, monkeypatch):
+    folder, settings = tmp_path / "run", run[1]
+    shutil.copytree(run[0], folder)
+    monkeypatch.setattr(checkpoints, "base_dtype", lambda: torch.bfloat16)
+    assert training.resume_point(folder, settings, "answers")
+    made_by = json.loads((folder / "manifest.json").read_text())["training"]
+    assert (made_by["dtype"], made_by["earlier"][0]["dtype"]) == ("bfloat16", "float32")
 
 
 def test_a_smaller_micro_batch_may_go_on_and_resume_false_starts_over(run, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 
 from alpaca_helpers import AlpacaError
 from alpaca_helpers.conversation import Conversation
+from alpaca_helpers.evaluation import answer_losses
 from alpaca_helpers.generation import generate, stream
 
 PROMPT = "Instruction: Hi\nRéponse:"
@@ -50,6 +51,18 @@ def test_an_interrupt_in_mid_answer_leaves_the_model_as_it_was(sides, step, tiny
             pass
     assert answers() == before
     assert not tiny_model.training
+
+
+@pytest.mark.parametrize("side", ["base", "tuned"])
+def test_an_interrupt_in_mid_evaluation_leaves_the_model_as_it_was(side, tiny_model, pocket_tokenizer, monkeypatch):
+    rows = [{"instruction": "Hi", "input": "", "output": "there"}] * 2
+    losses = {side: answer_losses(tiny_model, pocket_tokenizer, rows, side).tolist() for side in ("base", "tuned")}
+    assert losses["base"] != losses["tuned"]
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patched, tiny_model, 1)
+        answer_losses(tiny_model, pocket_tokenizer, rows, side)
+    for other, before in losses.items():
+        assert answer_losses(tiny_model, pocket_tokenizer, rows, other).tolist() == before
 
 
 def test_a_conversation_goes_on_after_an_interrupt(tiny_model, pocket_tokenizer, monkeypatch):

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, set_seed
 from alpaca_helpers import PROJECT, AlpacaError, checkpoints, training
 from alpaca_helpers.lora import lora_config
 from alpaca_helpers.models import load_base, load_tokenizer
-from alpaca_helpers.runs import alone, read_manifest, record, run_folder, whole_folder, write_json
+from alpaca_helpers.runs import alone, made_by, read_manifest, record, run_folder, whole_folder, write_json
 
 HOLD = """
 import sys, time
@@ -54,6 +54,28 @@ def test_a_second_process_is_refused_by_name_and_let_in_when_the_first_is_killed
     other_process.wait()
     with alone(tmp_path, "training"):
         pass
+
+
+def test_an_adapter_of_other_rows_than_the_runs_is_refused(tmp_path):
+    with pytest.raises(AlpacaError, match="has no data: run notebook 02_dataset_and_tokenizer"):
+        made_by(tmp_path, "data")
+    record(tmp_path, "data", {"fingerprint": "a"})
+    with pytest.raises(AlpacaError, match="has no training: run notebook 03_lora_finetuning"):
+        made_by(tmp_path, "training")
+    record(tmp_path, "training", {"fingerprint": "a", "seed": 1})
+    assert made_by(tmp_path, "training")["seed"] == 1
+    record(tmp_path, "data", {"fingerprint": "b"})
+    with pytest.raises(AlpacaError, match="trained on other rows than the run's data"):
+        made_by(tmp_path, "training")
+
+
+def test_a_folder_cut_between_its_two_renames_is_put_back(tmp_path):
+    (tmp_path / "adapter.old").mkdir()
+    (tmp_path / "adapter.old" / "weights").write_text("whole")
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "adapter") as part:
+        (part / "weights").write_text("half")
+        raise KeyboardInterrupt
+    assert (tmp_path / "adapter" / "weights").read_text() == "whole"
 
 
 def test_the_lock_is_let_go_after_an_error(tmp_path):

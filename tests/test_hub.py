@@ -219,7 +219,7 @@ def test_the_whole_series_from_the_stand_in(alpaca_like, tmp_path):
     """benchmarks/gpu.py at small size: four notebooks under `gpt2-medium` by papermill, one run killed and resumed."""
     figures = tmp_path / "figures.json"
     command = [sys.executable, "benchmarks/gpu.py", "--layers", "2", "--width", "64", "--heads", "2", "--out", figures]
-    command += ["--data", alpaca_like, "--max-train-rows", "200", "--killed-rows", "200"]
+    command += ["--data", alpaca_like, "--max-train-rows", "200", "--killed-rows", "60"]
     command += ["-p", "lora_rank", "8", "-p", "micro_batch_size", "4", "-p", "heldout_rows", "20"]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

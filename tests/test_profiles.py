@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -24,6 +26,17 @@ def test_changes_and_what_they_unpin(tmp_path):
     assert changed.dataset_revision == PROFILES["gpt2-medium"].dataset_revision
     changed = choose_profile("pocket", dataset=str(PROJECT / "mine.json"))
     assert (changed.dataset, changed.heldout) == ("mine.json", None)  # no path of this machine in a manifest
+
+
+def test_a_path_is_recorded_as_seen_from_the_project(tmp_path, monkeypatch):
+    monkeypatch.chdir(PROJECT / "notebooks")
+    assert choose_profile("pocket", model="../alpaca_helpers").model == "alpaca_helpers"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.json").write_text("[]")
+    assert PROJECT / choose_profile("pocket", dataset="mine.json").dataset == PROJECT / os.path.relpath(
+        tmp_path / "mine.json", PROJECT
+    )
+    assert choose_profile("gpt2-medium", model="openai-community/gpt2").model == "openai-community/gpt2"
 
 
 def test_unknown_names():

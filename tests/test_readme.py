@@ -30,7 +30,9 @@ RUN_BY = {
         "test_hub.py::test_the_whole_series_from_the_stand_in"
     ),
     'make table RUNS="rank-4 rank-8 rank-16"': "ci",
-    "torchrun --nproc-per-node 4 -m alpaca_helpers.training runs/mine": "test_distributed.py::test_two_processes",
+    ".venv/bin/torchrun --nproc-per-node 4 -m alpaca_helpers.training runs/mine": (
+        "test_distributed.py::test_two_processes"
+    ),
     ".venv/bin/lm_eval": "by hand",  # a large package of its own
 }
 

@@ -46,6 +46,23 @@ def test_only_what_changed_is_executed_again(notebooks, tmp_path):
     assert seen(folder) == "aaabbaa"
 
 
+def test_other_rows_under_the_same_name_and_what_is_missing_are_made_again(notebooks, tmp_path, monkeypatch):
+    rows, folder = tmp_path / "rows.json", tmp_path / "r"
+    rows.write_text("[1]")
+    write(notebooks[0], FIRST + '\ndataset: str = ""', SECOND)
+    monkeypatch.setattr(series, "MADE_BY", {"seen": "02_two"})
+    parameters = {"run": str(folder), "dataset": str(rows)}
+    for _ in range(2):
+        series.run_series(parameters)
+    assert seen(folder) == "aa"
+    rows.write_text("[2]")
+    series.run_series(parameters)
+    assert seen(folder) == "aaaa"
+    (folder / "seen").unlink()
+    series.run_series(parameters)
+    assert seen(folder) == "a"
+
+
 def test_a_failed_cell_is_its_sentence_and_its_notebook_is_not_done(notebooks, tmp_path):
     parameters = {"run": str(tmp_path / "r"), "fail": True}
     with pytest.raises(AlpacaError, match="ValueError: the bread is burnt .*01_one.ipynb"):

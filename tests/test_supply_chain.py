@@ -13,11 +13,11 @@ from alpaca_helpers.profiles import PROFILES
 
 SOURCES = sorted([*PROJECT.glob("alpaca_helpers/**/*.py"), *PROJECT.glob("benchmarks/**/*.py")])
 NOTEBOOKS = sorted(PROJECT.glob("notebooks/*.ipynb"))
-TREES = {path.name: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
+TREES = {str(path.relative_to(PROJECT)): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
 for notebook in NOTEBOOKS:
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    TREES[notebook.name] = ast.parse(code)
+    TREES[str(notebook.relative_to(PROJECT))] = ast.parse(code)
 
 
 def faults(tree) -> list[str]:

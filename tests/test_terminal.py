@@ -22,7 +22,7 @@ def run(tmp_path, tiny_model, pocket_tokenizer):
     save_adapter(tiny_model, pocket_tokenizer, folder / "adapter")
     tiny_model.unload().save_pretrained(tmp_path / "model")
     pocket_tokenizer.save_pretrained(tmp_path / "model")
-    record(folder, "data", {"model": str(tmp_path / "model"), "model_revision": None})
+    record(folder, "training", {"model": str(tmp_path / "model"), "model_revision": None, "fingerprint": "a"})
     return folder
 
 
