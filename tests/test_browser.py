@@ -18,6 +18,7 @@ import ipywidgets
 import nbformat
 import papermill
 import pytest
+from nbformat.v4 import new_code_cell
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
@@ -65,7 +66,11 @@ def notebook() -> str:
         )
     source = load_notebook_node(str(PROJECT / "notebooks" / "04_comparison_and_chat.ipynb"))
     copy = FOLDER / "04_comparison_and_chat.ipynb"
-    nbformat.write(parameterize_notebook(source, run | {"max_heldout_rows": 8}), copy)
+    parameterized = parameterize_notebook(source, run | {"max_heldout_rows": 8})
+    shown = next(number for number, cell in enumerate(parameterized.cells) if cell.source == "box")
+    slow = "import time\n\nmodel.register_forward_hook(lambda *_: time.sleep(0.02))"  # or an answer ends before a click
+    parameterized.cells.insert(shown, new_code_cell(slow))
+    nbformat.write(parameterized, copy)
     return copy.name
 
 
