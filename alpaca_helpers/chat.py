@@ -318,7 +318,7 @@ class ChatBox:
         """Leave the conversation as it is and take no more messages."""
         with self._lock:
             self._stop_all()
-            self.composer.layout.display = "none"
+            _switch(self.composer, False)
             self._say("The chat is closed: run its cell again to open it.")
             self._play()
 

@@ -100,7 +100,7 @@ class _Decoding:
         room = positions - max_new_tokens
         self.prompts = [row[-room:] or [self.eos] for row in ids]
         self.prompt_cut = [max(0, len(row) - room) for row in ids]
-        self.sides = list(sides)
+        self.sides, self.adapters = list(sides), adapter_outputs(model)
         self.choose = _sampler(seed, len(ids), **sampling)
         self.written: list[list[int]] = [[] for _ in ids]
         self.stopped = [False] * len(ids)
@@ -140,7 +140,7 @@ class _Decoding:
 
     def _forward(self, rows, tokens, mask, positions, cache) -> torch.Tensor:
         """Return the logits of each row's next token, float32, (rows, vocabulary)."""
-        with only_forward(self.model, [self.sides[row] for row in rows]):
+        with only_forward(self.model, self.adapters, [self.sides[row] for row in rows]):
             output = self.model(
                 input_ids=tokens,
                 attention_mask=mask,
@@ -152,12 +152,20 @@ class _Decoding:
         return output.logits[:, -1].float()
 
 
+def adapter_outputs(model) -> list[torch.nn.Module]:
+    """Return the modules whose output is what an adapter adds; none for a model without adapter."""
+    return [b for layer in model.modules() if isinstance(layer, LoraLayer) for b in layer.lora_B.values()]
+
+
 @contextmanager
-def only_forward(model, sides: Sequence[str]) -> Iterator[None]:
+def only_forward(model, adapters: Sequence[torch.nn.Module], sides: Sequence[str]) -> Iterator[None]:
     """Run a forward of `model` in the block on rows of these `sides`, in evaluation mode, while no other thread does.
 
     In the rows of the base what an adapter adds is multiplied by zero. A model without adapter is the base on both
     sides. However the block ends, by Ctrl-C too, the model is left as it was.
+
+    Args:
+        adapters: the model's `adapter_outputs`, found once and not at each token.
     """
     with _FORWARD, torch.inference_mode():
         training, switches = model.training, []
@@ -166,9 +174,8 @@ def only_forward(model, sides: Sequence[str]) -> Iterator[None]:
                 model.eval()
             if "base" in sides:
                 tuned = torch.tensor([[[side == "tuned"]] for side in sides], device=model.device)
-                for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
-                    for last in layer.lora_B.values():
-                        switches.append(last.register_forward_hook(lambda _, __, added: added * tuned))
+                for adapter in adapters:
+                    switches.append(adapter.register_forward_hook(lambda _, __, added: added * tuned))
             yield
         finally:
             for switch in switches:
