@@ -222,7 +222,7 @@ def test_the_manifest_says_what_made_the_training_without_this_machines_paths(fi
     made_by = json.loads(text)["training"]
     assert {name: made_by[name] for name in ("recipe", "dtype", "seed")} == {
         "recipe": "answers",
-        "dtype": "float32",
+        "dtype": str(models.base_dtype()).removeprefix("torch."),
         "seed": 0,
     }
     assert made_by["result"]["steps"] == 24 and made_by["result"]["eval_loss"] > 0
