@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import fields, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -135,6 +136,8 @@ class AnswerTrainer(Trainer):
         self.add_callback(CompleteCheckpoints())
         self.add_callback(ProgressLines())
         self.batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        learned = sum(label != IGNORED for labels in self.train_dataset["labels"] for label in labels[1:])
+        self.labels_a_batch = self.batch_size * learned / len(self.train_dataset)
         steps = args.num_train_epochs * math.ceil(len(self.train_dataset) / self.batch_size)
         for name in ("logging_steps", "eval_steps", "save_steps"):  # a share of the training, in steps
             setattr(args, name, math.ceil(steps * getattr(args, name)))
@@ -159,12 +162,19 @@ class AnswerTrainer(Trainer):
             )
         )
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Return the micro-batches of a batch, and what its loss is divided by: the learned labels of an average batch.
+
+        Divided by its own, as usual, a label would count for less the longer its answer: rows of like length share a
+        batch, so the batches differ in their number of labels.
+        """
+        return list(islice(epoch_iterator, num_batches)), self.labels_a_batch
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the mean cross entropy of the learned labels, as the plain model does, but with logits for them only.
 
-        The projection onto the whole vocabulary sees no other position. `num_items_in_batch` counts the learned labels
-        of the whole batch: of all its micro-batches, whose gradients add up, on all devices, whose gradients are
-        averaged.
+        The projection onto the whole vocabulary sees no other position. `num_items_in_batch` stands for the labels of
+        the whole batch: of all its micro-batches, whose gradients add up, on all devices, whose gradients are averaged.
         """
         labels = inputs.pop("labels")[:, 1:]
         learned = labels != IGNORED
@@ -233,6 +243,8 @@ def lighten(model):
 
     LoRA's own dropout stays. The base's was for its pretraining: nothing of it is trained here.
     """
+    if model.device.type == "cpu" and model.dtype == torch.bfloat16:
+        model.set_attn_implementation("eager")  # torch's fused attention is 3 to 5 times as slow there, backwards
     for name, module in model.named_modules():
         if isinstance(getattr(module, "act", None), NewGELUActivation):
             module.act = nn.GELU(approximate="tanh")

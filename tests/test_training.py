@@ -88,6 +88,35 @@ def test_rows_of_a_batch_do_not_see_one_another(tmp_path):
     assert together.item() == pytest.approx(alone.item(), rel=1e-5)
 
 
+def test_every_learned_label_counts_the_same_whatever_the_length_of_its_answer(tmp_path):
+    model, rows = random_lora(), tokens(random_rows(32))
+    trainer = trainer_on(rows, tmp_path, model)
+    wanted = gradients(model, model(**plain_batch(rows)).loss)
+    epoch, got = iter(trainer.get_train_dataloader()), {}
+    for _ in range(4):
+        batches, labels = trainer.get_batch_samples(epoch, 2, model.device)
+        for batch in batches:
+            for name, value in gradients(model, trainer.compute_loss(model, batch, num_items_in_batch=labels)).items():
+                got[name] = got.get(name, 0) + value / 4
+    assert len({len(rows[i]["labels"]) for i in range(32)}) > 10
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], atol=1e-5, rtol=1e-5)
+
+
+def test_in_bfloat16_loss_and_gradients_are_nearly_the_same(tmp_path):
+    model, rows = random_lora(), tokens(random_rows(12))
+    batch = [rows[i] for i in range(12)]
+    trainer = trainer_on(rows, tmp_path, model)
+    wanted = gradients(model, trainer.compute_loss(model, trainer.data_collator(batch)))
+    for name, value in model.named_parameters():
+        value.data = value.data if "lora_" in name else value.data.bfloat16()
+    trainer = trainer_on(rows, tmp_path, model)
+    got = gradients(model, trainer.compute_loss(model, trainer.data_collator(batch)))
+    for name in wanted:
+        assert got[name].dtype == torch.float32
+        assert (got[name] - wanted[name]).norm() < 0.05 * wanted[name].norm()
+
+
 def test_a_training_is_the_plain_trainers_on_the_same_batches(tmp_path):
     """Micro-batches, averaging over the learned tokens of a batch, clipping, AdamW: as transformers does them."""
     rows, one = tokens(random_rows(32)), replace(SETTINGS, batch_size=32, micro_batch_size=8, num_train_epochs=4)
