@@ -8,19 +8,14 @@ from dataclasses import dataclass
 
 import torch
 from peft.tuners.lora import LoraLayer
-from transformers import (
-    DynamicCache,
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import DynamicCache
 
 from . import AlpacaError
 from .data import encode
 from .prompts import parse_answer
 
 _FORWARD = threading.Lock()  # while a forward switches adapters off, no other thread may use the model
+_SMALL = 4_000_000  # parameters times rows: to share less than this among threads takes longer than to do it
 
 
 @dataclass(frozen=True)
@@ -102,6 +97,7 @@ class _Decoding:
         self.prompt_cut = [max(0, len(row) - room) for row in ids]
         self.sides, self.adapters = list(sides), adapter_outputs(model)
         self.choose = _sampler(seed, len(ids), **sampling)
+        self.threads = 1 if model.num_parameters() * len(ids) < _SMALL else torch.get_num_threads()
         self.written: list[list[int]] = [[] for _ in ids]
         self.stopped = [False] * len(ids)
 
@@ -140,7 +136,7 @@ class _Decoding:
 
     def _forward(self, rows, tokens, mask, positions, cache) -> torch.Tensor:
         """Return the logits of each row's next token, float32, (rows, vocabulary)."""
-        with only_forward(self.model, self.adapters, [self.sides[row] for row in rows]):
+        with only_forward(self.model, self.adapters, [self.sides[row] for row in rows]), _threads(self.threads):
             output = self.model(
                 input_ids=tokens,
                 attention_mask=mask,
@@ -184,6 +180,17 @@ def only_forward(model, adapters: Sequence[torch.nn.Module], sides: Sequence[str
                 model.train()
 
 
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Let torch use `count` threads in the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _sampler(
     seed: int, rows: int, *, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0
 ) -> Callable[[list[int], torch.Tensor], list[int]]:
@@ -198,16 +205,24 @@ def _sampler(
         raise AlpacaError(f"seed is {seed}: choose 0 to 2**63 - 1.")
     if temperature == 0:
         return lambda _, logits: logits.argmax(-1).tolist()
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
-    if top_k:
-        warpers.append(TopKLogitsWarper(top_k))
-    if top_p < 1:
-        warpers.append(TopPLogitsWarper(float(top_p)))
     # a generator a row, on the CPU: the draw depends neither on the batch nor on the device
-    draws = [torch.Generator().manual_seed(seed) for _ in range(rows)]
+    generators = [torch.Generator().manual_seed(seed) for _ in range(rows)]
 
     def sample(chosen: list[int], logits: torch.Tensor) -> list[int]:
-        odds = warpers(None, logits.cpu()).softmax(-1)
-        return [int(torch.multinomial(odd, 1, generator=draws[row])) for row, odd in zip(chosen, odds)]
+        odds = (logits / temperature).softmax(-1)
+        if top_k or top_p < 1:
+            odds = odds * (odds >= _least(odds, top_k, top_p))
+        up_to = odds.cumsum(-1)
+        draws = torch.cat([1 - torch.rand(1, generator=generators[row]) for row in chosen])  # above 0, up to 1
+        return torch.searchsorted(up_to, draws.to(odds.device)[:, None] * up_to[:, -1:])[:, 0].tolist()
 
     return sample
+
+
+def _least(odds: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """Return how likely a token must be to be drawn, (rows, 1): one of the `top_k` likeliest, and of the fewest of
+    these that make up `top_p` of their sum.
+    """
+    ranked = odds.sort(descending=True).values[:, : top_k or None]
+    before = (ranked.cumsum(-1) - ranked) / ranked.sum(-1, keepdim=True)
+    return ranked.masked_fill(before >= top_p, math.inf).amin(-1, keepdim=True)

@@ -4,8 +4,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from alpaca_helpers import AlpacaError
+from alpaca_helpers import AlpacaError, generation
 from alpaca_helpers.data import encode
 from alpaca_helpers.generation import generate, stream
 from alpaca_helpers.prompts import format_prompt
@@ -61,6 +62,27 @@ def test_a_seed_gives_the_same_sample_in_any_batch(tiny_model, pocket_tokenizer)
     alone = [generate(tiny_model, pocket_tokenizer, [prompt], **settings)[0] for prompt in PROMPTS]
     assert together == alone
     assert generate(tiny_model, pocket_tokenizer, PROMPTS, **{**settings, "seed": 4}) != together
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (5, 1.0), (0, 0.6), (20, 0.8), (1, 0.01)])
+def test_samples_are_drawn_as_transformers_odds_have_it(top_k, top_p):
+    logits = 2 * torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    warpers = [TemperatureLogitsWarper(0.7), TopKLogitsWarper(top_k or 50), TopPLogitsWarper(top_p)]
+    odds = LogitsProcessorList(warpers)(None, logits).softmax(-1)
+    sample = generation._sampler(0, 3, temperature=0.7, top_p=top_p, top_k=top_k)
+    drawn = torch.stack([torch.tensor(sample([0, 1, 2], logits)) for _ in range(4000)])
+    shares = torch.stack([(drawn == token).float().mean(0) for token in range(50)], dim=-1)
+    assert not (shares[odds == 0]).any()
+    torch.testing.assert_close(shares, odds, atol=0.03, rtol=0)  # four standard errors
+
+
+def test_a_small_model_decodes_on_one_thread_and_leaves_the_setting(tiny_model, pocket_tokenizer, monkeypatch):
+    before, seen = torch.get_num_threads(), []
+    tiny_model.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+    generate(tiny_model, pocket_tokenizer, PROMPTS[:1], max_new_tokens=3)
+    monkeypatch.setattr(generation, "_SMALL", 0)
+    generate(tiny_model, pocket_tokenizer, PROMPTS[:1], max_new_tokens=1)
+    assert seen == [1, 1, 1, before] and torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize("length", [117, 118, 119, 300])
