@@ -148,6 +148,7 @@ def trl(name: str, rows: Dataset, tokenizer, settings: Profile, folder: str, ste
             completion_only_loss=True,
             gradient_checkpointing=False,
             bf16=bf16,
+            use_cpu=not torch.cuda.is_available(),
             fp16=torch.cuda.is_available() and not bf16,
         ),
         train_dataset=data,
