@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from . import AlpacaError
 from .data import encode
-from .generation import Answer, adapter_outputs, generate, only_forward
+from .generation import Answer, adapter_scalings, generate, only_forward
 from .prompts import format_answer, format_prompt
 
 RESAMPLES = 2000  # of the bootstrap
@@ -225,7 +225,7 @@ def _losses_of_batch(model, eos: int, prompts, answers, side: str) -> np.ndarray
     # padded on the left, so that all answers end in the last column and only their logits are made
     tokens = torch.tensor([[eos] * (width - len(row)) + row for row in ids], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=model.device)
-    with only_forward(model, adapter_outputs(model), [side] * len(ids)):
+    with only_forward(model, adapter_scalings(model), [side] * len(ids)):
         output = model(
             input_ids=tokens,
             attention_mask=mask,

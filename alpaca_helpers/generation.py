@@ -95,9 +95,12 @@ class _Decoding:
         room = positions - max_new_tokens
         self.prompts = [row[-room:] or [self.eos] for row in ids]
         self.prompt_cut = [max(0, len(row) - room) for row in ids]
-        self.sides, self.adapters = list(sides), adapter_outputs(model)
+        self.sides, self.adapters = list(sides), adapter_scalings(model)
         self.choose = _sampler(seed, len(ids), **sampling)
-        self.threads = 1 if model.num_parameters() * len(ids) < _SMALL else torch.get_num_threads()
+        with _FORWARD:  # which may have changed the number for a while
+            self.threads = torch.get_num_threads()
+        if model.num_parameters() * len(ids) < _SMALL:
+            self.threads = 1
         self.written: list[list[int]] = [[] for _ in ids]
         self.stopped = [False] * len(ids)
 
@@ -117,6 +120,8 @@ class _Decoding:
         cache, rows = DynamicCache(config=self.model.config), list(range(len(self.prompts)))
         for _ in range(self.max_new_tokens):
             logits = self._forward(rows, tokens, mask, positions, cache)
+            if logits.isnan().any():
+                raise AlpacaError("The model's output is not a number: load it in float32, or train its adapter again.")
             chosen = self.choose(rows, logits)
             going = [token != self.eos for token in chosen]
             for row, token, goes in zip(rows, chosen, going):
@@ -148,34 +153,34 @@ class _Decoding:
         return output.logits[:, -1].float()
 
 
-def adapter_outputs(model) -> list[torch.nn.Module]:
-    """Return the modules whose output is what an adapter adds; none for a model without adapter."""
-    return [b for layer in model.modules() if isinstance(layer, LoraLayer) for b in layer.lora_B.values()]
+def adapter_scalings(model) -> list[dict[str, float]]:
+    """Return what each layer's adapters are scaled by; nothing for a model without adapter."""
+    return [layer.scaling for layer in model.modules() if isinstance(layer, LoraLayer)]
 
 
 @contextmanager
-def only_forward(model, adapters: Sequence[torch.nn.Module], sides: Sequence[str]) -> Iterator[None]:
+def only_forward(model, adapters: Sequence[dict], sides: Sequence[str]) -> Iterator[None]:
     """Run a forward of `model` in the block on rows of these `sides`, in evaluation mode, while no other thread does.
 
-    In the rows of the base what an adapter adds is multiplied by zero. A model without adapter is the base on both
+    In the rows of the base what an adapter adds is scaled by zero. A model without adapter is the base on both
     sides. However the block ends, by Ctrl-C too, the model is left as it was.
 
     Args:
-        adapters: the model's `adapter_outputs`, found once and not at each token.
+        adapters: the model's `adapter_scalings`, found once and not at each token.
     """
     with _FORWARD, torch.inference_mode():
-        training, switches = model.training, []
+        training, scalings = model.training, [dict(scaling) for scaling in adapters]
         try:
             if training:
                 model.eval()
             if "base" in sides:
-                tuned = torch.tensor([[[side == "tuned"]] for side in sides], device=model.device)
-                for adapter in adapters:
-                    switches.append(adapter.register_forward_hook(lambda _, __, added: added * tuned))
+                tuned = torch.tensor([[[float(side == "tuned")]] for side in sides], device=model.device)
+                for scaling in adapters:
+                    scaling.update({name: scale * tuned for name, scale in scaling.items()})
             yield
         finally:
-            for switch in switches:
-                switch.remove()
+            for scaling, before in zip(adapters, scalings):
+                scaling.update(before)
             if training:
                 model.train()
 
@@ -184,8 +189,8 @@ def only_forward(model, adapters: Sequence[torch.nn.Module], sides: Sequence[str
 def _threads(count: int) -> Iterator[None]:
     """Let torch use `count` threads in the block."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
     try:
+        torch.set_num_threads(count)
         yield
     finally:
         torch.set_num_threads(before)
@@ -209,7 +214,7 @@ def _sampler(
     generators = [torch.Generator().manual_seed(seed) for _ in range(rows)]
 
     def sample(chosen: list[int], logits: torch.Tensor) -> list[int]:
-        odds = (logits / temperature).softmax(-1)
+        odds = (logits / float(temperature)).softmax(-1).double()
         if top_k or top_p < 1:
             odds = odds * (odds >= _least(odds, top_k, top_p))
         up_to = odds.cumsum(-1)
@@ -220,9 +225,11 @@ def _sampler(
 
 
 def _least(odds: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """Return how likely a token must be to be drawn, (rows, 1): one of the `top_k` likeliest, and of the fewest of
-    these that make up `top_p` of their sum.
+    """Return how likely a token must be to be drawn, (rows, 1): as likely as the least of the `top_k` likeliest, and of
+    the fewest of these that make up `top_p` of their sum.
     """
-    ranked = odds.sort(descending=True).values[:, : top_k or None]
-    before = (ranked.cumsum(-1) - ranked) / ranked.sum(-1, keepdim=True)
+    ranked = odds.topk(min(top_k or 256, odds.shape[-1])).values
+    if not top_k and (ranked.sum(-1) < top_p).any():  # seldom, and sorting a vocabulary takes long
+        ranked = odds.sort(descending=True).values
+    before = (ranked.cumsum(-1) - ranked) / (ranked.sum(-1, keepdim=True) if top_k else 1)
     return ranked.masked_fill(before >= top_p, math.inf).amin(-1, keepdim=True)

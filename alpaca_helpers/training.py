@@ -171,10 +171,11 @@ class AnswerTrainer(Trainer):
         return list(islice(epoch_iterator, num_batches)), self.labels_a_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Return the mean cross entropy of the learned labels, as the plain model does, but with logits for them only.
+        """Return the cross entropy of the learned labels, as the plain model does, but with logits for them only.
 
-        The projection onto the whole vocabulary sees no other position. `num_items_in_batch` stands for the labels of
-        the whole batch: of all its micro-batches, whose gradients add up, on all devices, whose gradients are averaged.
+        The projection onto the whole vocabulary sees no other position. The sum is divided by `num_items_in_batch`: a
+        number of labels in a whole batch, that is in all its micro-batches, whose gradients add up, on all devices,
+        whose gradients are averaged. Without it, it is divided by the labels at hand.
         """
         labels = inputs.pop("labels")[:, 1:]
         learned = labels != IGNORED
@@ -238,13 +239,14 @@ class ProgressLines(TrainerCallback):
         )
 
 
-def lighten(model):
+def lighten(model, max_length: int):
     """Return `model` with less to compute: its activation in one operation instead of seven, no dropout in the base.
 
-    LoRA's own dropout stays. The base's was for its pretraining: nothing of it is trained here.
+    LoRA's own dropout stays. The base's was for its pretraining: nothing of it is trained here. On a CPU in bfloat16,
+    attention within up to 256 tokens is computed step by step: the gradient of torch's fused attention takes longer.
     """
-    if model.device.type == "cpu" and model.dtype == torch.bfloat16:
-        model.set_attn_implementation("eager")  # torch's fused attention is 3 to 5 times as slow there, backwards
+    if model.device.type == "cpu" and model.dtype == torch.bfloat16 and max_length <= 256:
+        model.set_attn_implementation("eager")
     for name, module in model.named_modules():
         if isinstance(getattr(module, "act", None), NewGELUActivation):
             module.act = nn.GELU(approximate="tanh")
@@ -256,7 +258,7 @@ def lighten(model):
 def make_trainer(model, tokenizer, data, settings: Profile, recipe: str, folder: Path) -> Trainer:
     """Return the trainer of `model` on `data` (`train` and `heldout`, tokenized)."""
     return AnswerTrainer(
-        model=lighten(model),
+        model=lighten(model, settings.max_length),
         args=training_arguments(settings, folder),
         train_dataset=data["train"],
         eval_dataset=data["heldout"],

@@ -141,8 +141,11 @@ def trl(name: str, rows: Dataset, tokenizer, settings: Profile, folder: str, ste
         arguments["per_device_train_batch_size"] = -(-full // (steps * arguments["gradient_accumulation_steps"]))
     else:
         arguments["train_sampling_strategy"] = "group_by_length"
+    model = get_peft_model(load_model(name, base_dtype()), lora_config())
+    if bf16 and model.device.type == "cpu":
+        model.set_attn_implementation("eager")  # as ours has it
     return SFTTrainer(
-        model=get_peft_model(load_model(name, base_dtype()), lora_config()),
+        model=model,
         args=SFTConfig(
             **arguments,
             completion_only_loss=True,

@@ -64,14 +64,17 @@ def test_a_seed_gives_the_same_sample_in_any_batch(tiny_model, pocket_tokenizer)
     assert generate(tiny_model, pocket_tokenizer, PROMPTS, **{**settings, "seed": 4}) != together
 
 
-@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (5, 1.0), (0, 0.6), (20, 0.8), (1, 0.01)])
-def test_samples_are_drawn_as_transformers_odds_have_it(top_k, top_p):
-    logits = 2 * torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
-    warpers = [TemperatureLogitsWarper(0.7), TopKLogitsWarper(top_k or 50), TopPLogitsWarper(top_p)]
+@pytest.mark.parametrize(
+    "size, top_k, top_p",
+    [(50, 0, 1.0), (50, 5, 1.0), (50, 0, 0.6), (50, 20, 0.8), (50, 1, 0.01), (50, 99, 0.9), (2000, 0, 0.95)],
+)
+def test_samples_are_drawn_as_transformers_odds_have_it(size, top_k, top_p):
+    logits = 2 * torch.randn(3, size, generator=torch.Generator().manual_seed(0))
+    warpers = [TemperatureLogitsWarper(0.7), TopKLogitsWarper(top_k or size), TopPLogitsWarper(top_p)]
     odds = LogitsProcessorList(warpers)(None, logits).softmax(-1)
     sample = generation._sampler(0, 3, temperature=0.7, top_p=top_p, top_k=top_k)
     drawn = torch.stack([torch.tensor(sample([0, 1, 2], logits)) for _ in range(4000)])
-    shares = torch.stack([(drawn == token).float().mean(0) for token in range(50)], dim=-1)
+    shares = torch.stack([(drawn == token).float().mean(0) for token in range(size)], dim=-1)
     assert not (shares[odds == 0]).any()
     torch.testing.assert_close(shares, odds, atol=0.03, rtol=0)  # four standard errors
 
@@ -79,10 +82,21 @@ def test_samples_are_drawn_as_transformers_odds_have_it(top_k, top_p):
 def test_a_small_model_decodes_on_one_thread_and_leaves_the_setting(tiny_model, pocket_tokenizer, monkeypatch):
     before, seen = torch.get_num_threads(), []
     tiny_model.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
-    generate(tiny_model, pocket_tokenizer, PROMPTS[:1], max_new_tokens=3)
-    monkeypatch.setattr(generation, "_SMALL", 0)
-    generate(tiny_model, pocket_tokenizer, PROMPTS[:1], max_new_tokens=1)
-    assert seen == [1, 1, 1, before] and torch.get_num_threads() == before
+    try:
+        torch.set_num_threads(2)
+        generate(tiny_model, pocket_tokenizer, PROMPTS[:1], max_new_tokens=3)
+        monkeypatch.setattr(generation, "_SMALL", 0)
+        generate(tiny_model, pocket_tokenizer, PROMPTS[:1], max_new_tokens=1)
+        assert seen == [1, 1, 1, 2] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_a_model_that_computes_no_numbers_is_one_sentence(tiny_model, pocket_tokenizer, temperature):
+    tiny_model.register_forward_hook(lambda _, __, output: setattr(output, "logits", output.logits * torch.nan))
+    with pytest.raises(AlpacaError, match="output is not a number"):
+        generate(tiny_model, pocket_tokenizer, PROMPTS, temperature=temperature)
 
 
 @pytest.mark.parametrize("length", [117, 118, 119, 300])

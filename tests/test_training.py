@@ -103,15 +103,35 @@ def test_every_learned_label_counts_the_same_whatever_the_length_of_its_answer(t
         torch.testing.assert_close(got[name], wanted[name], atol=1e-5, rtol=1e-5)
 
 
+def test_every_batch_of_a_training_is_divided_by_the_labels_of_an_average_one(tmp_path, monkeypatch):
+    rows, divisors = tokens(random_rows(32)), []
+    trainer = trainer_on(rows, tmp_path, random_lora())
+    loss = trainer.compute_loss
+
+    def noted(*given, num_items_in_batch=None, **named):
+        divisors.append(num_items_in_batch)
+        return loss(*given, num_items_in_batch=num_items_in_batch, **named)
+
+    monkeypatch.setattr(trainer, "compute_loss", noted)
+    monkeypatch.setattr(trainer.args, "eval_strategy", "no")
+    trainer.train()
+    average = sum(label != IGNORED for labels in rows["labels"] for label in labels[1:]) / 4
+    assert [divisor for divisor in divisors if divisor is not None] == pytest.approx([average] * 8)
+
+
 def test_in_bfloat16_loss_and_gradients_are_nearly_the_same(tmp_path):
     model, rows = random_lora(), tokens(random_rows(12))
     batch = [rows[i] for i in range(12)]
     trainer = trainer_on(rows, tmp_path, model)
-    wanted = gradients(model, trainer.compute_loss(model, trainer.data_collator(batch)))
+    wanted_loss = trainer.compute_loss(model, trainer.data_collator(batch))
+    wanted = gradients(model, wanted_loss)
     for name, value in model.named_parameters():
         value.data = value.data if "lora_" in name else value.data.bfloat16()
     trainer = trainer_on(rows, tmp_path, model)
-    got = gradients(model, trainer.compute_loss(model, trainer.data_collator(batch)))
+    loss = trainer.compute_loss(model, trainer.data_collator(batch))
+    got = gradients(model, loss)
+    assert loss.item() == pytest.approx(wanted_loss.item(), rel=0.01)
+    assert model.config._attn_implementation == ("eager" if model.device.type == "cpu" else "sdpa")
     for name in wanted:
         assert got[name].dtype == torch.float32
         assert (got[name] - wanted[name]).norm() < 0.05 * wanted[name].norm()
@@ -142,7 +162,7 @@ def test_the_lightened_model_computes_the_same_and_keeps_loras_dropout():
     model = get_peft_model(tiny_gpt2(), lora_config(dropout=0.25)).eval()
     ids = torch.arange(24).reshape(2, 12)
     before = model(ids).logits
-    torch.testing.assert_close(training.lighten(model)(ids).logits, before, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(training.lighten(model, 12)(ids).logits, before, atol=1e-5, rtol=1e-5)
     dropouts = {name: module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
     assert {p for name, p in dropouts.items() if "lora" in name} == {0.25}
     assert {p for name, p in dropouts.items() if "lora" not in name} == {0.0}
