@@ -1,5 +1,6 @@
 """The computed memory of a training step against what a process really takes, and the true shape on a T4."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,9 +44,11 @@ print(resident("VmHWM") - before, step_memory(model, ROWS, TOKENS)["activations"
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is measured through Linux's /proc")
 def test_the_computed_peak_is_what_a_process_takes():
-    done = subprocess.run([sys.executable, "-c", MEASURE], cwd=PROJECT, capture_output=True, text=True)
+    # glibc keeps freed blocks for later (here 13%, and never the same): so each tensor has its own mapping
+    tidy = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run([sys.executable, "-c", MEASURE], cwd=PROJECT, env=tidy, capture_output=True, text=True)
     measured, computed = map(int, done.stdout.split())
-    assert 0.85 * measured < computed < 1.3 * measured, (measured, computed)
+    assert 0.9 * measured < computed < 1.1 * measured, (measured, computed)
 
 
 def test_gpt2_medium_fits_a_t4_with_room():
