@@ -16,8 +16,8 @@ def step_memory(model: PeftModel, rows: int, tokens: int, fp16: bool = False) ->
     A copy of the model without any numbers in it (torch's meta device) goes forward and backward, and every tensor's
     birth and death is counted. It counts on the safe side: every label as learned, attention with its matrix, and
     under `fp16` the activations as if they were float32. It leaves out what allocators, work space of kernels and CUDA
-    take for themselves: the activations of a small model on a CPU took 3% more than computed, and with what the C library kept of
-    freed memory 16%.
+    take for themselves: the activations of a small model on a CPU took 3% more than computed, and with what the C
+    library kept of freed memory 16%.
 
     Args:
         fp16: under autocast, which keeps a half-precision copy of each matrix for the backward pass.

@@ -26,7 +26,7 @@ class Profile:
     learning_rate: float = 3e-4
     num_train_epochs: float = 2
     batch_size: int = 16  # rows an optimizer step, all devices together
-    micro_batch_size: int = 8  # rows in memory at once, a device
+    micro_batch_size: int = 16  # rows in memory at once, a device
     seed: int = 0
 
 
@@ -43,7 +43,6 @@ PROFILES = {
             heldout_rows=200,
             learning_rate=3e-3,
             num_train_epochs=10,
-            micro_batch_size=16,
         ),
         Profile(
             name="gpt2-medium",

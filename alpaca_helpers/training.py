@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import fields, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -19,8 +20,8 @@ import torch.distributed
 import torch.nn.functional as F
 from datasets import load_from_disk
 from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Sampler
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.activations import NewGELUActivation
@@ -63,6 +64,7 @@ def training_arguments(settings: Profile, folder: Path) -> TrainingArguments:
         save_steps=0.1,
         save_total_limit=2,  # the newest, and one to go back to should it be broken
         dataloader_pin_memory=torch.cuda.is_available(),
+        logging_nan_inf_filter=False,  # a loss that is none is shown as such, and no step waits to be looked at
         report_to=[],
         seed=settings.seed,
     )
@@ -94,8 +96,9 @@ def data_collator(tokenizer, recipe: str):
 
     def pad(rows: list[dict]) -> dict[str, torch.Tensor]:
         fill = {"input_ids": tokenizer.pad_token_id, "labels": IGNORED}
-        columns = {name: [torch.tensor(row[name]) for row in rows] for name in fill}
-        return {name: pad_sequence(columns[name], batch_first=True, padding_value=fill[name]) for name in fill}
+        longest = max(len(row["input_ids"]) for row in rows)
+        padded = {key: [row[key] + [fill[key]] * (longest - len(row[key])) for row in rows] for key in fill}
+        return {key: torch.tensor(values) for key, values in padded.items()}
 
     return pad
 
@@ -177,14 +180,15 @@ class AnswerTrainer(Trainer):
         number of labels in a whole batch, that is in all its micro-batches, whose gradients add up, on all devices,
         whose gradients are averaged. Without it, it is divided by the labels at hand.
         """
-        labels = inputs.pop("labels")[:, 1:]
-        learned = labels != IGNORED
+        labels = F.pad(inputs.pop("labels")[:, 1:], (0, 1), value=IGNORED).flatten()  # what each position shall predict
+        learned = (labels != IGNORED).nonzero().squeeze(1)
         head = self.model.get_output_embeddings()
-        with head.register_forward_pre_hook(lambda head, hidden: hidden[0][:, :-1][learned]):
+        # by numbers: the gradient of a choice by a mask takes longer on a GPU than all the layers'
+        with head.register_forward_pre_hook(lambda head, hidden: hidden[0].flatten(0, 1).index_select(0, learned)):
             outputs = model(**inputs, use_cache=False)
         loss = F.cross_entropy(outputs.logits.float(), labels[learned], reduction="sum")
         if num_items_in_batch is None:
-            loss = loss / learned.sum()
+            loss = loss / len(learned)
         else:
             loss = loss / num_items_in_batch * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
@@ -242,17 +246,33 @@ class ProgressLines(TrainerCallback):
 def lighten(model, max_length: int):
     """Return `model` with less to compute: its activation in one operation instead of seven, no dropout in the base.
 
-    LoRA's own dropout stays. The base's was for its pretraining: nothing of it is trained here. On a CPU in bfloat16,
-    attention within up to 256 tokens is computed step by step: the gradient of torch's fused attention takes longer.
+    LoRA's own dropout stays. The base's was for its pretraining: nothing of it is trained here. LoRA's products are
+    computed in the precision of what they are added to; its weights stay float32. On a CPU in bfloat16, attention
+    within up to 256 tokens is computed step by step: the gradient of torch's fused attention takes longer. On a GPU
+    the output layer's 50,257 columns become a multiple of 64, which its matrix units need to be fast; the logits of
+    those added are cut off.
     """
     if model.device.type == "cpu" and model.dtype == torch.bfloat16 and max_length <= 256:
         model.set_attn_implementation("eager")
+    if model.device.type == "cuda":
+        head = model.get_output_embeddings()
+        words = len(head.weight)
+        widened = F.pad(head.weight.detach(), (0, 0, 0, -words % 64))
+        head.forward = lambda hidden: F.linear(hidden, widened)[..., :words]
     for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
+            for factor in (*module.lora_A.values(), *module.lora_B.values()):
+                factor.forward = partial(_multiply, factor)
         if isinstance(getattr(module, "act", None), NewGELUActivation):
             module.act = nn.GELU(approximate="tanh")
         if isinstance(module, nn.Dropout) and "lora" not in name:
             module.p = 0.0
     return model
+
+
+def _multiply(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, linear.weight.to(x.dtype))
 
 
 def make_trainer(model, tokenizer, data, settings: Profile, recipe: str, folder: Path) -> Trainer:

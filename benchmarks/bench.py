@@ -9,6 +9,7 @@ To add a measurement, append a function to `SECTIONS`: it takes the options and 
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -17,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from transformers import (
     GPT2LMHeadModel,
     GPT2Tokenizer,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -42,12 +45,13 @@ from alpaca_helpers.profiles import PROFILES, Profile
 from alpaca_helpers.prompts import format_prompt
 from alpaca_helpers.runs import run_folder
 from alpaca_helpers.series import run_series
-from alpaca_helpers.training import base_dtype, make_trainer
+from alpaca_helpers.training import base_dtype, make_trainer, split_batch
 from benchmarks import chat, evaluation
 
 RESULTS = Path(__file__).with_name("results.json")
 REAL = Path(os.environ.get("ALPACA_TEST_DATA", PROJECT.parent / "shared" / "data"))  # real rows and vocabulary
 SHAPES = {"gpt2": {}, "gpt2-medium": {"n_embd": 1024, "n_layer": 24, "n_head": 16}}
+STEPS = {"pocket": 60, "gpt2": 8, "gpt2-medium": 24}
 
 
 # What is trained: the same model and rows for every contender.
@@ -58,7 +62,8 @@ def load_model(name: str, dtype: torch.dtype) -> GPT2LMHeadModel:
     if name == "pocket":
         return load_base(str(pocket.MODEL), dtype=dtype)
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(**SHAPES[name])).to(best_device(), dtype)
+    with torch.device(best_device()):
+        return GPT2LMHeadModel(GPT2Config(**SHAPES[name])).to(dtype)
 
 
 def load_data(name: str) -> tuple[Dataset, GPT2Tokenizer]:
@@ -81,8 +86,8 @@ def tokenized(rows: Dataset, tokenizer, recipe: str) -> Dataset:
 
 
 def common(settings: Profile, folder: str, steps: int) -> dict:
-    """The training arguments that all share, but for the rows at once of ours: those of the profile. Nothing is saved,
-    evaluated or logged on the way.
+    """The training arguments that all share, but for the rows at once: the document's 8, or the profile's at their
+    best. Nothing is saved, evaluated or logged on the way.
     """
     return {
         "output_dir": folder,
@@ -135,10 +140,12 @@ def trl(name: str, rows: Dataset, tokenizer, settings: Profile, folder: str, ste
         lambda row: {"completion_mask": [int(label != IGNORED) for label in row["labels"]]}, remove_columns="labels"
     )
     bf16 = base_dtype() == torch.bfloat16
+    at_once, accumulation = split_batch(settings)
     arguments = common(settings, folder, steps) | {"packing": packing, "max_length": 128}
+    arguments |= {"per_device_train_batch_size": at_once, "gradient_accumulation_steps": accumulation}
     if packing:  # fewer, fuller rows: spread over the same number of optimizer steps
-        full = -(-sum(map(len, data["input_ids"])) // 128)
-        arguments["per_device_train_batch_size"] = -(-full // (steps * arguments["gradient_accumulation_steps"]))
+        full = sum(map(len, data["input_ids"])) / 128 / len(data) * settings.batch_size
+        arguments["per_device_train_batch_size"] = math.ceil(full / accumulation)
     else:
         arguments["train_sampling_strategy"] = "group_by_length"
     model = get_peft_model(load_model(name, base_dtype()), lora_config())
@@ -182,21 +189,44 @@ def compete(contender: str, name: str, options: dict, pipe) -> None:
     disable_progress_bars()
     torch.set_num_threads(options["threads"])
     settings, steps = options["settings"], options["steps"]
+    warm_up = steps if torch.cuda.is_available() else 0  # a GPU's kernels are chosen and its memory taken bit by bit
     rows, tokenizer = load_data(name)
     count = min(settings.batch_size * steps, len(rows) - options["heldout"])
     train, heldout = rows.select(range(count)), rows.select(range(count, count + options["heldout"]))
     while pipe.recv():
         with tempfile.TemporaryDirectory() as folder:
             set_seed(settings.seed)
-            trainer = CONTENDERS[contender](name, train, tokenizer, settings, folder, steps)
-            start, worked = time.perf_counter(), time.process_time()
+            trainer = CONTENDERS[contender](name, train, tokenizer, settings, folder, warm_up + steps)
+            watch = Stopwatch(warm_up)
+            trainer.add_callback(watch)
             trainer.train()
-            seconds, worked = time.perf_counter() - start, time.process_time() - worked
+            seconds, worked = watch.stop()
+        trained = settings.batch_size * steps
         loss = heldout_loss(trainer.model, tokenized(heldout, tokenizer, "answers"))
-        gflops = needed_work(trainer.model, tokenized(train, tokenizer, "answers")) / seconds / 1e9
-        run = {"seconds": seconds, "cpu": worked, "rows": settings.batch_size * steps, "loss": loss, "gflops": gflops}
+        work = needed_work(trainer.model, tokenized(train, tokenizer, "answers")) * trained / len(train)
+        run = {"seconds": seconds, "cpu": worked, "rows": trained, "loss": loss, "gflops": work / seconds / 1e9}
         pipe.send(run | {"peak_gb": peak_memory()})
         del trainer
+
+
+class Stopwatch(TrainerCallback):
+    """Takes the time from the beginning of the optimizer step after `warm_up` others."""
+
+    def __init__(self, warm_up: int):
+        self.warm_up = warm_up
+
+    def on_step_begin(self, args, state, control, **named) -> None:
+        if state.global_step == self.warm_up:
+            self.begun = self.now()
+
+    def now(self) -> tuple[float, float]:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter(), time.process_time()
+
+    def stop(self) -> tuple[float, float]:
+        """Return the seconds passed, by the clock and of processor time."""
+        return tuple(now - then for now, then in zip(self.now(), self.begun))
 
 
 def needed_work(model, rows: Dataset) -> float:
@@ -237,14 +267,19 @@ def peak_memory() -> float:
 
 def train_speed(options: argparse.Namespace) -> dict:
     """Rows a second, peak memory and held-out loss of each contender, on each model."""
-    return {name: race(name, options) for name in options.models}
+    return {
+        name if size == 16 else f"{name}, {size} rows a step": race(name, size, options)
+        for name in options.models
+        for size in options.batch_sizes
+    }
 
 
-def race(name: str, options: argparse.Namespace) -> dict:
+def race(name: str, batch_size: int, options: argparse.Namespace) -> dict:
     settings = PROFILES["pocket" if name == "pocket" else "gpt2-medium"]
-    steps = options.steps or (60 if name == "pocket" else 8)
+    settings = replace(settings, batch_size=batch_size, micro_batch_size=batch_size)
+    steps = options.steps or max(8, STEPS[name] * 16 // batch_size)
     shared = {"settings": settings, "steps": steps, "heldout": 32, "threads": options.threads}
-    contenders = [c for c in CONTENDERS if not c.startswith("TRL") or installed("trl")]
+    contenders = [c for c in options.contenders if not c.startswith("TRL") or installed("trl")]
     context, runs = multiprocessing.get_context("spawn"), {contender: [] for contender in contenders}
     pipes, processes = {}, []
     for contender in contenders:
@@ -287,16 +322,20 @@ def summary(runs: dict[str, list[dict]], contender: str) -> dict:
 
 
 def matrix_rate(options: argparse.Namespace) -> dict:
-    """The machine's own rate of a product as large as GPT-2's largest, in GFLOP/s, and the share that we reach."""
+    """The machine's own rate of a product, in GFLOP/s, and the share that we reach: on a CPU one as large as GPT-2's
+    largest, on a GPU one that fills it.
+    """
     dtype, device = base_dtype(), best_device()
-    a, b = torch.randn(1024, 768, device=device, dtype=dtype), torch.randn(768, 3072, device=device, dtype=dtype)
+    rows, inner, columns = (8192, 8192, 8192) if device == "cuda" else (1024, 768, 3072)
+    a = torch.randn(rows, inner, device=device, dtype=dtype)
+    b = torch.randn(inner, columns, device=device, dtype=dtype)
     rates = []
     for _ in range(30):
         start = time.perf_counter()
         a @ b
         if device == "cuda":
             torch.cuda.synchronize()
-        rates.append(2 * 1024 * 768 * 3072 / (time.perf_counter() - start) / 1e9)
+        rates.append(2 * rows * inner * columns / (time.perf_counter() - start) / 1e9)
     return {"dtype": str(dtype), "gflops": spread(rates[5:])}
 
 
@@ -393,7 +432,7 @@ def show(results: dict) -> None:
                 speed = text(row["rows_per_second"])
                 print(f"  {contender:14} {speed:>24} {times:>24} {row['peak_gb']:6.2f} {row['heldout_loss']:9.4f}")
         for other in ("TRL", "TRL packed"):
-            if other in race:
+            if {other, "ours"} <= race.keys():
                 print(f"  ours is {text(race['ours'][f'times_{other}'])} times as fast as {other}")
     for section, values in results.items():
         if section not in ("training", "machine"):
@@ -409,9 +448,16 @@ def main() -> None:
     parser.add_argument(
         "--models", nargs="+", default=models, choices=["pocket", *SHAPES], help=f"({' '.join(models)})"
     )
+    sizes = [16] if not torch.cuda.is_available() else [16, 128, 256]
+    parser.add_argument(
+        "--batch-sizes", nargs="+", type=int, default=sizes, help=f"rows a step ({' '.join(map(str, sizes))})"
+    )
+    parser.add_argument(
+        "--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), help="who trains (all)"
+    )
     parser.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=list(SECTIONS), help="(all)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender (3)")
-    parser.add_argument("--steps", type=int, help="optimizer steps a turn (pocket 60, others 8)")
+    parser.add_argument("--steps", type=int, help="optimizer steps a turn (pocket 60, GPT-2 8)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(torch's own choice)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file to write (results.json beside this one)")
     parser.add_argument("--quick", action="store_true", help="one short round, to see that all works")
@@ -426,6 +472,8 @@ def main() -> None:
         results[section] = SECTIONS[section](options)
     if {"training", "matrix_product"} <= results.keys():
         for name, race in results["training"].items():
+            if "ours" not in race:
+                continue
             reached, rate = race["ours"]["gflops"]["median"], results["matrix_product"]["gflops"]["median"]
             results["matrix_product"][f"share that ours reaches on {name}"] = reached / rate
     options.results.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -5,7 +5,7 @@
 
 A stand-in Hub on loopback serves a model of gpt2-medium's shape with random weights and 52,002 rows in Alpaca's form,
 so no network is needed; real rows and GPT-2's vocabulary come from --data (see tests/hub.py). The four notebooks run
-by papermill; then a second run is killed during its training and started again.
+by papermill; they are killed in the middle of the training, and started again.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from datasets import load_from_disk
 from safetensors import safe_open
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -83,8 +84,8 @@ def process_tree(root: int) -> dict[int, int]:
     return {process: resident[process] for process in tree}
 
 
-def series(run: Path, environment: dict, given: list[str], kill_when=None) -> tuple[dict[str, dict], str]:
-    """Run the series into `run` and return seconds and peak memory by notebook, and what it printed.
+def series(run: Path, environment: dict, given: list[str], kill_when=None) -> dict[str, dict]:
+    """Run the series into `run` and return seconds and peak memory by notebook.
 
     Args:
         kill_when: a function of no arguments; once it is true, the series and its kernel are killed.
@@ -118,20 +119,25 @@ def series(run: Path, environment: dict, given: list[str], kill_when=None) -> tu
     for line in process.stdout:
         printed.append(line)
         print(line, end="", flush=True)
-        if line.startswith("[") and "/4] " in line:
+        if line.startswith("[") and "/4] " in line and ": unchanged" not in line:
             close()
             part, begun = line.split("] ")[1].strip(), time.monotonic()
             memory.taken()
     if process.wait() and not killed.is_set():
         sys.exit(f"The series failed: {''.join(printed).strip().splitlines()[-1]}")
     close()
-    return parts, "".join(printed)
+    return parts
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Return the run's whole checkpoints, the oldest first."""
+    whole = (marker.parent for marker in run.glob("checkpoints/*/complete.json"))
+    return sorted(whole, key=lambda path: int(path.name.split("-")[1]))
 
 
 def losses(run: Path) -> list[float]:
     """Return the training losses of the run's newest checkpoint, in order."""
-    newest = max((run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
+    history = json.loads((checkpoints(run)[-1] / "trainer_state.json").read_text())["log_history"]
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
@@ -149,45 +155,41 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--data", type=Path, default=data, help="folder with real rows and GPT-2's vocabulary")
     parser.add_argument("--max-train-rows", type=int, help="train on fewer rows (a rehearsal)")
-    parser.add_argument("--killed-rows", type=int, default=2000, help="rows of the run that is killed and resumed")
     parser.add_argument("--out", type=Path, default=PROJECT / "benchmarks" / "gpu.json")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="for the notebooks")
     o = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="gpu-"))
-    gpu = torch.cuda.is_available()
-    chosen = choose_profile("auto").name
+    run, gpu, chosen = folder / "run", torch.cuda.is_available(), choose_profile("auto").name
     given = ["--profile", "auto" if gpu else "gpt2-medium", *(word for pair in o.p for word in ("-p", *pair))]
-    limited = [*given, "-p", "max_train_rows", str(o.max_train_rows)] if o.max_train_rows else given
+    if o.max_train_rows:
+        given += ["-p", "max_train_rows", str(o.max_train_rows)]
     print("Writing the stand-in's model and rows", flush=True)
     with stand_in(folder / "repositories", o.data, layers=o.layers, width=o.width, heads=o.heads) as hub:
         away = {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home")}
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | away
-        parts, _ = series(folder / "whole", environment | {"PATH": path}, limited)
-        small = [*given, "-p", "max_train_rows", str(min(o.killed_rows, o.max_train_rows or o.killed_rows))]
-        killed = folder / "killed"
-        whole_checkpoint = lambda: any(killed.glob("checkpoints/*/complete.json"))  # noqa: E731
-        series(killed, environment | {"PATH": path}, small, kill_when=whole_checkpoint)
-        resumed_at = sorted(path.name for path in killed.glob("checkpoints/checkpoint-*"))
-        finished_before = (killed / "metrics.json").exists()
-        _, said = series(killed, environment | {"PATH": path}, small)
-    notebook = (killed / "03_lora_finetuning.ipynb").read_text(encoding="utf-8")
-    printed = "".join(path.read_text(encoding="utf-8") for path in (folder / "whole").glob("0*.ipynb"))
-    curve, manifest = losses(folder / "whole"), read_manifest(folder / "whole")
+        environment |= {"PATH": path}
+        killed = series(run, environment, given, kill_when=lambda: len(checkpoints(run)) > 1)
+        kept, finished_before = [path.name for path in checkpoints(run)], (run / "metrics.json").exists()
+        again = series(run, environment, given)
+    printed = "".join(path.read_text(encoding="utf-8") for path in run.glob("0*.ipynb"))
+    curve, manifest = losses(run), read_manifest(run)
     expected = o.layers * manifest["training"]["lora_rank"] * (o.width + 3 * o.width)
     figures = {
         "device": torch.cuda.get_device_name() if gpu else f"CPU {platform.machine()}: a rehearsal, not a GPU figure",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         "shape": {"layers": o.layers, "width": o.width, "heads": o.heads},
-        "train_rows": o.max_train_rows or "all",
+        "train_rows": load_from_disk(run / "data")["train"].num_rows,
+        "epochs": manifest["training"]["num_train_epochs"],
         "profile_of_auto": chosen,
-        "precision": manifest.get("training", {}).get("dtype"),
-        "parts": parts,
-        "trainable_parameters": trained_parameters(folder / "whole"),
+        "precision": manifest["training"]["dtype"],
+        "parts": {"until killed": killed, "again": again},
+        "training_log": [line.strip(' "\\n,') for line in printed.splitlines() if "rows a second" in line],
+        "trainable_parameters": trained_parameters(run),
         "loss": {"first": curve[0], "last": curve[-1]},
-        "killed_and_resumed": {"checkpoints_at_the_kill": resumed_at, "went_on": "Going on after step" in notebook},
+        "killed_and_resumed": {"checkpoints_at_the_kill": kept, "went_on": "Going on after step" in printed},
         "downloads": [line for line in hub.log if line.startswith("GET /cdn/")],
-        "metrics": json.loads((folder / "whole" / "metrics.json").read_text()),
+        "metrics": json.loads((run / "metrics.json").read_text()),
     }
     wrong = [
         sentence
@@ -199,7 +201,7 @@ def main() -> None:
             f"the loss did not fall: {curve}": curve[-1] < curve[0],
             "a check of the notebooks failed": all(f"{check}: True" in printed for check in CHECKS),
             "auto did not choose gpt2-medium on a GPU": chosen == "gpt2-medium" or not gpu,
-            "the second run was not killed during its training": resumed_at and not finished_before,
+            "the run was not killed during its training": kept and not finished_before,
             "the killed run did not go on from its checkpoint": figures["killed_and_resumed"]["went_on"],
         }.items()
         if not right
