@@ -193,6 +193,10 @@ class AnswerTrainer(Trainer):
             loss = loss / num_items_in_batch * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
+    def floating_point_ops(self, inputs) -> int:
+        """Return 0: nobody reads the count, and counting every parameter anew took a twentieth of a step."""
+        return 0
+
     def train(self, resume_from_checkpoint: Path | str | None = None, **named):
         """Train, from a checkpoint on if one is given.
 
