@@ -141,6 +141,7 @@ class AnswerTrainer(Trainer):
         self.batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         learned = sum(label != IGNORED for labels in self.train_dataset["labels"] for label in labels[1:])
         self.labels_a_batch = self.batch_size * learned / len(self.train_dataset)
+        self.since_log = torch.zeros(2, device=args.device)  # nats, labels
         steps = args.num_train_epochs * math.ceil(len(self.train_dataset) / self.batch_size)
         for name in ("logging_steps", "eval_steps", "save_steps"):  # a share of the training, in steps
             setattr(args, name, math.ceil(steps * getattr(args, name)))
@@ -187,11 +188,21 @@ class AnswerTrainer(Trainer):
         with head.register_forward_pre_hook(lambda head, hidden: hidden[0].flatten(0, 1).index_select(0, learned)):
             outputs = model(**inputs, use_cache=False)
         loss = F.cross_entropy(outputs.logits.float(), labels[learned], reduction="sum")
+        if self.model.training:
+            self.since_log += torch.stack([loss.detach(), loss.new_tensor(len(learned))])
         if num_items_in_batch is None:
             loss = loss / len(learned)
         else:
             loss = loss / num_items_in_batch * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as `loss` the nats a learned label since the last time, on all devices: in the unit of `eval_loss`."""
+        if "loss" in logs:
+            nats, labels = self.accelerator.reduce(self.since_log).tolist()
+            logs["loss"] = nats / labels
+            self.since_log.zero_()
+        super().log(logs, start_time)
 
     def floating_point_ops(self, inputs) -> int:
         """Return 0: nobody reads the count, and counting every parameter anew took a twentieth of a step."""
@@ -253,16 +264,13 @@ def lighten(model, max_length: int):
     LoRA's own dropout stays. The base's was for its pretraining: nothing of it is trained here. LoRA's products are
     computed in the precision of what they are added to; its weights stay float32. On a CPU in bfloat16, attention
     within up to 256 tokens is computed step by step: the gradient of torch's fused attention takes longer. On a GPU
-    the output layer's 50,257 columns become a multiple of 64, which its matrix units need to be fast; the logits of
-    those added are cut off.
+    the output layer is widened.
     """
     if model.device.type == "cpu" and model.dtype == torch.bfloat16 and max_length <= 256:
         model.set_attn_implementation("eager")
     if model.device.type == "cuda":
         head = model.get_output_embeddings()
-        words = len(head.weight)
-        widened = F.pad(head.weight.detach(), (0, 0, 0, -words % 64))
-        head.forward = lambda hidden: F.linear(hidden, widened)[..., :words]
+        widen(getattr(head, "base_layer", head))  # LoRA's own, if it is put there
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             module.cast_input_dtype_enabled = False
@@ -273,6 +281,13 @@ def lighten(model, max_length: int):
         if isinstance(module, nn.Dropout) and "lora" not in name:
             module.p = 0.0
     return model
+
+
+def widen(head: nn.Linear) -> None:
+    """Let a frozen output layer compute a multiple of 64 columns and give its own: 50,257 do not suit matrix units."""
+    words = len(head.weight)
+    widened = F.pad(head.weight.detach(), (0, 0, 0, -words % 64))
+    head.forward = lambda hidden: F.linear(hidden, widened)[..., :words]
 
 
 def _multiply(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:

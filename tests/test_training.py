@@ -119,6 +119,17 @@ def test_every_batch_of_a_training_is_divided_by_the_labels_of_an_average_one(tm
     assert [divisor for divisor in divisors if divisor is not None] == pytest.approx([average] * 8)
 
 
+def test_the_loss_on_show_is_that_of_a_label_whatever_batch_it_comes_in(tmp_path):
+    rows, model = tokens(random_rows(32)), random_lora()
+    trainer = trainer_on(rows, tmp_path, model, settings=replace(SETTINGS, learning_rate=1e-12))
+    trainer.args.logging_steps = 2  # of 4
+    trainer.train()
+    shown = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    order = list(training.LengthGroups([len(ids) for ids in rows["input_ids"]], 8, 0, lambda: 0))
+    halves = [plain_batch(rows.select(half)) for half in (order[:16], order[16:])]
+    assert shown == pytest.approx([model(**half).loss.item() for half in halves], rel=1e-5)
+
+
 def test_in_bfloat16_loss_and_gradients_are_nearly_the_same(tmp_path):
     model, rows = random_lora(), tokens(random_rows(12))
     batch = [rows[i] for i in range(12)]
@@ -166,6 +177,15 @@ def test_the_lightened_model_computes_the_same_and_keeps_loras_dropout():
     dropouts = {name: module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
     assert {p for name, p in dropouts.items() if "lora" in name} == {0.25}
     assert {p for name, p in dropouts.items() if "lora" not in name} == {0.0}
+
+
+def test_a_widened_output_layer_gives_the_same_logits_and_gradient():
+    head, hidden = torch.nn.Linear(16, 257, bias=False), torch.randn(3, 16, requires_grad=True)
+    wanted = head(hidden)
+    (slope,) = torch.autograd.grad(wanted.square().sum(), hidden)
+    training.widen(head)
+    torch.testing.assert_close(head(hidden), wanted)
+    torch.testing.assert_close(torch.autograd.grad(head(hidden).square().sum(), hidden)[0], slope)
 
 
 def test_the_documents_recipe_keeps_its_collator():
