@@ -17,7 +17,8 @@ def step_memory(model: PeftModel, rows: int, tokens: int, fp16: bool = False) ->
     birth and death is counted. It counts on the safe side: every label as learned, attention with its matrix, and
     under `fp16` the activations as if they were float32. It leaves out what allocators, work space of kernels and CUDA
     take for themselves: the activations of a small model on a CPU took 3% more than computed, and with what the C
-    library kept of freed memory 16%.
+    library kept of freed memory 16%. GPT-2 medium under fp16 on a GPU took 5.0 GB with 16 rows of 128 tokens, where 9.6
+    are computed.
 
     Args:
         fp16: under autocast, which keeps a half-precision copy of each matrix for the backward pass.
