@@ -189,7 +189,8 @@ class AnswerTrainer(Trainer):
             outputs = model(**inputs, use_cache=False)
         loss = F.cross_entropy(outputs.logits.float(), labels[learned], reduction="sum")
         if self.model.training:
-            self.since_log += torch.stack([loss.detach(), loss.new_tensor(len(learned))])
+            self.since_log[0] += loss.detach()
+            self.since_log[1] += len(learned)
         if num_items_in_batch is None:
             loss = loss / len(learned)
         else:
