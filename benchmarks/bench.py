@@ -141,7 +141,9 @@ def trl(name: str, rows: Dataset, tokenizer, settings: Profile, folder: str, ste
     )
     bf16 = base_dtype() == torch.bfloat16
     # all logits of more than 8 rows take longer on a CPU: 58 s instead of 33 for GPT-2's eight steps
-    at_once, accumulation = split_batch(settings if torch.cuda.is_available() else replace(settings, micro_batch_size=8))
+    at_once, accumulation = split_batch(
+        settings if torch.cuda.is_available() else replace(settings, micro_batch_size=8)
+    )
     arguments = common(settings, folder, steps) | {"packing": packing, "max_length": 128}
     arguments |= {"per_device_train_batch_size": at_once, "gradient_accumulation_steps": accumulation}
     if packing:  # fewer, fuller rows: spread over the same number of optimizer steps
