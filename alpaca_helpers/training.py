@@ -184,7 +184,7 @@ class AnswerTrainer(Trainer):
         labels = F.pad(inputs.pop("labels")[:, 1:], (0, 1), value=IGNORED).flatten()  # what each position shall predict
         learned = (labels != IGNORED).nonzero().squeeze(1)
         head = self.model.get_output_embeddings()
-        # by numbers: on a GPU the gradient of a choice by a mask takes as long as all the rest
+        # by number: for the gradient of a choice by mask torch sorts the positions on a GPU
         with head.register_forward_pre_hook(lambda head, hidden: hidden[0].flatten(0, 1).index_select(0, learned)):
             outputs = model(**inputs, use_cache=False)
         loss = F.cross_entropy(outputs.logits.float(), labels[learned], reduction="sum")
