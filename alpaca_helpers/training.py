@@ -206,7 +206,7 @@ class AnswerTrainer(Trainer):
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs) -> int:
-        """Return 0: nobody reads the count, and counting every parameter anew took a twentieth of a step."""
+        """Return 0: nobody reads the count, for which Trainer visits every parameter anew at each step."""
         return 0
 
     def train(self, resume_from_checkpoint: Path | str | None = None, **named):

@@ -45,7 +45,7 @@ from alpaca_helpers.profiles import PROFILES, Profile
 from alpaca_helpers.prompts import format_prompt
 from alpaca_helpers.runs import run_folder
 from alpaca_helpers.series import run_series
-from alpaca_helpers.training import base_dtype, make_trainer, split_batch
+from alpaca_helpers.training import base_dtype, make_trainer
 from benchmarks import chat, evaluation
 
 RESULTS = Path(__file__).with_name("results.json")
@@ -85,16 +85,16 @@ def tokenized(rows: Dataset, tokenizer, recipe: str) -> Dataset:
 # Who trains it. A contender returns its trainer, ready for `steps` optimizer steps over the rows.
 
 
-def common(settings: Profile, folder: str, steps: int) -> dict:
-    """The training arguments that all share, but for the rows at once: the document's 8, or the profile's at their
-    best. Nothing is saved, evaluated or logged on the way.
+def common(settings: Profile, folder: str, steps: int, at_once: int = 8) -> dict:
+    """The training arguments that all share, but for the rows at once: the document's 8, or what suits best. Nothing
+    is saved, evaluated or logged on the way.
     """
     return {
         "output_dir": folder,
         "max_steps": steps,
         "learning_rate": settings.learning_rate,
-        "per_device_train_batch_size": 8,
-        "gradient_accumulation_steps": settings.batch_size // 8,
+        "per_device_train_batch_size": at_once,
+        "gradient_accumulation_steps": settings.batch_size // at_once,
         "logging_steps": 1000,
         "save_strategy": "no",
         "report_to": [],
@@ -141,14 +141,11 @@ def trl(name: str, rows: Dataset, tokenizer, settings: Profile, folder: str, ste
     )
     bf16 = base_dtype() == torch.bfloat16
     # all logits of more than 8 rows take longer on a CPU: 58 s instead of 33 for GPT-2's eight steps
-    at_once, accumulation = split_batch(
-        settings if torch.cuda.is_available() else replace(settings, micro_batch_size=8)
-    )
-    arguments = common(settings, folder, steps) | {"packing": packing, "max_length": 128}
-    arguments |= {"per_device_train_batch_size": at_once, "gradient_accumulation_steps": accumulation}
+    at_once = settings.batch_size if torch.cuda.is_available() else 8
+    arguments = common(settings, folder, steps, at_once) | {"packing": packing, "max_length": 128}
     if packing:  # fewer, fuller rows: spread over the same number of optimizer steps
         full = sum(map(len, data["input_ids"])) / 128 / len(data) * settings.batch_size
-        arguments["per_device_train_batch_size"] = math.ceil(full / accumulation)
+        arguments["per_device_train_batch_size"] = math.ceil(full / arguments["gradient_accumulation_steps"])
     else:
         arguments["train_sampling_strategy"] = "group_by_length"
     model = get_peft_model(load_model(name, base_dtype()), lora_config())

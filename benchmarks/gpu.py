@@ -32,6 +32,7 @@ sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
 
 from hub import stand_in  # noqa: E402
 
+from alpaca_helpers.checkpoints import last_complete_checkpoint  # noqa: E402
 from alpaca_helpers.profiles import choose_profile  # noqa: E402
 from alpaca_helpers.runs import read_manifest, write_json  # noqa: E402
 
@@ -84,8 +85,8 @@ def process_tree(root: int) -> dict[int, int]:
     return {process: resident[process] for process in tree}
 
 
-def series(run: Path, environment: dict, given: list[str], kill_when=None) -> dict[str, dict]:
-    """Run the series into `run` and return seconds and peak memory by notebook.
+def series(run: Path, environment: dict, given: list[str], kill_when=None) -> tuple[dict[str, dict], list[str]]:
+    """Run the series into `run` and return seconds and peak memory by notebook, and the lines of its training.
 
     Args:
         kill_when: a function of no arguments; once it is true, the series and its kernel are killed.
@@ -126,18 +127,12 @@ def series(run: Path, environment: dict, given: list[str], kill_when=None) -> di
     if process.wait() and not killed.is_set():
         sys.exit(f"The series failed: {''.join(printed).strip().splitlines()[-1]}")
     close()
-    return parts
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """Return the run's whole checkpoints, the oldest first."""
-    whole = (marker.parent for marker in run.glob("checkpoints/*/complete.json"))
-    return sorted(whole, key=lambda path: int(path.name.split("-")[1]))
+    return parts, [line.strip() for line in printed if "rows a second" in line]
 
 
 def losses(run: Path) -> list[float]:
     """Return the training losses of the run's newest checkpoint, in order."""
-    history = json.loads((checkpoints(run)[-1] / "trainer_state.json").read_text())["log_history"]
+    history = json.loads((last_complete_checkpoint(run) / "trainer_state.json").read_text())["log_history"]
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
@@ -169,9 +164,10 @@ def main() -> None:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | away
         environment |= {"PATH": path}
-        killed = series(run, environment, given, kill_when=lambda: len(checkpoints(run)) > 1)
-        kept, finished_before = [path.name for path in checkpoints(run)], (run / "metrics.json").exists()
-        again = series(run, environment, given)
+        whole = lambda: [path.parent.name for path in run.glob("checkpoints/*/complete.json")]  # noqa: E731
+        killed, begun = series(run, environment, given, kill_when=lambda: len(whole()) > 1)
+        kept, finished_before = sorted(whole()), (run / "metrics.json").exists()
+        again, went_on = series(run, environment, given)
     printed = "".join(path.read_text(encoding="utf-8") for path in run.glob("0*.ipynb"))
     curve, manifest = losses(run), read_manifest(run)
     expected = o.layers * manifest["training"]["lora_rank"] * (o.width + 3 * o.width)
@@ -184,7 +180,7 @@ def main() -> None:
         "profile_of_auto": chosen,
         "precision": manifest["training"]["dtype"],
         "parts": {"until killed": killed, "again": again},
-        "training_log": [line.strip(' "\\n,') for line in printed.splitlines() if "rows a second" in line],
+        "training": begun + went_on,
         "trainable_parameters": trained_parameters(run),
         "loss": {"first": curve[0], "last": curve[-1]},
         "killed_and_resumed": {"checkpoints_at_the_kill": kept, "went_on": "Going on after step" in printed},

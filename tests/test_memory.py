@@ -55,10 +55,12 @@ def test_the_computed_peak_is_what_a_process_takes():
 def test_gpt2_medium_fits_a_t4_with_room():
     with torch.device("meta"):
         model = get_peft_model(GPT2LMHeadModel(GPT2Config(n_layer=24, n_embd=1024, n_head=16)), lora_config())
+    parts = step_memory(model, rows=8, tokens=128, fp16=True)
+    assert parts["weights"] == 4 * 354_823_168 and parts["adapter, gradients, AdamW"] == 16 * 786_432
+    assert sum(parts.values()) < 0.5 * 15e9
     settings = choose_profile("gpt2-medium")
     parts = step_memory(model, settings.micro_batch_size, settings.max_length, fp16=True)
-    assert parts["weights"] == 4 * 354_823_168 and parts["adapter, gradients, AdamW"] == 16 * 786_432
-    assert sum(parts.values()) < 0.7 * 15e9
+    assert sum(parts.values()) < 2 / 3 * 15e9
 
 
 def test_twice_the_rows_take_twice_the_activations(tiny_model):
