@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from itertools import islice
@@ -20,11 +20,19 @@ import torch.distributed
 import torch.nn.functional as F
 from datasets import load_from_disk
 from peft import get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners import lora
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    AttentionInterface,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.activations import NewGELUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from . import AlpacaError
 from .checkpoints import CompleteCheckpoints, is_main_process, processes, resume_point
@@ -39,6 +47,9 @@ from .sharing import write_card
 torch.serialization.register_package(
     15, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
 )
+
+# torch's own attention, under a name for which transformers makes no mask
+AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
 
 INPUTS = {"input_ids", "attention_mask", "labels"}  # the columns that a batch is made of
 
@@ -64,6 +75,7 @@ def training_arguments(settings: Profile, folder: Path) -> TrainingArguments:
         save_steps=0.1,
         save_total_limit=2,  # the newest, and one to go back to should it be broken
         dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config={"non_blocking": torch.cuda.is_available()},  # the next rows travel while the GPU computes
         logging_nan_inf_filter=False,  # a loss that is none is shown as such, and no step waits to be looked at
         report_to=[],
         seed=settings.seed,
@@ -103,6 +115,16 @@ def data_collator(tokenizer, recipe: str):
     return pad
 
 
+def point_out_learned(collate: Callable, rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Return the batch of `rows`, and as `learned` the numbers of the labels to learn, counted through the batch.
+
+    They are looked for here, in main memory: to look on a GPU is to wait until it has done all that it was given.
+    """
+    batch = dict(collate(rows))
+    predicted = F.pad(batch["labels"][:, 1:] != IGNORED, (1, 0))  # nothing stands before a row's first token
+    return batch | {"learned": predicted.flatten().nonzero().squeeze(1)}
+
+
 class LengthGroups(Sampler[int]):
     """Row numbers in an order that puts rows of like length into the same batch; another order each epoch.
 
@@ -133,9 +155,9 @@ class LengthGroups(Sampler[int]):
 class AnswerTrainer(Trainer):
     """transformers' Trainer with three things of its own: the order of rows, the loss, checkpoints that are whole."""
 
-    def __init__(self, args: TrainingArguments, **named):
+    def __init__(self, args: TrainingArguments, data_collator: Callable, **named):
         args._n_gpu = min(args.n_gpu, 1)  # one process uses one GPU; torchrun starts one for each
-        super().__init__(args=args, **named)
+        super().__init__(args=args, data_collator=partial(point_out_learned, data_collator), **named)
         self.add_callback(CompleteCheckpoints())
         self.add_callback(ProgressLines())
         self.batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -181,13 +203,13 @@ class AnswerTrainer(Trainer):
         number of labels in a whole batch, that is in all its micro-batches, whose gradients add up, on all devices,
         whose gradients are averaged. Without it, it is divided by the labels at hand.
         """
-        labels = F.pad(inputs.pop("labels")[:, 1:], (0, 1), value=IGNORED).flatten()  # what each position shall predict
-        learned = (labels != IGNORED).nonzero().squeeze(1)
+        learned, labels = inputs.pop("learned"), inputs.pop("labels").flatten()
+        predicting = learned - 1  # the token before a label
         head = self.model.get_output_embeddings()
         # by number: for the gradient of a choice by mask torch sorts the positions on a GPU
-        with head.register_forward_pre_hook(lambda head, hidden: hidden[0].flatten(0, 1).index_select(0, learned)):
+        with head.register_forward_pre_hook(lambda head, hidden: hidden[0].flatten(0, 1).index_select(0, predicting)):
             outputs = model(**inputs, use_cache=False)
-        loss = F.cross_entropy(outputs.logits.float(), labels[learned], reduction="sum")
+        loss = F.cross_entropy(outputs.logits.float(), labels.index_select(0, learned), reduction="sum")
         if self.model.training:
             self.since_log[0] += loss.detach()
             self.since_log[1] += len(learned)
@@ -221,6 +243,7 @@ class AnswerTrainer(Trainer):
             with (
                 alone(folder.parent, "training") if self.args.process_index == 0 else nullcontext(),
                 room_on_disk(folder, needed=3 * checkpoint),  # two kept, one being written
+                without_mask(self.model),
             ):
                 return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **named)
         except RuntimeError as error:
@@ -265,7 +288,8 @@ def lighten(model, max_length: int):
     LoRA's own dropout stays. The base's was for its pretraining: nothing of it is trained here. LoRA's products are
     computed in the precision of what they are added to; its weights stay float32. On a CPU in bfloat16, attention
     within up to 256 tokens is computed step by step: the gradient of torch's fused attention takes longer. On a GPU
-    the output layer is widened.
+    the output layer is widened. At each step Trainer asks for all parameters, twice, and puts the model in training
+    mode: it gets a list made once, and no module is visited that trains already.
     """
     if model.device.type == "cpu" and model.dtype == torch.bfloat16 and max_length <= 256:
         model.set_attn_implementation("eager")
@@ -273,15 +297,32 @@ def lighten(model, max_length: int):
         head = model.get_output_embeddings()
         widen(getattr(head, "base_layer", head))  # LoRA's own, if it is put there
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            module.cast_input_dtype_enabled = False
-            for factor in (*module.lora_A.values(), *module.lora_B.values()):
-                factor.forward = partial(_multiply, factor)
+        if isinstance(module, lora.Linear):
+            module.forward = partial(_lora, module)
         if isinstance(getattr(module, "act", None), NewGELUActivation):
             module.act = nn.GELU(approximate="tanh")
         if isinstance(module, nn.Dropout) and "lora" not in name:
             module.p = 0.0
+    parameters, tuned = list(model.parameters()), type(model)
+    model.parameters = lambda recurse=True: iter(parameters)
+    model.train = lambda mode=True: model if model.training == mode else tuned.train(model, mode)
     return model
+
+
+@contextmanager
+def without_mask(model) -> Iterator[None]:
+    """Let torch's attention see what comes before a token, and transformers look for nothing else.
+
+    Rows padded right need no more. It would search each batch for padding and for rows packed into one, and wait for
+    the GPU to tell.
+    """
+    usual = model.config._attn_implementation
+    if usual == "sdpa":
+        model.set_attn_implementation("sdpa_without_mask")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(usual)
 
 
 def widen(head: nn.Linear) -> None:
@@ -291,8 +332,16 @@ def widen(head: nn.Linear) -> None:
     head.forward = lambda hidden: F.linear(hidden, widened)[..., :words]
 
 
-def _multiply(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    return F.linear(x, linear.weight.to(x.dtype))
+def _lora(layer: lora.Linear, x: torch.Tensor) -> torch.Tensor:
+    """The layer's own `forward`, with LoRA's second product added as it is computed, in the precision of `x`."""
+    if layer.disable_adapters or layer.merged:
+        return type(layer).forward(layer, x)
+    result = layer.base_layer(x)
+    for name in layer.active_adapters:
+        a, b = layer.lora_A[name].weight.to(x.dtype), layer.lora_B[name].weight * layer.scaling[name]
+        reduced = F.linear(layer.lora_dropout[name](x), a)
+        result = torch.addmm(result.flatten(0, -2), reduced.flatten(0, -2), b.to(x.dtype).t()).view(result.shape)
+    return result
 
 
 def make_trainer(model, tokenizer, data, settings: Profile, recipe: str, folder: Path) -> Trainer:

@@ -4,6 +4,8 @@ import json
 import os
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these tests are the CPU's on every machine; nbval's run takes what is there
+
 import pytest
 import torch
 from peft import get_peft_model

@@ -8,7 +8,8 @@ import torch
 from datasets import DatasetDict, load_from_disk
 from peft import get_peft_model
 from tiny_run import byte_tokenizer, prepare_run, random_rows, tiny_gpt2
-from transformers import DataCollatorForLanguageModeling, Trainer
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback
 
 from alpaca_helpers import AlpacaError, models, sharing, training
 from alpaca_helpers.data import IGNORED, RECIPES, tokenize
@@ -78,6 +79,56 @@ def test_logits_are_computed_where_a_label_is_learned_only(tmp_path):
     _, outputs = trainer.compute_loss(model, batch, return_outputs=True)
     assert outputs.logits.shape == (learned, 257)
     assert model(input_ids=batch["input_ids"] if "input_ids" in batch else None).logits.dim() == 3  # the hook is gone
+
+
+class NoValues(TorchDispatchMode):
+    """Refuses every operation whose result, or its shape, hangs on a tensor's values."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        assert not {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(operation.tags), operation
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_step_asks_the_device_for_no_value(tmp_path):
+    """Or a GPU would finish all that it was given before it is given more."""
+    rows, model = tokens(random_rows(6)), random_lora()
+    trainer = trainer_on(rows, tmp_path, model)
+    batch = trainer.data_collator(list(rows))
+    with training.without_mask(model), NoValues():
+        trainer.training_step(model, batch, num_items_in_batch=10.0)
+        for wanted in (lambda: batch["input_ids"].sum().item(), lambda: batch["input_ids"].nonzero()):
+            with pytest.raises(AssertionError):
+                wanted()
+    assert all(value.grad is not None for value in model.parameters() if value.requires_grad)
+
+
+@pytest.mark.parametrize("recipe", ["document", "answers"])
+def test_in_training_no_mask_is_made_and_the_loss_is_the_same(recipe, tmp_path):
+    rows, model = tokens(random_rows(6), recipe), random_lora()
+    trainer = trainer_on(rows, tmp_path, model, recipe)
+    masked = trainer.evaluate()["eval_loss"]
+    used = model.config._attn_implementation
+    with training.without_mask(model):
+        assert model.config._attn_implementation != used
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(masked, abs=1e-6)
+    assert model.config._attn_implementation == used
+
+
+def test_a_step_walks_through_no_modules(tmp_path, monkeypatch):
+    trainer, walks, before = trainer_on(tokens(random_rows(32)), tmp_path, random_lora()), [], []
+    trainer.args.eval_strategy = trainer.args.save_strategy = trainer.args.logging_strategy = "no"
+    for name in ("named_modules", "named_children"):
+        walk = getattr(torch.nn.Module, name)
+        monkeypatch.setattr(torch.nn.Module, name, lambda *a, walk=walk, **n: walks.append(1) or walk(*a, **n))
+
+    class Count(TrainerCallback):
+        def on_step_begin(self, *given, **named):
+            before.append(len(walks))
+
+    trainer.add_callback(Count())
+    trainer.train()
+    assert len(before) == 4 and before[0] > 0
+    assert before[1] == before[3]
 
 
 def test_rows_of_a_batch_do_not_see_one_another(tmp_path):
