@@ -75,7 +75,7 @@ def training_arguments(settings: Profile, folder: Path) -> TrainingArguments:
         save_steps=0.1,
         save_total_limit=2,  # the newest, and one to go back to should it be broken
         dataloader_pin_memory=torch.cuda.is_available(),
-        accelerator_config={"non_blocking": torch.cuda.is_available()},  # the next rows travel while the GPU computes
+        accelerator_config={"non_blocking": torch.cuda.is_available()},  # Python goes on while rows are sent
         logging_nan_inf_filter=False,  # a loss that is none is shown as such, and no step waits to be looked at
         report_to=[],
         seed=settings.seed,
@@ -285,11 +285,11 @@ class ProgressLines(TrainerCallback):
 def lighten(model, max_length: int):
     """Return `model` with less to compute: its activation in one operation instead of seven, no dropout in the base.
 
-    LoRA's own dropout stays. The base's was for its pretraining: nothing of it is trained here. LoRA's products are
-    computed in the precision of what they are added to; its weights stay float32. On a CPU in bfloat16, attention
-    within up to 256 tokens is computed step by step: the gradient of torch's fused attention takes longer. On a GPU
-    the output layer is widened. At each step Trainer asks for all parameters, twice, and puts the model in training
-    mode: it gets a list made once, and no module is visited that trains already.
+    LoRA's own dropout stays. The base's was for its pretraining: nothing of it is trained here. In training, LoRA's
+    products are computed in the precision of what they are added to; its weights stay float32. On a CPU in bfloat16,
+    attention within up to 256 tokens is computed step by step: the gradient of torch's fused attention takes longer. On
+    a GPU the output layer is widened. At each step Trainer asks for all parameters, twice, and puts the model in
+    training mode: it gets a list made once, and the model is not walked through where it trains already.
     """
     if model.device.type == "cpu" and model.dtype == torch.bfloat16 and max_length <= 256:
         model.set_attn_implementation("eager")
@@ -303,9 +303,10 @@ def lighten(model, max_length: int):
             module.act = nn.GELU(approximate="tanh")
         if isinstance(module, nn.Dropout) and "lora" not in name:
             module.p = 0.0
-    parameters, tuned = list(model.parameters()), type(model)
+    tuned, modules = type(model), list(model.modules())
+    parameters = list(tuned.parameters(model))
     model.parameters = lambda recurse=True: iter(parameters)
-    model.train = lambda mode=True: model if model.training == mode else tuned.train(model, mode)
+    model.train = lambda mode=True: model if all(m.training == mode for m in modules) else tuned.train(model, mode)
     return model
 
 
@@ -332,12 +333,12 @@ def widen(head: nn.Linear) -> None:
     head.forward = lambda hidden: F.linear(hidden, widened)[..., :words]
 
 
-def _lora(layer: lora.Linear, x: torch.Tensor) -> torch.Tensor:
-    """The layer's own `forward`, with LoRA's second product added as it is computed, in the precision of `x`."""
-    if layer.disable_adapters or layer.merged:
-        return type(layer).forward(layer, x)
+def _lora(layer: lora.Linear, x: torch.Tensor, **named) -> torch.Tensor:
+    """The layer's own `forward`; in training with LoRA's second product added as it is computed, and cast to `x`."""
+    if not layer.training or layer.disable_adapters or layer.merged or layer.lora_variant or named:
+        return type(layer).forward(layer, x, **named)
     result = layer.base_layer(x)
-    for name in layer.active_adapters:
+    for name in filter(layer.lora_A.__contains__, layer.active_adapters):
         a, b = layer.lora_A[name].weight.to(x.dtype), layer.lora_B[name].weight * layer.scaling[name]
         reduced = F.linear(layer.lora_dropout[name](x), a)
         result = torch.addmm(result.flatten(0, -2), reduced.flatten(0, -2), b.to(x.dtype).t()).view(result.shape)

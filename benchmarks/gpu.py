@@ -146,10 +146,17 @@ def trained_parameters(run: Path) -> int:
 def unlike_the_stored(run: Path) -> list[str]:
     """Return the cells tagged `every-profile` that did not print in `run` what the project's notebooks show."""
 
-    def shown(notebook: Path) -> dict[str, list]:
+    def shown(notebook: Path) -> dict[str, str]:
         cells = nbformat.read(notebook, as_version=4).cells
         cells = [cell for cell in cells if "every-profile" in cell.metadata.get("tags", [])]
-        return {cell.source: [out.get("text", out.get("data")) for out in cell.outputs] for cell in cells}
+        return {
+            cell.source: "".join(
+                out.text if out.output_type == "stream" else out.data["text/plain"]
+                for out in cell.outputs
+                if out.get("name") != "stderr"
+            )
+            for cell in cells
+        }
 
     stored, fresh = {}, {}
     for notebook in NOTEBOOKS:

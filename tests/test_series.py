@@ -115,8 +115,10 @@ def test_prepared_copies_hold_outputs_and_parameters(notebooks, tmp_path):
 def test_of_another_profile_only_the_independent_cells_are_compared(notebooks, tmp_path):
     notebook = nbformat.read(notebooks[0], as_version=4)
     notebook.cells.append(new_code_cell("2 + 2", metadata={"tags": ["every-profile"]}))
+    notebook.cells.append(new_code_cell("3 + 3", metadata={"tags": ["nbval-ignore-output"]}))
     nbformat.write(notebook, notebooks[0])
     series.prepare(tmp_path / "copies", {"profile": "gpt2-medium"})
     copy = nbformat.read(tmp_path / "copies" / "01_one.ipynb", as_version=4)
     compared = [cell.source for cell in copy.cells if "nbval-ignore-output" not in cell.metadata.tags]
     assert compared == ["2 + 2"]
+    assert copy.cells[-1].metadata.tags == ["nbval-ignore-output"]

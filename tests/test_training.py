@@ -13,6 +13,7 @@ from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallba
 
 from alpaca_helpers import AlpacaError, models, sharing, training
 from alpaca_helpers.data import IGNORED, RECIPES, tokenize
+from alpaca_helpers.generation import generate
 from alpaca_helpers.lora import load_adapter, lora_config
 from alpaca_helpers.profiles import choose_profile
 
@@ -23,10 +24,10 @@ def tokens(rows, recipe="answers"):
     return rows.map(tokenize, batched=True, fn_kwargs={"tokenizer": byte_tokenizer(), "recipe": recipe})
 
 
-def random_lora():
+def random_lora(target_modules=("c_attn",)):
     """A tiny model with a random adapter and no dropout anywhere, so that losses can be compared."""
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    model = get_peft_model(tiny_gpt2(**no_dropout), lora_config(dropout=0.0))
+    model = get_peft_model(tiny_gpt2(**no_dropout), lora_config(dropout=0.0, target_modules=target_modules))
     for name, value in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(value, std=0.3)
@@ -55,18 +56,22 @@ def plain_batch(rows):
     }
 
 
-@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "document"])
-def test_loss_and_gradients_are_those_of_the_plain_padded_model(recipe, tmp_path):
-    model, rows = random_lora(), tokens(random_rows(12), recipe)
+@pytest.mark.parametrize(
+    "recipe, targets, matrices",
+    [(recipe, ("c_attn",), 2) for recipe in RECIPES if recipe != "document"]
+    + [("answers", ("c_attn", "c_proj", "c_fc"), 8), ("answers", ("c_attn", "lm_head"), 3)],
+)
+def test_loss_and_gradients_are_those_of_the_plain_padded_model(recipe, targets, matrices, tmp_path):
+    model, rows = random_lora(targets), tokens(random_rows(12), recipe)
+    plain = model(**plain_batch(rows)).loss  # by peft's own layers: `make_trainer` lightens them
+    wanted = gradients(model, plain)
     trainer = trainer_on(rows, tmp_path, model, recipe)
     batch = trainer.data_collator([rows[i] for i in range(12)])
     assert "attention_mask" not in batch
-    plain = model(**plain_batch(rows)).loss
-    wanted = gradients(model, plain)
     ours = trainer.compute_loss(model, batch)
     got = gradients(model, ours)
     assert ours.item() == pytest.approx(plain.item(), abs=1e-5)
-    assert got.keys() == wanted.keys() and len(got) == 4  # A and B of two layers; nothing of the base
+    assert got.keys() == wanted.keys() and len(got) == 2 * matrices  # A and B of each; nothing of the base
     for name in wanted:
         torch.testing.assert_close(got[name], wanted[name], atol=1e-5, rtol=1e-5)
 
@@ -221,13 +226,32 @@ def test_a_training_is_the_plain_trainers_on_the_same_batches(tmp_path):
 
 
 def test_the_lightened_model_computes_the_same_and_keeps_loras_dropout():
-    model = get_peft_model(tiny_gpt2(), lora_config(dropout=0.25)).eval()
-    ids = torch.arange(24).reshape(2, 12)
+    ids, model = torch.arange(24).reshape(2, 12), random_lora().train()
     before = model(ids).logits
     torch.testing.assert_close(training.lighten(model, 12)(ids).logits, before, atol=1e-5, rtol=1e-5)
+    model = training.lighten(get_peft_model(tiny_gpt2(), lora_config(dropout=0.25)), 12)
     dropouts = {name: module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
     assert {p for name, p in dropouts.items() if "lora" in name} == {0.25}
     assert {p for name, p in dropouts.items() if "lora" not in name} == {0.0}
+
+
+def test_a_model_that_was_trained_answers_tuned_and_as_its_base(tmp_path):
+    rows, model, prompts = tokens(random_rows(8)), random_lora(), ["Instruction: a\nRéponse:", "b"]
+    trainer_on(rows, tmp_path, model).train()
+    answers = {
+        side: [each.text for each in generate(model, byte_tokenizer(), prompts, side=side)]
+        for side in ("base", "tuned")
+    }
+    assert answers["base"] == [each.text for each in generate(tiny_gpt2(), byte_tokenizer(), prompts)]
+    assert answers["tuned"] != answers["base"]
+
+
+@pytest.mark.parametrize("part", ["whole", "base"])
+def test_after_evaluation_of_whatever_part_all_of_the_model_trains_again(part):
+    model = training.lighten(random_lora(), 12)
+    (model if part == "whole" else model.base_model).eval()
+    model.train()
+    assert all(module.training for module in model.modules())
 
 
 def test_a_widened_output_layer_gives_the_same_logits_and_gradient():
