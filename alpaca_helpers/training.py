@@ -288,8 +288,7 @@ def lighten(model, max_length: int):
     LoRA's own dropout stays. The base's was for its pretraining: nothing of it is trained here. In training, LoRA's
     products are computed in the precision of what they are added to; its weights stay float32. On a CPU in bfloat16,
     attention within up to 256 tokens is computed step by step: the gradient of torch's fused attention takes longer. On
-    a GPU the output layer is widened. At each step Trainer asks for all parameters, twice, and puts the model in
-    training mode: it gets a list made once, and the model is not walked through where it trains already.
+    a GPU the output layer is widened. The modules of `model` are from now on those that it has.
     """
     if model.device.type == "cpu" and model.dtype == torch.bfloat16 and max_length <= 256:
         model.set_attn_implementation("eager")
@@ -303,6 +302,7 @@ def lighten(model, max_length: int):
             module.act = nn.GELU(approximate="tanh")
         if isinstance(module, nn.Dropout) and "lora" not in name:
             module.p = 0.0
+    # at each step Trainer asks for all parameters twice and for training mode once, each a walk through the modules
     tuned, modules = type(model), list(model.modules())
     parameters = list(tuned.parameters(model))
     model.parameters = lambda recurse=True: iter(parameters)
@@ -312,10 +312,10 @@ def lighten(model, max_length: int):
 
 @contextmanager
 def without_mask(model) -> Iterator[None]:
-    """Let torch's attention see what comes before a token, and transformers look for nothing else.
+    """Within the block, let torch's attention see all that comes before a token, without a mask.
 
-    Rows padded right need no more. It would search each batch for padding and for rows packed into one, and wait for
-    the GPU to tell.
+    Rows padded right need no more. To make a mask, transformers would search each batch for rows packed into one, and
+    wait for the GPU to tell.
     """
     usual = model.config._attn_implementation
     if usual == "sdpa":
@@ -334,7 +334,7 @@ def widen(head: nn.Linear) -> None:
 
 
 def _lora(layer: lora.Linear, x: torch.Tensor, **named) -> torch.Tensor:
-    """The layer's own `forward`; in training with LoRA's second product added as it is computed, and cast to `x`."""
+    """The layer's own `forward`; in training, LoRA in the precision of `x`, its second product added as it is made."""
     if not layer.training or layer.disable_adapters or layer.merged or layer.lora_variant or named:
         return type(layer).forward(layer, x, **named)
     result = layer.base_layer(x)

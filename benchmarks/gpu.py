@@ -34,7 +34,7 @@ from hub import stand_in  # noqa: E402
 
 from alpaca_helpers.checkpoints import last_complete_checkpoint  # noqa: E402
 from alpaca_helpers.profiles import choose_profile  # noqa: E402
-from alpaca_helpers.runs import read_manifest, write_json  # noqa: E402
+from alpaca_helpers.runs import COMPLETE, read_manifest, write_json  # noqa: E402
 from alpaca_helpers.series import NOTEBOOKS  # noqa: E402
 
 LIBRARIES = ("torch", "transformers", "peft", "datasets", "accelerate", "huggingface_hub")
@@ -131,6 +131,11 @@ def series(run: Path, environment: dict, given: list[str], kill_when=None) -> tu
     return parts, [line.strip() for line in printed if "rows a second" in line]
 
 
+def checkpoints(run: Path) -> list[str]:
+    """Return the names of the run's checkpoints that are written to the end."""
+    return [marker.parent.name for marker in run.glob(f"checkpoints/*/{COMPLETE}")]
+
+
 def losses(run: Path) -> list[float]:
     """Return the training losses of the run's newest checkpoint, in order."""
     history = json.loads((last_complete_checkpoint(run) / "trainer_state.json").read_text())["log_history"]
@@ -192,9 +197,8 @@ def measure(o: argparse.Namespace, folder: Path) -> None:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | away
         environment |= {"PATH": path}
-        whole = lambda: [path.parent.name for path in run.glob("checkpoints/*/complete.json")]  # noqa: E731
-        killed, begun = series(run, environment, given, kill_when=lambda: len(whole()) > 1)
-        kept, finished_before = sorted(whole()), (run / "metrics.json").exists()
+        killed, begun = series(run, environment, given, kill_when=lambda: len(checkpoints(run)) > 1)
+        kept, finished_before = sorted(checkpoints(run)), (run / "metrics.json").exists()
         again, went_on = series(run, environment, given)
     printed = "".join(path.read_text(encoding="utf-8") for path in run.glob("0*.ipynb"))
     curve, manifest, unlike = losses(run), read_manifest(run), unlike_the_stored(run)
