@@ -1,22 +1,43 @@
-"""Helpers of the notebook series: prompt, data, LoRA, training, generation and evaluation for GPT-2."""
+"""Helpers of the notebook series: prompt, data, LoRA, training, generation and evaluation of causal language models."""
 
 import os
 from pathlib import Path
 
-__version__ = "0.1.0"
-PROJECT = Path(__file__).resolve().parent.parent
+__version__ = "0.2.0"
+PACKAGE = Path(__file__).resolve().parent
 
 
 class AlpacaError(Exception):
-    """Something a user can put right: one sentence with what is wrong, where, and what to do."""
+    """Something a user can put right: one sentence with what is wrong, where, and what to do.
+
+    Args:
+        code: a short name of the fault, for programs: `no-artifact`, `run-locked`, …
+    """
+
+    def __init__(self, message: str, code: str = ""):
+        super().__init__(message)
+        self.code = code
+
+
+def project_folder() -> Path:
+    """Return the checkout that the working folder lies in (the folder of `notebooks/`), else the working folder."""
+    here = Path.cwd()
+    checkouts = (folder for folder in (here, *here.parents) if (folder / "notebooks" / "01_base_model.ipynb").is_file())
+    return next(checkouts, here)
 
 
 def locate(path: str) -> Path:
-    """Return where a file or folder is: seen from the working folder, else from the project's."""
-    found = Path(path).expanduser()
-    return found if found.exists() else PROJECT / found
+    """Return where a file or folder is: seen from the working folder, the project's, or where the package lies."""
+    wanted = Path(path).expanduser()
+    places = [wanted, project_folder() / wanted, PACKAGE.parent / wanted]
+    return next((place for place in places if place.exists()), places[1])
 
 
 def portable(path: str) -> str:
-    """Return an absolute path as seen from the project, and any other text as it is: fit for a manifest."""
-    return os.path.relpath(path, PROJECT) if os.path.isabs(path) else path
+    """Return a path without this machine's part where that is possible, fit for a manifest; other text as it is."""
+    if not os.path.isabs(path):
+        return path
+    for root in (project_folder(), PACKAGE.parent):
+        if Path(path).is_relative_to(root):
+            return Path(path).relative_to(root).as_posix()
+    return path

@@ -28,7 +28,7 @@ from .conversation import (
 )
 from .lora import load_adapter
 from .models import load_base, load_tokenizer
-from .runs import artifact, made_by, run_folder
+from .runs import artifact, read_record, run_folder
 
 TICK = 0.05  # seconds between two looks at what the model has written
 PLAYING = "playing" if widgets.Play.class_traits().get("playing") else "_playing"  # ipywidgets 8, 7
@@ -389,7 +389,7 @@ def open_run(run: str):
     """Return the tuned model and the tokenizer of a run; raise AlpacaError that says which notebook is missing."""
     folder = run_folder(run, make=False)
     adapter = artifact(folder, "adapter")
-    made_of = made_by(folder, "training")
+    made_of = read_record(folder, "training")
     name, revision = made_of["model"], made_of["model_revision"]
     print(f"Loading {name} and {adapter} …", file=sys.stderr, flush=True)
     return load_adapter(load_base(name, revision), adapter), load_tokenizer(name, revision)

@@ -14,10 +14,10 @@ import torch
 import torch.distributed
 from transformers import TrainerCallback
 
-from . import PROJECT, AlpacaError, locate
+from . import PACKAGE, AlpacaError, locate
 from .models import base_dtype
 from .profiles import Profile
-from .runs import alone, content_hash, fault, made_by, read_manifest, record, seal
+from .runs import content_hash, lock_run, read_manifest, read_record, verify_checksums, write_checksums, write_record
 
 
 class CompleteCheckpoints(TrainerCallback):
@@ -28,13 +28,13 @@ class CompleteCheckpoints(TrainerCallback):
             torch.distributed.barrier()
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero:
-            seal(folder)
+            write_checksums(folder)
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
     """Return the newest checkpoint of the run that is whole, or None; warn of each newer one that is not."""
     for checkpoint in sorted((folder / "checkpoints").glob("checkpoint-*"), key=_step, reverse=True):
-        if not (wrong := fault(checkpoint)):
+        if not (wrong := verify_checksums(checkpoint)):
             return checkpoint
         warnings.warn(f"{checkpoint.name} is not used: {wrong}.", stacklevel=2)
     return None
@@ -53,7 +53,7 @@ def resume_point(folder: Path, settings: Profile, recipe: str, resume: bool = Tr
     and if another process is training this run.
     """
     if is_main_process():
-        with alone(folder, "training"):
+        with lock_run(folder):
             now = training_record(folder, settings, recipe)
             if not resume:
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -61,7 +61,7 @@ def resume_point(folder: Path, settings: Profile, recipe: str, resume: bool = Tr
                 before = read_manifest(folder).get("training", {})
                 refuse_changes(before, now)
                 now["earlier"] = made_elsewhere(before, now)
-            record(folder, "training", now)
+            write_record(folder, "training", now)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     checkpoint = last_complete_checkpoint(folder)
@@ -96,7 +96,7 @@ def training_record(folder: Path, settings: Profile, recipe: str) -> dict:
     """Return what makes a training, for the manifest: settings, recipe, data, versions, hardware, commit."""
     libraries = ("torch", "transformers", "peft", "datasets", "accelerate")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    git = ["git", "-C", str(PROJECT), "describe", "--always", "--abbrev=40", "--dirty"]
+    git = ["git", "-C", str(PACKAGE), "describe", "--always", "--abbrev=40", "--dirty"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):  # no git, or a slow disk
@@ -104,7 +104,7 @@ def training_record(folder: Path, settings: Profile, recipe: str) -> dict:
     return {
         **json.loads(json.dumps(asdict(settings))),  # as it will be read back
         "recipe": recipe,
-        "fingerprint": made_by(folder, "data")["fingerprint"],
+        "fingerprint": read_record(folder, "data")["fingerprint"],
         "base": content_hash(locate(settings.model), "*.safetensors") or None,  # on the Hub, the revision tells
         "dtype": str(base_dtype()).removeprefix("torch."),
         "processes": processes(),

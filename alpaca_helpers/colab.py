@@ -8,9 +8,9 @@ import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from . import PROJECT, AlpacaError
+from . import PACKAGE, AlpacaError
 
-REQUIREMENTS = PROJECT / "requirements.txt"
+REQUIREMENTS = PACKAGE.parent / "requirements.txt"
 # torch there is built for its GPU; the others run notebooks, which Colab itself does, and would replace its own parts
 LEFT_ALONE = {"torch", "jupyterlab", "papermill", "nbval"}
 DRIVE = Path("/content/drive")

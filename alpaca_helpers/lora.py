@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from . import AlpacaError, portable
 from .hub import first_line
-from .runs import fault, room_on_disk, seal, whole_folder, write_json
+from .runs import atomic_folder, check_disk_space, verify_checksums, write_checksums, write_json
 
 # peft asks transformers by an older name for something that adapters here do not use
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
@@ -43,12 +43,12 @@ def save_adapter(model: PeftModel, tokenizer, folder: Path) -> None:
     weights = 4 * sum(value.numel() for value in model.parameters() if value.requires_grad)
     config = model.active_peft_config
     config.base_model_name_or_path = portable(config.base_model_name_or_path or "")
-    with room_on_disk(folder, needed=weights + TOKENIZER_BYTES), whole_folder(folder) as part:
+    with check_disk_space(folder, needed=weights + TOKENIZER_BYTES), atomic_folder(folder) as part:
         model.save_pretrained(part, save_embedding_layers=False)  # "auto" may ask the Hub for the base's config
         tokenizer.save_pretrained(part)
         (part / "README.md").unlink(missing_ok=True)  # peft's, with this machine's paths
         write_json(part / BASE, {"sha256": base_hash(model)})
-        seal(part)
+        write_checksums(part)
 
 
 def base_hash(model) -> str:
@@ -76,7 +76,7 @@ def load_adapter(base, folder: Path) -> PeftModel:
             f"The adapter in {folder} is a pickle ({PICKLE}), which could run any code: it is not loaded; save it as "
             f"{WEIGHTS}, or run notebook 03."
         )
-    if missing := fault(folder):
+    if missing := verify_checksums(folder):
         raise AlpacaError(f"The adapter in {folder} is missing or not whole ({missing}): run notebook 03 again.")
     try:
         config = PeftConfig.from_pretrained(str(folder))

@@ -1,4 +1,4 @@
-"""A run's folder: where artifacts are, whether each is whole, what made it.
+"""A run's folder: where artifacts are, whether each is whole, what made it, and who may write to it.
 
     runs/<run>/  data/  checkpoints/  adapter/  metrics.json  manifest.json  and the four executed notebooks
 
@@ -17,25 +17,27 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from . import PROJECT, AlpacaError
+from . import AlpacaError, project_folder
 
-MADE_BY = {
+PRODUCERS = {  # the notebook that makes each artifact
     "data": "02_dataset_and_tokenizer",
     "adapter": "03_lora_finetuning",
     "metrics.json": "04_comparison_and_chat",
 }
-COMPLETE = "complete.json"  # in a checkpoint and an adapter: what its files were when it was whole
+CHECKSUMS = "checksums.json"  # in a checkpoint and an adapter: the SHA-256 of each file, written last
 
 
 def run_folder(run: str, make: bool = True) -> Path:
     """Return the run's folder, made if needed (unless `make` is False): `runs/<run>`, or the path that `run` is."""
     path = Path(run).expanduser()
-    folder = path.resolve() if len(path.parts) > 1 else PROJECT / "runs" / run
+    folder = path.resolve() if len(path.parts) > 1 else project_folder() / "runs" / run
     if make:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise AlpacaError(f"The folder {folder} cannot be made ({error.strerror}): take another `run`.") from error
+            raise AlpacaError(
+                f"The folder {folder} cannot be made ({error.strerror}): take another `run`.", "run-unwritable"
+            ) from error
     return folder
 
 
@@ -43,25 +45,29 @@ def artifact(folder: Path, name: str) -> Path:
     """Return the path of a run's artifact; raise AlpacaError that says which notebook makes it if it is not there."""
     path = folder / name
     if not path.exists():
-        raise AlpacaError(f"The run {folder} has no {name}: run notebook {MADE_BY[name]} first, with the same `run`.")
+        raise AlpacaError(
+            f"The run {folder} has no {name}: run notebook {PRODUCERS[name]} first, with the same `run`.", "no-artifact"
+        )
     return path
 
 
 @contextmanager
-def alone(folder: Path, work: str) -> Iterator[None]:
-    """Do `work` on the run while no other process does it; a process that ends, even killed, lets go.
+def lock_run(folder: Path) -> Iterator[None]:
+    """Hold the run's lock in the block; a process that ends, even killed, lets go of it.
 
-    Raises AlpacaError that names the run if another one is at it.
+    Raises AlpacaError that names the run if another process holds it.
     """
-    lock = FileLock(folder / f".{work}.lock")  # the operating system's own lock
+    lock = FileLock(folder / ".lock")  # the operating system's own lock
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise AlpacaError(
-            f"Another process is at the {work} of the run {folder}: wait for it to end, or take another `run`."
+            f"Another process is training in the run {folder}: wait for it to end, or take another `run`.", "run-locked"
         ) from error
     except OSError as error:
-        raise AlpacaError(f"The run {folder} cannot be written to ({error.strerror}): take another `run`.") from error
+        raise AlpacaError(
+            f"The run {folder} cannot be written to ({error.strerror}): take another `run`.", "run-unwritable"
+        ) from error
     try:
         yield
     finally:
@@ -69,7 +75,7 @@ def alone(folder: Path, work: str) -> Iterator[None]:
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """Give an empty folder to write to, which takes the place of `folder` when the block ends without an error."""
     part, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
     if old.exists() and not folder.exists():  # cut between the two renames below
@@ -79,7 +85,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     try:
         part.mkdir(parents=True)
     except OSError as error:
-        raise AlpacaError(f"{folder} cannot be written ({error.strerror}): take another `run`.") from error
+        raise AlpacaError(
+            f"{folder} cannot be written ({error.strerror}): take another `run`.", "run-unwritable"
+        ) from error
     try:
         yield part
         if folder.exists():
@@ -93,22 +101,23 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def room_on_disk(folder: Path, needed: int) -> Iterator[None]:
+def check_disk_space(folder: Path, needed: int) -> Iterator[None]:
     """Write to `folder` inside the block, where about `needed` bytes are to be free.
 
     Raises AlpacaError that says how much room is needed, if there is less or the disk fills up.
     """
     disk = next(parent for parent in (folder, *folder.parents) if parent.exists())
 
-    def full() -> AlpacaError:
+    def disk_full() -> AlpacaError:
         free = shutil.disk_usage(disk).free
         return AlpacaError(
             f"The disk under {folder} is full: {needed / 1e6:.1f} MB are needed and {free / 1e6:.1f} MB are free; "
-            "make room and run this again."
+            "make room and run this again.",
+            "disk-full",
         )
 
     if shutil.disk_usage(disk).free < needed:
-        raise full()
+        raise disk_full()
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's error
@@ -116,20 +125,20 @@ def room_on_disk(folder: Path, needed: int) -> Iterator[None]:
             error
         )
         if no_space or shutil.disk_usage(disk).free < needed / 4:
-            raise full() from error
+            raise disk_full() from error
         raise
 
 
-def seal(folder: Path) -> None:
+def write_checksums(folder: Path) -> None:
     """Mark a folder as whole: write the SHA-256 of each of its files into it, last."""
-    files = [path for path in sorted(folder.iterdir()) if path.name != COMPLETE]
-    write_json(folder / COMPLETE, {path.name: _sha256(path) for path in files})
+    files = [path for path in sorted(folder.iterdir()) if path.name != CHECKSUMS]
+    write_json(folder / CHECKSUMS, {path.name: _sha256(path) for path in files})
 
 
-def fault(folder: Path) -> str:
-    """Return what is wrong with a sealed folder ("" if nothing): it was cut while being written, or changed since."""
+def verify_checksums(folder: Path) -> str:
+    """Return what is wrong with a folder ("" if nothing): it was cut while being written, or changed since."""
     try:
-        saved = dict(json.loads((folder / COMPLETE).read_text(encoding="utf-8")))
+        saved = dict(json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return "its writing was cut"
     for name, digest in saved.items():
@@ -163,7 +172,9 @@ def write_json(path: Path, content: dict) -> None:
         part.write_text(text, encoding="utf-8")
         os.replace(part, path)
     except OSError as error:
-        raise AlpacaError(f"{path} cannot be written ({error.strerror}): make room, or take another `run`.") from error
+        raise AlpacaError(
+            f"{path} cannot be written ({error.strerror}): make room, or take another `run`.", "run-unwritable"
+        ) from error
 
 
 def read_manifest(folder: Path) -> dict:
@@ -172,26 +183,31 @@ def read_manifest(folder: Path) -> dict:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
     except (OSError, ValueError, TypeError) as error:
-        raise AlpacaError(f"{path} is broken ({error}): delete it and run notebook 02 again.") from error
+        raise AlpacaError(
+            f"{path} is broken ({error}): delete it and run notebook 02 again.", "manifest-broken"
+        ) from error
 
 
-def made_by(folder: Path, part: str) -> dict:
-    """Return what made the run's `data`, or by its `training` the adapter.
+def read_record(folder: Path, part: str) -> dict:
+    """Return the manifest's record of what made the run's `data`, or by its `training` the adapter.
 
-    Raises AlpacaError where the manifest does not say, and for an adapter trained on other rows than the run's data.
+    Raises AlpacaError where there is none, and for an adapter trained on other rows than the run's data.
     """
     manifest = read_manifest(folder)
-    notebook = MADE_BY["adapter" if part == "training" else part]
+    notebook = PRODUCERS["adapter" if part == "training" else part]
     if part not in manifest:
-        raise AlpacaError(f"The manifest of {folder} has no {part}: run notebook {notebook}, with the same `run`.")
+        raise AlpacaError(
+            f"The manifest of {folder} has no {part}: run notebook {notebook}, with the same `run`.", "no-artifact"
+        )
     if manifest[part]["fingerprint"] != manifest.get("data", manifest[part])["fingerprint"]:
         raise AlpacaError(
             f"The adapter in {folder} was trained on other rows than the run's data, which notebook 02 has made anew: "
-            f"run notebook {notebook} with `resume = False`, or take another `run`."
+            f"run notebook {notebook} with `resume = False`, or take another `run`.",
+            "other-rows",
         )
     return manifest[part]
 
 
-def record(folder: Path, part: str, content: dict) -> None:
+def write_record(folder: Path, part: str, content: dict) -> None:
     """Write into the run's manifest what made `part`."""
     write_json(folder / "manifest.json", read_manifest(folder) | {part: content})

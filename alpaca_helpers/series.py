@@ -15,12 +15,13 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from tqdm import tqdm
 
-from . import PROJECT, AlpacaError, locate
+from . import AlpacaError, locate, project_folder
 from .evaluation import comparison, conclusion
 from .profiles import choose_profile
-from .runs import MADE_BY, artifact, content_hash, read_manifest, record, run_folder
+from .runs import PRODUCERS, artifact, content_hash, read_manifest, run_folder, write_record
 
 QUIET = ["--log-level=ERROR"]  # ipykernel warns at each start that its local sockets are not encrypted
+PROJECT = project_folder()
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("0*.ipynb"))
 
 
@@ -73,13 +74,13 @@ def run_series(parameters: dict[str, object], notebooks: Sequence[Path] | None =
         chosen = {key: value for key, value in parameters.items() if key in notebook_parameters(notebook)}
         made_of = _hash(made_of, _cells(notebook), json.dumps(chosen, sort_keys=True))
         executed = folder / notebook.name
-        left = [executed, *(folder / name for name, maker in MADE_BY.items() if maker == notebook.stem)]
+        left = [executed, *(folder / name for name, maker in PRODUCERS.items() if maker == notebook.stem)]
         unchanged = done.get(notebook.stem) == made_of and all(path.exists() for path in left)
         print(f"[{number}/{len(notebooks)}] {notebook.stem}{': unchanged' if unchanged else ''}", flush=True)
         if unchanged:
             continue
         done = {name: mark for name, mark in done.items() if name < notebook.stem}
-        record(folder, "notebooks", done)  # until it is through, this notebook and those after it are not done
+        write_record(folder, "notebooks", done)  # until it is through, this notebook and those after it are not done
         try:
             papermill.execute_notebook(
                 notebook, executed, chosen, kernel_name="python3", extra_arguments=QUIET, stdout_file=ProgressFile()
@@ -87,7 +88,7 @@ def run_series(parameters: dict[str, object], notebooks: Sequence[Path] | None =
         except papermill.PapermillExecutionError as error:
             raise AlpacaError(f"{error.ename}: {error.evalue} [cell {error.exec_count} of {executed}]") from error
         done[notebook.stem] = made_of
-        record(folder, "notebooks", done)
+        write_record(folder, "notebooks", done)
     return folder
 
 

@@ -11,7 +11,7 @@ from .data import RECIPES
 from .hub import first_line
 from .lora import TOKENIZER_BYTES, load_adapter
 from .prompts import format_prompt
-from .runs import artifact, made_by, room_on_disk, whole_folder
+from .runs import artifact, atomic_folder, check_disk_space, read_record
 
 SHOWN = (  # the settings that a card lists
     "lora_rank lora_alpha lora_dropout target_modules learning_rate num_train_epochs batch_size max_words max_length "
@@ -38,7 +38,7 @@ def save_merged(base, tokenizer, adapter: Path, folder: Path) -> None:
     """
     merged = load_adapter(base, adapter).merge_and_unload()
     size = sum(value.numel() * value.element_size() for value in merged.parameters())
-    with room_on_disk(folder, needed=size + TOKENIZER_BYTES), whole_folder(folder) as part:
+    with check_disk_space(folder, needed=size + TOKENIZER_BYTES), atomic_folder(folder) as part:
         merged.save_pretrained(part)
         tokenizer.save_pretrained(part)
 
@@ -64,7 +64,7 @@ def write_card(folder: Path) -> None:
     measured = json.loads(metrics.read_text(encoding="utf-8")) if metrics.exists() else {}
     card = artifact(folder, "adapter") / "README.md"
     part = card.with_suffix(".part")
-    part.write_text(model_card(made_by(folder, "training"), measured), encoding="utf-8")
+    part.write_text(model_card(read_record(folder, "training"), measured), encoding="utf-8")
     os.replace(part, card)
 
 

@@ -40,7 +40,7 @@ from .data import IGNORED
 from .lora import lora_config, save_adapter
 from .models import base_dtype, load_base, load_tokenizer
 from .profiles import Profile
-from .runs import alone, artifact, made_by, record, room_on_disk, run_folder
+from .runs import artifact, check_disk_space, lock_run, read_record, run_folder, write_record
 from .sharing import write_card
 
 # transformers 5.15 resumes several processes without a GPU on the device "cpu:0", which torch cannot load to
@@ -241,8 +241,8 @@ class AnswerTrainer(Trainer):
         try:
             folder = Path(self.args.output_dir)
             with (
-                alone(folder.parent, "training") if self.args.process_index == 0 else nullcontext(),
-                room_on_disk(folder, needed=3 * checkpoint),  # two kept, one being written
+                lock_run(folder.parent) if self.args.process_index == 0 else nullcontext(),
+                check_disk_space(folder, needed=3 * checkpoint),  # two kept, one being written
                 without_mask(self.model),
             ):
                 return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **named)
@@ -361,7 +361,7 @@ def record_result(trainer: Trainer, folder: Path) -> None:
     history = trainer.state.log_history
     last = {name: entry[name] for entry in history for name in ("loss", "eval_loss") if name in entry}
     result = {"steps": trainer.state.global_step, **last}
-    record(folder, "training", made_by(folder, "training") | {"result": result})
+    write_record(folder, "training", read_record(folder, "training") | {"result": result})
     write_card(folder)
 
 
@@ -398,7 +398,7 @@ def main() -> None:
     try:
         folder = run_folder(run, make=False)
         artifact(folder, "data")
-        prepared = made_by(folder, "data")
+        prepared = read_record(folder, "data")
         settings = Profile(**{field.name: prepared[field.name] for field in fields(Profile)})
         settings = replace(settings, micro_batch_size=options.micro_batch_size or settings.micro_batch_size)
         finetune(folder, settings, prepared["recipe"], resume=not options.no_resume)

@@ -37,7 +37,7 @@ from transformers import (
     set_seed,
 )
 
-from alpaca_helpers import PROJECT, pocket
+from alpaca_helpers import pocket
 from alpaca_helpers.data import IGNORED, filter_rows, load_rows, tokenize
 from alpaca_helpers.lora import lora_config
 from alpaca_helpers.models import best_device, load_base, load_tokenizer
@@ -49,6 +49,7 @@ from alpaca_helpers.training import base_dtype, make_trainer
 from benchmarks import chat, evaluation
 
 RESULTS = Path(__file__).with_name("results.json")
+PROJECT = Path(__file__).resolve().parents[1]
 REAL = Path(os.environ.get("ALPACA_TEST_DATA", PROJECT.parent / "shared" / "data"))  # real rows and vocabulary
 SHAPES = {"gpt2": {}, "gpt2-medium": {"n_embd": 1024, "n_layer": 24, "n_head": 16}}
 STEPS = {"pocket": 60, "gpt2": 8, "gpt2-medium": 24}

@@ -16,7 +16,7 @@ from alpaca_helpers.evaluation import evaluate
 from alpaca_helpers.lora import load_adapter
 from alpaca_helpers.models import load_base, load_tokenizer
 from alpaca_helpers.prompts import format_prompt, parse_answer
-from alpaca_helpers.runs import artifact, made_by, run_folder
+from alpaca_helpers.runs import artifact, read_record, run_folder
 
 
 def measure(run: str = "pocket", rows: int = 200, max_new_tokens: int = 80) -> dict[str, float | int]:
@@ -28,7 +28,7 @@ def measure(run: str = "pocket", rows: int = 200, max_new_tokens: int = 80) -> d
     Raises AlpacaError if the run has no adapter.
     """
     folder = run_folder(run)
-    adapter, made_of = artifact(folder, "adapter"), made_by(folder, "training")
+    adapter, made_of = artifact(folder, "adapter"), read_record(folder, "training")
     heldout = load_from_disk(artifact(folder, "data"))["heldout"]
     heldout = heldout.select(range(min(rows, len(heldout))))
     prompts = [format_prompt(row["instruction"], row["input"]) for row in heldout]

@@ -24,12 +24,14 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from tqdm import tqdm
 
-from alpaca_helpers import PROJECT, AlpacaError, plots
+from alpaca_helpers import AlpacaError, plots
 from alpaca_helpers.data import RECIPES
 from alpaca_helpers.evaluation import METRICS, Metric
 from alpaca_helpers.profiles import Profile
 from alpaca_helpers.runs import artifact, read_manifest, write_json
 from alpaca_helpers.series import NOTEBOOKS, notebook_parameters, run_series
+
+PROJECT = Path(__file__).resolve().parents[1]
 
 SEEDS = (0, 1, 2)
 RANKS = (1, 2, 4, 8, 16, 32)

@@ -11,10 +11,11 @@ import torch
 from peft import get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
-from alpaca_helpers import PROJECT, pocket
+from alpaca_helpers import pocket
 from alpaca_helpers.lora import lora_config
 from alpaca_helpers.models import load_tokenizer
 
+PROJECT = Path(__file__).resolve().parents[1]
 REAL = Path(os.environ.get("ALPACA_TEST_DATA", PROJECT.parent / "shared" / "data"))
 
 

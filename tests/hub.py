@@ -69,7 +69,7 @@ class Hub:
         self.server.shutdown()
         self.server.server_close()
 
-    def fault(self, request: str) -> Fault | None:
+    def verify_checksums(self, request: str) -> Fault | None:
         for fault in self.faults:
             if fault.times > 0 and fnmatch(request, fault.pattern):
                 fault.times -= 1
@@ -112,7 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, body: str = "") -> None:
         address = urlsplit(self.path)
         path, query = unquote(address.path).strip("/"), parse_qs(address.query)
-        self.fault = self.hub.fault(f"{self.command} {path}") or Fault("")
+        self.fault = self.hub.verify_checksums(f"{self.command} {path}") or Fault("")
         time.sleep(self.fault.delay)
         if self.fault.status:
             return self._send(self.fault.status, b'{"error": "out of order"}')

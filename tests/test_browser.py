@@ -18,11 +18,10 @@ import ipywidgets
 import nbformat
 import papermill
 import pytest
+from conftest import PROJECT
 from nbformat.v4 import new_code_cell
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
-
-from alpaca_helpers import PROJECT
 
 if int(ipywidgets.__version__.split(".")[0]) < 8:
     pytest.skip("JupyterLab 4 has no front end for ipywidgets 7, and Colab's is its own", allow_module_level=True)

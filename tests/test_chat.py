@@ -10,11 +10,12 @@ import ipywidgets as widgets
 import nbformat
 import pytest
 import torch
+from conftest import PROJECT
 from nbclient import NotebookClient
 from peft import get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from alpaca_helpers import PROJECT, AlpacaError, conversation
+from alpaca_helpers import AlpacaError, conversation
 from alpaca_helpers.chat import WIDGET, ChatBox
 from alpaca_helpers.conversation import DEFAULTS, SHOWN, Conversation, as_html, as_markdown, exchange_html, visible
 from alpaca_helpers.data import encode

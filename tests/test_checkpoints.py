@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import PROJECT
 from safetensors.torch import load_file
 from tiny_run import prepare_run, tiny_gpt2
 
-from alpaca_helpers import PROJECT, AlpacaError, checkpoints, training
+from alpaca_helpers import AlpacaError, checkpoints, training
 from alpaca_helpers.lora import WEIGHTS, save_adapter
-from alpaca_helpers.runs import room_on_disk, seal
+from alpaca_helpers.runs import check_disk_space, write_checksums
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])}
 
@@ -167,7 +168,7 @@ def test_no_pickle_of_a_checkpoint_is_executed(run, tmp_path):
 
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         torch.save({"state": Trap()}, checkpoint / name)
-    seal(checkpoint)
+    write_checksums(checkpoint)
     with pytest.raises(Exception, match="(?i)weights.only"):
         training.finetune(folder, settings, "answers")
     assert not (tmp_path / "executed").exists()
@@ -206,10 +207,10 @@ def test_a_disk_too_small_for_the_adapter_leaves_the_earlier_one_whole(small_dis
 
 
 def test_a_disk_that_fills_up_while_training_says_how_much_is_needed(small_disk, run):
-    with room_on_disk(small_disk, needed=0):
+    with check_disk_space(small_disk, needed=0):
         pass
     with pytest.raises(AlpacaError, match=r"is full: 0\.9 MB are needed and 0\.0 MB are free; make room"):
-        with room_on_disk(small_disk, needed=900_000):
+        with check_disk_space(small_disk, needed=900_000):
             torch.save(torch.zeros(1_000_000), small_disk / "optimizer.pt")
 
 

@@ -11,8 +11,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import PROJECT
 
-from alpaca_helpers import PROJECT, AlpacaError, colab
+from alpaca_helpers import AlpacaError, colab
 
 ATTACH = """
 from alpaca_helpers import colab

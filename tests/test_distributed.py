@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import PROJECT
 from safetensors.torch import load_file
 from tiny_run import prepare_run
 
-from alpaca_helpers import PROJECT, checkpoints, training
+from alpaca_helpers import checkpoints, training
 from alpaca_helpers.lora import WEIGHTS
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

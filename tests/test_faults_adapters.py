@@ -16,7 +16,7 @@ from alpaca_helpers import AlpacaError
 from alpaca_helpers.generation import generate
 from alpaca_helpers.lora import BASE, PICKLE, WEIGHTS, base_hash, load_adapter, lora_config, save_adapter
 from alpaca_helpers.models import load_base, load_tokenizer
-from alpaca_helpers.runs import COMPLETE, seal
+from alpaca_helpers.runs import CHECKSUMS, write_checksums
 
 CONFIG = "adapter_config.json"
 
@@ -67,7 +67,7 @@ def rewrite(folder, change):
     weights = load_file(folder / WEIGHTS)
     change(weights)
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-    seal(folder)
+    write_checksums(folder)
 
 
 def test_what_was_saved_is_what_is_loaded(saved, tiny_base, pocket_tokenizer):
@@ -111,7 +111,7 @@ def test_a_broken_file_is_named(fault, name, adapter, tiny_base):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_broken_seal_is_an_adapter_that_is_not_whole(fault, adapter, tiny_base):
-    FAULTS[fault](adapter / COMPLETE)
+    FAULTS[fault](adapter / CHECKSUMS)
     refused(tiny_base, adapter, "missing or not whole")
 
 
@@ -141,7 +141,7 @@ def test_an_edited_configuration_is_noticed(change, adapter, tiny_base):
 def test_a_configuration_that_the_weights_do_not_fit_is_noticed_under_a_good_seal(change, sentence, adapter, tiny_base):
     path = adapter / CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    seal(adapter)
+    write_checksums(adapter)
     refused(tiny_base, adapter, sentence)
 
 
@@ -207,7 +207,7 @@ def test_an_adapter_that_is_a_pickle_is_refused_unread(sealed, adapter, tiny_bas
     (adapter / WEIGHTS).unlink()
     torch.save({"lora": Canary(tmp_path / "sang")}, adapter / PICKLE)
     if sealed:
-        seal(adapter)
+        write_checksums(adapter)
     refused(tiny_base, adapter, "is a pickle .*could run any code")
     assert not (tmp_path / "sang").exists()
 

@@ -11,21 +11,30 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from conftest import PROJECT
 from datasets import load_from_disk
 from peft import get_peft_model
 from tiny_run import prepare_run
 from transformers import TrainerCallback, set_seed
 
-from alpaca_helpers import PROJECT, AlpacaError, checkpoints, training
+from alpaca_helpers import AlpacaError, checkpoints, training
 from alpaca_helpers.lora import lora_config
 from alpaca_helpers.models import load_base, load_tokenizer
-from alpaca_helpers.runs import alone, made_by, read_manifest, record, run_folder, whole_folder, write_json
+from alpaca_helpers.runs import (
+    atomic_folder,
+    lock_run,
+    read_manifest,
+    read_record,
+    run_folder,
+    write_json,
+    write_record,
+)
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from alpaca_helpers.runs import alone
-with alone(Path(sys.argv[1]), "training"):
+from alpaca_helpers.runs import lock_run
+with lock_run(Path(sys.argv[1])):
     print("at it", flush=True)
     time.sleep(60)
 """
@@ -52,36 +61,36 @@ def test_a_second_process_is_refused_by_name_and_let_in_when_the_first_is_killed
         training.finetune(tmp_path, settings, "answers")
     other_process.send_signal(signal.SIGKILL)
     other_process.wait()
-    with alone(tmp_path, "training"):
+    with lock_run(tmp_path):
         pass
 
 
 def test_an_adapter_of_other_rows_than_the_runs_is_refused(tmp_path):
     with pytest.raises(AlpacaError, match="has no data: run notebook 02_dataset_and_tokenizer"):
-        made_by(tmp_path, "data")
-    record(tmp_path, "data", {"fingerprint": "a"})
+        read_record(tmp_path, "data")
+    write_record(tmp_path, "data", {"fingerprint": "a"})
     with pytest.raises(AlpacaError, match="has no training: run notebook 03_lora_finetuning"):
-        made_by(tmp_path, "training")
-    record(tmp_path, "training", {"fingerprint": "a", "seed": 1})
-    assert made_by(tmp_path, "training")["seed"] == 1
-    record(tmp_path, "data", {"fingerprint": "b"})
+        read_record(tmp_path, "training")
+    write_record(tmp_path, "training", {"fingerprint": "a", "seed": 1})
+    assert read_record(tmp_path, "training")["seed"] == 1
+    write_record(tmp_path, "data", {"fingerprint": "b"})
     with pytest.raises(AlpacaError, match="trained on other rows than the run's data"):
-        made_by(tmp_path, "training")
+        read_record(tmp_path, "training")
 
 
 def test_a_folder_cut_between_its_two_renames_is_put_back(tmp_path):
     (tmp_path / "adapter.old").mkdir()
     (tmp_path / "adapter.old" / "weights").write_text("whole")
-    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "adapter") as part:
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "adapter") as part:
         (part / "weights").write_text("half")
         raise KeyboardInterrupt
     assert (tmp_path / "adapter" / "weights").read_text() == "whole"
 
 
 def test_the_lock_is_let_go_after_an_error(tmp_path):
-    with pytest.raises(KeyboardInterrupt), alone(tmp_path, "training"):
+    with pytest.raises(KeyboardInterrupt), lock_run(tmp_path):
         raise KeyboardInterrupt
-    with alone(tmp_path, "training"):
+    with lock_run(tmp_path):
         pass
 
 
@@ -125,7 +134,7 @@ def read_only():
         os.chmod(place, 0o755)
         folder = Path(place) / "run"
         folder.mkdir()
-        record(folder, "data", {"recipe": "answers"})
+        write_record(folder, "data", {"recipe": "answers"})
         folder.chmod(0o555)
         root = os.geteuid() == 0
         if root:
@@ -139,9 +148,9 @@ def read_only():
 def test_a_run_folder_that_cannot_be_written_is_one_sentence(read_only):
     (read_only / "manifest.json").read_text()
     for write in (
-        lambda: record(read_only, "training", {}),
-        lambda: whole_folder(read_only / "adapter").__enter__(),
-        lambda: alone(read_only, "training").__enter__(),
+        lambda: write_record(read_only, "training", {}),
+        lambda: atomic_folder(read_only / "adapter").__enter__(),
+        lambda: lock_run(read_only).__enter__(),
         lambda: run_folder(str(read_only / "new")),
     ):
         with pytest.raises(AlpacaError, match=f"{read_only}.*Permission denied.*another `run`") as raised:

@@ -9,11 +9,12 @@ import time
 import datasets
 import pytest
 import torch
+from conftest import PROJECT
 from hub import ALPACA_FILE, DATASET, DATASET_COMMIT, MODEL, MODEL_COMMIT, Fault, Hub, stand_in, write_dataset
 from huggingface_hub import constants
 from safetensors.torch import load_file
 
-from alpaca_helpers import PROJECT, AlpacaError, data, hub
+from alpaca_helpers import AlpacaError, data, hub
 from alpaca_helpers.data import load_rows
 from alpaca_helpers.models import load_base, load_tokenizer
 from alpaca_helpers.series import NOTEBOOKS

@@ -10,8 +10,9 @@ import sys
 import threading
 
 import psutil
+from conftest import PROJECT
 
-from alpaca_helpers import PROJECT, pocket
+from alpaca_helpers import pocket
 from alpaca_helpers.conversation import Conversation
 from alpaca_helpers.generation import generate
 from alpaca_helpers.prompts import format_prompt

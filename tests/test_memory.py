@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import PROJECT
 from peft import get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from alpaca_helpers import PROJECT
 from alpaca_helpers.lora import lora_config
 from alpaca_helpers.memory import step_memory
 from alpaca_helpers.profiles import choose_profile

@@ -6,8 +6,8 @@ import re
 
 import nbformat
 import pytest
+from conftest import PROJECT
 
-from alpaca_helpers import PROJECT
 from alpaca_helpers.series import NOTEBOOKS
 
 IGNORED = "nbval-ignore-output"

@@ -15,9 +15,9 @@ from collections import defaultdict
 
 import pytest
 import torch
+from conftest import PROJECT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alpaca_helpers import PROJECT
 from alpaca_helpers.generation import generate
 from alpaca_helpers.pocket import FACTS, FOLDER, HELDOUT, MODEL, TRAIN, build, corpus
 from alpaca_helpers.prompts import format_example, format_prompt

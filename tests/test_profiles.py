@@ -2,8 +2,9 @@ import os
 
 import pytest
 import torch
+from conftest import PROJECT
 
-from alpaca_helpers import PROJECT, AlpacaError
+from alpaca_helpers import AlpacaError
 from alpaca_helpers.profiles import PROFILES, choose_profile
 
 

@@ -1,8 +1,8 @@
 import jinja2
 import pytest
 import yaml
+from conftest import PROJECT
 
-from alpaca_helpers import PROJECT
 from alpaca_helpers.prompts import format_answer, format_example, format_prompt, parse_answer
 
 

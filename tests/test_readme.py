@@ -5,8 +5,7 @@ import shutil
 import subprocess
 
 import pytest
-
-from alpaca_helpers import PROJECT
+from conftest import PROJECT
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 CI = (PROJECT / ".ci" / "run").read_text(encoding="utf-8")

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from alpaca_helpers import AlpacaError
-from alpaca_helpers.runs import artifact, read_manifest, record, run_folder, whole_folder, write_json
+from alpaca_helpers.runs import artifact, atomic_folder, read_manifest, run_folder, write_json, write_record
 
 
 def test_a_missing_artifact_names_the_notebook_that_makes_it(tmp_path):
@@ -13,21 +13,21 @@ def test_a_missing_artifact_names_the_notebook_that_makes_it(tmp_path):
 
 def test_whole_folder_is_all_or_nothing(tmp_path):
     target = tmp_path / "adapter"
-    with whole_folder(target) as part:
+    with atomic_folder(target) as part:
         (part / "one").write_text("old")
-    with pytest.raises(OSError), whole_folder(target) as part:
+    with pytest.raises(OSError), atomic_folder(target) as part:
         (part / "one").write_text("new")
         raise OSError("disk full")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     assert (target / "one").read_text() == "old"
-    with whole_folder(target) as part:
+    with atomic_folder(target) as part:
         (part / "two").write_text("new")
     assert [path.name for path in target.iterdir()] == ["two"]
 
 
 def test_manifest_keeps_its_parts(tmp_path):
-    record(tmp_path, "data", {"recipe": "answers"})
-    record(tmp_path, "training", {"seed": 1})
+    write_record(tmp_path, "data", {"recipe": "answers"})
+    write_record(tmp_path, "training", {"seed": 1})
     assert read_manifest(tmp_path) == {"data": {"recipe": "answers"}, "training": {"seed": 1}}
 
 

@@ -50,7 +50,7 @@ def test_other_rows_under_the_same_name_and_what_is_missing_are_made_again(noteb
     rows, folder = tmp_path / "rows.json", tmp_path / "r"
     rows.write_text("[1]")
     write(notebooks[0], FIRST + '\ndataset: str = ""', SECOND)
-    monkeypatch.setattr(series, "MADE_BY", {"seen": "02_two"})
+    monkeypatch.setattr(series, "PRODUCERS", {"seen": "02_two"})
     parameters = {"run": str(folder), "dataset": str(rows)}
     for _ in range(2):
         series.run_series(parameters)

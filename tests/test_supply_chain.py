@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import PROJECT
 
-from alpaca_helpers import PROJECT
 from alpaca_helpers.profiles import PROFILES
 
 SOURCES = sorted([*PROJECT.glob("alpaca_helpers/**/*.py"), *PROJECT.glob("benchmarks/**/*.py")])

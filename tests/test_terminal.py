@@ -6,10 +6,10 @@ import sys
 
 import pexpect
 import pytest
+from conftest import PROJECT
 
-from alpaca_helpers import PROJECT
 from alpaca_helpers.lora import save_adapter
-from alpaca_helpers.runs import record
+from alpaca_helpers.runs import write_record
 
 CHAT = ["-m", "alpaca_helpers.chat", "--run"]
 
@@ -22,7 +22,7 @@ def run(tmp_path, tiny_model, pocket_tokenizer):
     save_adapter(tiny_model, pocket_tokenizer, folder / "adapter")
     tiny_model.unload().save_pretrained(tmp_path / "model")
     pocket_tokenizer.save_pretrained(tmp_path / "model")
-    record(folder, "training", {"model": str(tmp_path / "model"), "model_revision": None, "fingerprint": "a"})
+    write_record(folder, "training", {"model": str(tmp_path / "model"), "model_revision": None, "fingerprint": "a"})
     return folder
 
 

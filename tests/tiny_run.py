@@ -11,7 +11,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from alpaca_helpers.data import fingerprint, tokenize
 from alpaca_helpers.profiles import Profile, choose_profile
-from alpaca_helpers.runs import record
+from alpaca_helpers.runs import write_record
 
 
 def byte_tokenizer() -> GPT2Tokenizer:
@@ -55,5 +55,5 @@ def prepare_run(folder: Path, rows: int = 44, recipe: str = "answers", **changes
     data = {side: part.map(tokenize, batched=True, fn_kwargs=options) for side, part in text.items()}
     DatasetDict(data).save_to_disk(folder / "data")
     mark = fingerprint(text["train"], text["heldout"])
-    record(folder, "data", {**asdict(settings), "recipe": recipe, "fingerprint": mark})
+    write_record(folder, "data", {**asdict(settings), "recipe": recipe, "fingerprint": mark})
     return settings

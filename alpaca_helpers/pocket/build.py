@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from ..generation import generate
-from ..runs import whole_folder
+from ..runs import atomic_folder
 from . import HELDOUT, MODEL, TRAIN, corpus
 
 END = "<|endoftext|>"
@@ -173,7 +173,7 @@ def write(
     heldout: list[dict[str, str]],
 ) -> None:
     """Put model, tokenizer and rows in the place of the shipped ones; the model card stays."""
-    with whole_folder(MODEL) as model_folder, whole_folder(TRAIN.parent) as rows_folder:
+    with atomic_folder(MODEL) as model_folder, atomic_folder(TRAIN.parent) as rows_folder:
         model.save_pretrained(model_folder)
         tokenizer.save_pretrained(model_folder)
         if (MODEL / CARD).exists():
