@@ -34,10 +34,12 @@ def locate(path: str) -> Path:
 
 
 def portable(path: str) -> str:
-    """Return a path without this machine's part where that is possible, fit for a manifest; other text as it is."""
+    """Return a path as seen from the project, or from where the package lies, fit for a manifest; other text as is."""
     if not os.path.isabs(path):
         return path
-    for root in (project_folder(), PACKAGE.parent):
-        if Path(path).is_relative_to(root):
-            return Path(path).relative_to(root).as_posix()
-    return path
+    if Path(path).is_relative_to(PACKAGE):
+        return Path(path).relative_to(PACKAGE.parent).as_posix()
+    try:
+        return os.path.relpath(path, project_folder())
+    except ValueError:  # on another drive of Windows
+        return path

@@ -6,65 +6,70 @@ import platform
 import shutil
 import subprocess
 import warnings
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.distributed
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from . import PACKAGE, AlpacaError, locate
-from .models import base_dtype
-from .profiles import Profile
-from .runs import content_hash, lock_run, read_manifest, read_record, verify_checksums, write_checksums, write_record
+from .runs import content_hash, read_manifest, read_record, verify_checksums, write_checksums, write_record
+
+LORA = "bias use_rslora use_dora".split()  # of peft's configuration, besides rank, alpha, dropout and targets
+ARGUMENTS = (  # of transformers' TrainingArguments: those that change the result
+    "learning_rate num_train_epochs max_steps lr_scheduler_type warmup_steps weight_decay max_grad_norm optim "
+    "adam_beta1 adam_beta2 adam_epsilon label_smoothing_factor seed"
+).split()
+FREE = {  # may differ when a training goes on: they change rounding and the draws of dropout at most
+    *("name", "dataset", "heldout", "micro_batch_size", "processes", "versions", "hardware", "dtype", "commit")
+}
 
 
 class CompleteCheckpoints(TrainerCallback):
-    """Marks each checkpoint as complete, once all processes have written their files."""
+    """Writes each checkpoint's checksums, once all processes have written their files."""
 
     def on_save(self, args, state, control, **named) -> None:
+        """Take the newest checkpoint as whole."""
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero:
-            write_checksums(folder)
+            write_checksums(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
-def last_complete_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint of the run that is whole, or None; warn of each newer one that is not."""
-    for checkpoint in sorted((folder / "checkpoints").glob("checkpoint-*"), key=_step, reverse=True):
+def last_complete_checkpoint(checkpoints: Path) -> Path | None:
+    """Return the newest checkpoint in the folder that is whole, or None; warn of each newer one that is not."""
+    for checkpoint in sorted(checkpoints.glob("checkpoint-*"), key=_step, reverse=True):
         if not (wrong := verify_checksums(checkpoint)):
             return checkpoint
         warnings.warn(f"{checkpoint.name} is not used: {wrong}.", stacklevel=2)
     return None
 
 
-def resume_point(folder: Path, settings: Profile, recipe: str, resume: bool = True) -> Path | None:
+def resume_point(folder: Path, trainer: Trainer, resume: bool = True) -> Path | None:
     """Record what makes this training, and return the checkpoint to go on from; None: from the beginning.
 
-    Other versions, another machine and so perhaps `dtype`, `micro_batch_size` or number of processes change rounding
-    and the draws of dropout alone, so a training may go on under them.
+    The run's lock is to be held. Other versions, another machine and so perhaps `dtype`, `micro_batch_size` or number
+    of processes change rounding and the draws of dropout alone, so a training may go on under them.
 
     Args:
         resume: False forgets the run's checkpoints.
 
-    Raises AlpacaError that shows the differences if the checkpoints were made by settings that give another result,
-    and if another process is training this run.
+    Raises AlpacaError that shows the differences if the checkpoints were made by settings that give another result.
     """
+    checkpoints = Path(trainer.args.output_dir)
     if is_main_process():
-        with lock_run(folder):
-            now = training_record(folder, settings, recipe)
-            if not resume:
-                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            if any((folder / "checkpoints").glob("checkpoint-*")):
-                before = read_manifest(folder).get("training", {})
-                refuse_changes(before, now)
-                now["earlier"] = made_elsewhere(before, now)
-            write_record(folder, "training", now)
+        now = training_record(folder, trainer)
+        if not resume:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        if any(checkpoints.glob("checkpoint-*")):
+            before = read_manifest(folder).get("training", {})
+            refuse_changes(before, now)
+            now["earlier"] = made_elsewhere(before, now)
+        write_record(folder, "training", now)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-    checkpoint = last_complete_checkpoint(folder)
+    checkpoint = last_complete_checkpoint(checkpoints)
     if checkpoint and is_main_process():
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         done, steps = state["global_step"], state["max_steps"]
@@ -81,37 +86,48 @@ def made_elsewhere(before: dict, now: dict) -> list[dict]:
 
 def refuse_changes(before: dict, now: dict) -> None:
     """Raise AlpacaError that shows what differs, among what changes the result, between two training records."""
-    free = {"name", "dataset", "heldout", "micro_batch_size", "processes", "versions", "hardware", "dtype", "commit"}
     changes = [
-        f"{key} {before.get(key)} -> {now[key]}" for key in now if key not in free and before.get(key) != now[key]
+        f"{key} {before.get(key)} -> {now[key]}" for key in now if key not in FREE and before.get(key) != now[key]
     ]
     if changes:
         raise AlpacaError(
             f"This run's checkpoints were made with other settings ({'; '.join(changes)}): go back to those, take "
-            "another `run`, or set `resume = False` to start over."
+            "another `run`, or set `resume = False` to start over.",
+            "other-settings",
         )
 
 
-def training_record(folder: Path, settings: Profile, recipe: str) -> dict:
-    """Return what makes a training, for the manifest: settings, recipe, data, versions, hardware, commit."""
+def training_record(folder: Path, trainer: Trainer) -> dict:
+    """Return what makes a training, for the manifest, from the objects that train: whatever was edited is in it."""
+    data, args = read_record(folder, "data"), trainer.args
+    lora = trainer.model.active_peft_config
     libraries = ("torch", "transformers", "peft", "datasets", "accelerate")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    git = ["git", "-C", str(PACKAGE), "describe", "--always", "--abbrev=40", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):  # no git, or a slow disk
-        commit = None
-    return {
-        **json.loads(json.dumps(asdict(settings))),  # as it will be read back
-        "recipe": recipe,
-        "fingerprint": read_record(folder, "data")["fingerprint"],
-        "base": content_hash(locate(settings.model), "*.safetensors") or None,  # on the Hub, the revision tells
-        "dtype": str(base_dtype()).removeprefix("torch."),
+    record = data | {
+        "lora_rank": lora.r,
+        "lora_alpha": lora.lora_alpha,
+        "lora_dropout": lora.lora_dropout,
+        "target_modules": sorted(lora.target_modules),
+        **{name: getattr(lora, name) for name in LORA},
+        **{name: getattr(args, name) for name in ARGUMENTS},
+        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "micro_batch_size": args.train_batch_size,
+        "base": content_hash(locate(data["model"]), "*.safetensors") or None,  # on the Hub, the revision tells
+        "dtype": str(trainer.model.get_base_model().dtype).removeprefix("torch."),
         "processes": processes(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
         "hardware": f"{device}, {torch.get_num_threads()} threads",
-        "commit": commit,
+        "commit": _commit(),
     }
+    return json.loads(json.dumps(record, default=str))  # as it will be read back
+
+
+def _commit() -> str | None:
+    git = ["git", "-C", str(PACKAGE), "describe", "--always", "--abbrev=40", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):  # no git, or a slow disk
+        return None
 
 
 def processes() -> int:

@@ -11,8 +11,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import DynamicCache
 
 from . import AlpacaError
-from .data import encode
-from .prompts import parse_answer
+from .prompts import encode, parse_answer
 
 _FORWARD = threading.Lock()  # while a forward switches adapters off, no other thread may use the model
 _SMALL = 4_000_000  # parameters times rows: to share less than this among threads takes longer than to do it

@@ -1,8 +1,9 @@
-"""LoRA: its configuration, and adapters saved and loaded so that a wrong one is noticed."""
+"""LoRA: its configuration, and adapters saved, loaded and merged so that a wrong one is noticed."""
 
 import hashlib
 import json
-import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,23 +15,20 @@ from . import AlpacaError, portable
 from .hub import first_line
 from .runs import atomic_folder, check_disk_space, verify_checksums, write_checksums, write_json
 
-# peft asks transformers by an older name for something that adapters here do not use
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-
-WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+WEIGHTS, PICKLE, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 TOKENIZER_BYTES = 5_000_000  # room that a tokenizer takes on disk; GPT-2's is 3.6 MB
 BASE = "base.json"  # beside an adapter: which weights it was trained on
 REMEDY = "load the base it was trained on, or run notebook 03 again"
 
 
 def lora_config(
-    rank: int = 8, alpha: int = 16, dropout: float = 0.1, target_modules: tuple[str, ...] = ("c_attn",)
+    r: int = 8, lora_alpha: int = 16, lora_dropout: float = 0.1, target_modules: Sequence[str] = ("c_attn",)
 ) -> LoraConfig:
     """Return the document's LoRA configuration: low-rank updates of GPT-2's attention projections."""
     return LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
         target_modules=list(target_modules),
         bias="none",
         task_type=TaskType.CAUSAL_LM,
@@ -38,15 +36,23 @@ def lora_config(
     )
 
 
-def save_adapter(model: PeftModel, tokenizer, folder: Path) -> None:
-    """Write adapter and tokenizer to `folder`: all of it, or nothing and the earlier one stays."""
+@contextmanager
+def adapter_folder(folder: Path, model: PeftModel, base_name: str) -> Iterator[Path]:
+    """Give a folder to save adapter and tokenizer to, which takes the place of `folder` if all of it was written.
+
+    When the block ends, the folder also gets the hash of the base's weights and the checksums of its files.
+
+    Args:
+        base_name: what the adapter names as its base: a name on the Hub or a portable path.
+
+    Raises AlpacaError if there is no room on the disk; the earlier adapter then stays.
+    """
     weights = 4 * sum(value.numel() for value in model.parameters() if value.requires_grad)
-    config = model.active_peft_config
-    config.base_model_name_or_path = portable(config.base_model_name_or_path or "")
     with check_disk_space(folder, needed=weights + TOKENIZER_BYTES), atomic_folder(folder) as part:
-        model.save_pretrained(part, save_embedding_layers=False)  # "auto" may ask the Hub for the base's config
-        tokenizer.save_pretrained(part)
+        yield part
         (part / "README.md").unlink(missing_ok=True)  # peft's, with this machine's paths
+        config = json.loads((part / CONFIG).read_text(encoding="utf-8"))
+        write_json(part / CONFIG, config | {"base_model_name_or_path": portable(base_name)})
         write_json(part / BASE, {"sha256": base_hash(model)})
         write_checksums(part)
 
@@ -65,40 +71,53 @@ def base_hash(model) -> str:
 
 
 def load_adapter(base, folder: Path) -> PeftModel:
-    """Return `base` with the adapter in `folder` attached, in evaluation mode.
+    """Return `base` with the adapter in `folder` attached, in evaluation mode; errors as in `check_adapter`."""
+    check_adapter(base, folder)
+    return PeftModel.from_pretrained(base, str(Path(folder).resolve())).eval()
 
-    Raises AlpacaError, with `base` left as it was, if the adapter is missing, changed since it was saved, without
-    effect, or made for another base: peft itself would load what fits in silence and answer like the base.
+
+def check_adapter(base, folder: Path) -> None:
+    """Raise AlpacaError if the adapter in `folder` does not belong on `base`, which is left as it is.
+
+    It may be missing, changed since it was saved, without effect, or made for another base: peft itself would load
+    what fits in silence and answer like the base.
     """
     folder = Path(folder).resolve()
     if (folder / PICKLE).exists() and not (folder / WEIGHTS).exists():
         raise AlpacaError(
             f"The adapter in {folder} is a pickle ({PICKLE}), which could run any code: it is not loaded; save it as "
-            f"{WEIGHTS}, or run notebook 03."
+            f"{WEIGHTS}, or run notebook 03.",
+            "adapter-pickle",
         )
-    if missing := verify_checksums(folder):
-        raise AlpacaError(f"The adapter in {folder} is missing or not whole ({missing}): run notebook 03 again.")
+    if wrong := verify_checksums(folder):
+        raise AlpacaError(
+            f"The adapter in {folder} is missing or not whole ({wrong}): run notebook 03 again.", "adapter-broken"
+        )
     try:
         config = PeftConfig.from_pretrained(str(folder))
         saved = load_file(folder / WEIGHTS)
-        made_on = json.loads((folder / BASE).read_text(encoding="utf-8"))["sha256"]
+        trained_on = json.loads((folder / BASE).read_text(encoding="utf-8"))["sha256"]
         wanted = _shapes(base, config)
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise AlpacaError(
-            f"The adapter in {folder} cannot be put on this base model ({first_line(error)}): run notebook 03 again."
+            f"The adapter in {folder} cannot be put on this base model ({first_line(error)}): run notebook 03 again.",
+            "adapter-broken",
         ) from error
+    misfit = f"The adapter in {folder}, made for {config.base_model_name_or_path}, does not fit this base model"
     if odd := sorted({(name, tuple(value.shape)) for name, value in saved.items()} ^ wanted.items()):
-        raise AlpacaError(f"{_misfit(folder, config)}: {odd[0][0]} differs; {REMEDY}.")
-    if made_on != base_hash(base):
-        raise AlpacaError(f"{_misfit(folder, config)}: the base's weights are others; {REMEDY}.")
+        raise AlpacaError(f"{misfit}: {odd[0][0]} differs; {REMEDY}.", "adapter-misfit")
+    if trained_on != base_hash(base):
+        raise AlpacaError(f"{misfit}: the base's weights are others; {REMEDY}.", "adapter-misfit")
     if broken := sorted(name for name, value in saved.items() if not value.isfinite().all()):
         raise AlpacaError(
-            f"The adapter in {folder} holds numbers that are none (NaN or infinite, in {broken[0]}): train it again "
-            "with a smaller `learning_rate`."
+            f"The adapter in {folder} holds NaN or infinity (in {broken[0]}): train it again with a smaller "
+            "`learning_rate`.",
+            "adapter-nan",
         )
     if not any(value.any() and saved[name.replace("_A", "_B")].any() for name, value in saved.items() if "_A" in name):
-        raise AlpacaError(f"The adapter in {folder} is zero, it would answer as the base does: run notebook 03 again.")
-    return PeftModel.from_pretrained(base, str(folder)).eval()
+        raise AlpacaError(
+            f"The adapter in {folder} is zero, it would answer as the base does: run notebook 03 again.", "adapter-zero"
+        )
 
 
 def _shapes(base, config: PeftConfig) -> dict[str, tuple[int, ...]]:
@@ -111,5 +130,14 @@ def _shapes(base, config: PeftConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in named if "lora_" in name}
 
 
-def _misfit(folder: Path, config: PeftConfig) -> str:
-    return f"The adapter in {folder}, made for {config.base_model_name_or_path}, does not fit this base model"
+def save_merged(base, tokenizer, adapter: Path, folder: Path) -> None:
+    """Write `base` with the adapter's correction added to its weights: a plain model that needs no peft.
+
+    Args:
+        base: a fresh base model; it is changed. In float32 the merged logits equal the adapter's to 1e-4.
+    """
+    merged = load_adapter(base, adapter).merge_and_unload()
+    size = sum(value.numel() * value.element_size() for value in merged.parameters())
+    with check_disk_space(folder, needed=size + TOKENIZER_BYTES), atomic_folder(folder) as part:
+        merged.save_pretrained(part)
+        tokenizer.save_pretrained(part)

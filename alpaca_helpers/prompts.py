@@ -1,4 +1,4 @@
-"""The prompt format and its inverse: the one place where the template is spelled.
+"""The prompt format, its inverse, and text to token ids: the one place where the template is spelled.
 
 Training, generation, evaluation and the chat box all come through here, so that the prompt
 a user types into can never drift from the one the adapter was trained on.
@@ -27,3 +27,9 @@ def parse_answer(continuation: str) -> str:
     A prompt is cut off by its length, never searched for: a user may type the template's own words.
     """
     return continuation.removeprefix(" ")
+
+
+def encode(texts: list[str], tokenizer) -> list[list[int]]:
+    """Return the ids of each text; special tokens typed in a text stay plain text."""
+    ids = tokenizer(texts, split_special_tokens=True, add_special_tokens=False, return_attention_mask=False)
+    return ids["input_ids"]

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 from tiny_run import prepare_run, tiny_gpt2
 
 from alpaca_helpers import AlpacaError, checkpoints, training
-from alpaca_helpers.lora import WEIGHTS, save_adapter
+from alpaca_helpers.lora import WEIGHTS, adapter_folder
 from alpaca_helpers.runs import check_disk_space, write_checksums
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])}
@@ -29,9 +28,16 @@ def copy_run(run: Path, to: Path) -> Path:
     return to
 
 
+def resume_point(folder: Path, resume: bool = True, **settings):
+    """The checkpoint that a training of the run with these settings would go on from."""
+    return training.resume_point(folder, training.make_trainer(folder, **settings), resume)
+
+
 def history(folder: Path) -> list[dict]:
     """The losses by step, from the newest checkpoint, without timings."""
-    state = json.loads((checkpoints.last_complete_checkpoint(folder) / "trainer_state.json").read_text())
+    state = json.loads(
+        (checkpoints.last_complete_checkpoint(folder / "checkpoints") / "trainer_state.json").read_text()
+    )
     kept = ("step", "loss", "grad_norm", "learning_rate", "eval_loss")
     return [{name: entry[name] for name in kept if name in entry} for entry in state["log_history"]]
 
@@ -41,7 +47,7 @@ def run(tmp_path_factory):
     """A run trained without interruption, dropout included: 24 steps, 6 an epoch, a checkpoint each third step."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
     settings = prepare_run(folder, micro_batch_size=4)
-    training.finetune(folder, settings, "answers")
+    training.finetune(folder, **settings)
     return folder, settings
 
 
@@ -61,12 +67,12 @@ def test_a_killed_training_resumes_to_the_same_losses_and_adapter_bit_for_bit(st
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (folder / "adapter").exists()
     if place == "step":
-        found = checkpoints.last_complete_checkpoint(folder)
+        found = checkpoints.last_complete_checkpoint(folder / "checkpoints")
     else:
         with pytest.warns(UserWarning, match=f"checkpoint-{step} is not used: its writing was cut"):
-            found = checkpoints.last_complete_checkpoint(folder)
+            found = checkpoints.last_complete_checkpoint(folder / "checkpoints")
     assert (int(found.name.split("-")[1]) if found else 0) == goes_on_from
-    training.finetune(folder, settings, "answers")
+    training.finetune(folder, **settings)
     assert history(folder) == history(whole)
     saved, wanted = (load_file(where / "adapter" / WEIGHTS) for where in (folder, whole))
     assert saved.keys() == wanted.keys() and all(torch.equal(saved[name], wanted[name]) for name in wanted)
@@ -79,7 +85,7 @@ def test_a_killed_training_resumes_to_the_same_losses_and_adapter_bit_for_bit(st
 def test_a_broken_checkpoint_is_named_and_the_one_before_it_is_taken(name, fault, run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run[0] / "checkpoints", folder / "checkpoints")
-    assert checkpoints.last_complete_checkpoint(folder).name == "checkpoint-24"
+    assert checkpoints.last_complete_checkpoint(folder / "checkpoints").name == "checkpoint-24"
     broken = folder / "checkpoints" / "checkpoint-24" / name
     if fault == "missing":
         broken.unlink()
@@ -88,18 +94,18 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_it_is_taken(name, fault
         content[len(content) // 2] ^= 1
         broken.write_bytes(content)
     with pytest.warns(UserWarning, match=f"checkpoint-24 is not used: {name} is {fault}"):
-        assert checkpoints.last_complete_checkpoint(folder).name == "checkpoint-21"
+        assert checkpoints.last_complete_checkpoint(folder / "checkpoints").name == "checkpoint-21"
 
 
 def test_a_run_without_checkpoints_begins_at_the_beginning(tmp_path):
-    assert checkpoints.last_complete_checkpoint(tmp_path) is None
+    assert checkpoints.last_complete_checkpoint(tmp_path / "checkpoints") is None
 
 
 @pytest.mark.parametrize(
     "change, shown",
     [
         ({"learning_rate": 1e-4}, "learning_rate 0.003 -> 0.0001"),
-        ({"lora_rank": 4, "seed": 1}, "lora_rank 8 -> 4; seed 0 -> 1"),
+        ({"lora_rank": 4, "seed": 1}, "seed 0 -> 1; lora_rank 8 -> 4"),
         ({"batch_size": 16}, "batch_size 8 -> 16"),
     ],
 )
@@ -107,9 +113,7 @@ def test_resuming_with_other_settings_is_refused_and_the_difference_shown(change
     folder, settings = run
     before = (folder / "manifest.json").read_text()
     with pytest.raises(AlpacaError, match=f"other settings \\({shown}\\): .* set `resume = False`"):
-        training.resume_point(folder, replace(settings, **change), "answers")
-    with pytest.raises(AlpacaError, match="recipe answers -> document"):
-        training.resume_point(folder, settings, "document")
+        resume_point(folder, **settings | change)
     assert (folder / "manifest.json").read_text() == before
 
 
@@ -120,38 +124,61 @@ def test_other_data_under_the_same_settings_are_refused(run, tmp_path):
     manifest["data"]["fingerprint"] = "other"
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(AlpacaError, match="fingerprint .* -> other"):
-        training.resume_point(folder, settings, "answers")
+        resume_point(folder, **settings)
+
+
+def change_manifest(folder: Path, **changes) -> None:
+    """Change what the manifest says of data and training."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = {part: record | changes for part, record in manifest.items()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_another_recipe_is_refused(run, tmp_path):
+    folder, settings = tmp_path / "run", run[1]
+    shutil.copytree(run[0], folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["data"]["recipe"] = "document"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(AlpacaError, match="recipe answers -> document"):
+        resume_point(folder, **settings)
+
+
+def test_what_is_edited_in_the_objects_is_what_counts(run, tmp_path):
+    """A value changed in a cell, not among the parameters: the record is made from what trains."""
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    trainer = training.make_trainer(folder, **run[1])
+    trainer.args.weight_decay = 0.1
+    with pytest.raises(AlpacaError, match=r"\(weight_decay 0.0 -> 0.1\)"):
+        training.resume_point(folder, trainer)
 
 
 def test_another_base_at_the_same_place_is_refused(run, tmp_path):
     folder, settings = tmp_path / "run", run[1]
     shutil.copytree(run[0], folder)
-    moved = replace(settings, model=str(folder / "base"))
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["training"]["model"] = moved.model
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert training.resume_point(folder, moved, "answers")
+    change_manifest(folder, model=str(folder / "base"))
+    assert resume_point(folder, **settings)
     tiny_gpt2(initializer_range=0.3).save_pretrained(folder / "base")
     with pytest.raises(AlpacaError, match="base [0-9a-f]+ -> [0-9a-f]+"):
-        training.resume_point(folder, moved, "answers")
+        resume_point(folder, **settings)
 
 
 def test_another_kind_of_device_may_go_on_and_is_noted(run, tmp_path, monkeypatch):
     folder, settings = tmp_path / "run", run[1]
     shutil.copytree(run[0], folder)
-    here, there = ("bfloat16", "float32") if checkpoints.base_dtype() == torch.bfloat16 else ("float32", "bfloat16")
-    monkeypatch.setattr(checkpoints, "base_dtype", lambda: getattr(torch, there))
-    assert training.resume_point(folder, settings, "answers")
-    made_by = json.loads((folder / "manifest.json").read_text())["training"]
-    assert (made_by["dtype"], made_by["earlier"][0]["dtype"]) == (there, here)
+    here, there = ("bfloat16", "float32") if training.base_dtype() == torch.bfloat16 else ("float32", "bfloat16")
+    monkeypatch.setattr(training, "base_dtype", lambda: getattr(torch, there))
+    assert resume_point(folder, **settings)
+    record = json.loads((folder / "manifest.json").read_text())["training"]
+    assert (record["dtype"], record["earlier"][0]["dtype"]) == (there, here)
 
 
 def test_a_smaller_micro_batch_may_go_on_and_resume_false_starts_over(run, tmp_path):
     folder, settings = tmp_path / "run", run[1]
     shutil.copytree(run[0], folder)
-    fewer = replace(settings, micro_batch_size=2)
-    assert training.resume_point(folder, fewer, "answers").name == "checkpoint-24"
-    assert training.resume_point(folder, replace(settings, seed=1), "answers", resume=False) is None
+    assert resume_point(folder, **settings | {"micro_batch_size": 2}).name == "checkpoint-24"
+    assert resume_point(folder, **settings | {"seed": 1}, resume=False) is None
     assert not (folder / "checkpoints").exists() and (folder / "adapter").is_dir()
 
 
@@ -160,17 +187,16 @@ def test_no_pickle_of_a_checkpoint_is_executed(run, tmp_path):
     shutil.copytree(run[0], folder)
     shutil.rmtree(folder / "checkpoints" / "checkpoint-24")
     checkpoint = folder / "checkpoints" / "checkpoint-21"
-    assert not (checkpoint / "training_args.bin").exists()
 
     class Trap:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "executed"),)
 
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
         torch.save({"state": Trap()}, checkpoint / name)
     write_checksums(checkpoint)
     with pytest.raises(Exception, match="(?i)weights.only"):
-        training.finetune(folder, settings, "answers")
+        training.finetune(folder, **settings)
     assert not (tmp_path / "executed").exists()
 
 
@@ -185,13 +211,19 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
+def save_adapter(model, tokenizer, folder: Path) -> None:
+    with adapter_folder(folder, model, "base") as part:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+
+
 def adapter_of(rank: int):
     from peft import get_peft_model
     from tiny_run import tiny_gpt2
 
     from alpaca_helpers.lora import lora_config
 
-    return get_peft_model(tiny_gpt2(), lora_config(rank=rank))
+    return get_peft_model(tiny_gpt2(), lora_config(r=rank))
 
 
 def test_a_disk_too_small_for_the_adapter_leaves_the_earlier_one_whole(small_disk, monkeypatch):

@@ -32,7 +32,9 @@ def torchrun(*command: str) -> subprocess.CompletedProcess:
 
 
 def losses(folder: Path) -> list[float]:
-    state = json.loads((checkpoints.last_complete_checkpoint(folder) / "trainer_state.json").read_text())
+    state = json.loads(
+        (checkpoints.last_complete_checkpoint(folder / "checkpoints") / "trainer_state.json").read_text()
+    )
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
 
 
@@ -41,7 +43,7 @@ def run(tmp_path_factory):
     """A run trained by one process, without dropout; 44 rows, so that the last batch of an epoch is filled up."""
     folder = tmp_path_factory.mktemp("runs") / "one"
     settings = prepare_run(folder, micro_batch_size=4, lora_dropout=0.0)
-    training.finetune(folder, settings, "answers")
+    training.finetune(folder, **settings)
     return folder
 
 
@@ -59,7 +61,7 @@ def test_two_processes_train_as_one_and_resume_after_one_is_killed(run, tmp_path
     killed = torchrun(str(Path(__file__).with_name("train_and_die.py")), str(folder), "10", "step:1")
     assert killed.returncode != 0 and "SIGKILL" in killed.stderr
     assert not (folder / "adapter").exists()
-    assert checkpoints.last_complete_checkpoint(folder).name == "checkpoint-9"
+    assert checkpoints.last_complete_checkpoint(folder / "checkpoints").name == "checkpoint-9"
     again = torchrun("-m", "alpaca_helpers.training", str(folder))
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("Going on after step 9 of 24.") == 1

@@ -12,14 +12,10 @@ from pathlib import Path
 
 import pytest
 from conftest import PROJECT
-from datasets import load_from_disk
-from peft import get_peft_model
 from tiny_run import prepare_run
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback
 
-from alpaca_helpers import AlpacaError, checkpoints, training
-from alpaca_helpers.lora import lora_config
-from alpaca_helpers.models import load_base, load_tokenizer
+from alpaca_helpers import AlpacaError, training
 from alpaca_helpers.runs import (
     atomic_folder,
     lock_run,
@@ -54,11 +50,10 @@ def test_a_second_process_is_refused_by_name_and_let_in_when_the_first_is_killed
     (tmp_path / "checkpoints" / "checkpoint-3").mkdir(parents=True)
     settings = prepare_run(tmp_path, rows=8)
     before = (tmp_path / "manifest.json").read_text()
-    with pytest.raises(AlpacaError, match=f"Another process is at the training of the run {tmp_path}"):
-        checkpoints.resume_point(tmp_path, settings, "answers", resume=False)
+    with pytest.raises(AlpacaError, match=f"Another process is training in the run {tmp_path}") as refused:
+        training.finetune(tmp_path, resume=False, **settings)
+    assert refused.value.code == "run-locked"
     assert (tmp_path / "checkpoints" / "checkpoint-3").is_dir() and (tmp_path / "manifest.json").read_text() == before
-    with pytest.raises(AlpacaError, match="Another process is at the training"):
-        training.finetune(tmp_path, settings, "answers")
     other_process.send_signal(signal.SIGKILL)
     other_process.wait()
     with lock_run(tmp_path):
@@ -109,20 +104,13 @@ def test_an_interrupt_in_mid_training_leaves_a_run_that_goes_on(tmp_path, reques
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     settings = prepare_run(tmp_path, rows=16, num_train_epochs=5)
-
-    def trainer():
-        set_seed(settings.seed)
-        model = get_peft_model(load_base(settings.model), lora_config())
-        data = load_from_disk(tmp_path / "data")
-        return training.make_trainer(model, load_tokenizer(settings.model), data, settings, "answers", tmp_path)
-
-    interrupted = trainer()
+    interrupted = training.make_trainer(tmp_path, **settings)
     interrupted.add_callback(InterruptAt(7))
     with pytest.raises(KeyboardInterrupt):
-        interrupted.train(checkpoints.resume_point(tmp_path, settings, "answers"))
-    found = checkpoints.resume_point(tmp_path, settings, "answers")
+        interrupted.train(training.resume_point(tmp_path, interrupted))
+    again = training.make_trainer(tmp_path, **settings)
+    found = training.resume_point(tmp_path, again)
     assert found.name == "checkpoint-6"
-    again = trainer()
     again.train(found)
     assert again.state.global_step == again.state.max_steps == 10
 

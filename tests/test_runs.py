@@ -40,6 +40,6 @@ def test_write_json_leaves_the_old_file_when_it_fails(tmp_path):
 
 
 def test_a_run_is_a_name_or_a_path(tmp_path, monkeypatch):
-    monkeypatch.setattr("alpaca_helpers.runs.PROJECT", tmp_path)
+    monkeypatch.chdir(tmp_path)
     assert run_folder("mine") == tmp_path / "runs" / "mine"
     assert run_folder(f"{tmp_path}/elsewhere") == tmp_path / "elsewhere"

@@ -1,23 +1,24 @@
 """Training: `python -m pytest tests/test_training.py`. Compared with the plain model on padded rows, all logits."""
 
 import json
-from dataclasses import asdict, replace
+import subprocess
+import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
-from datasets import DatasetDict, load_from_disk
+from conftest import PROJECT
+from datasets import load_from_disk
 from peft import get_peft_model
 from tiny_run import byte_tokenizer, prepare_run, random_rows, tiny_gpt2
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments
 
-from alpaca_helpers import AlpacaError, models, sharing, training
+from alpaca_helpers import AlpacaError, card, models, speedups, training
+from alpaca_helpers.batches import LengthGroups, PadToLongest
 from alpaca_helpers.data import IGNORED, RECIPES, tokenize
 from alpaca_helpers.generation import generate
-from alpaca_helpers.lora import load_adapter, lora_config
-from alpaca_helpers.profiles import choose_profile
-
-SETTINGS = choose_profile("pocket", batch_size=8, micro_batch_size=4, num_train_epochs=1)
+from alpaca_helpers.lora import load_adapter, lora_config, save_merged
 
 
 def tokens(rows, recipe="answers"):
@@ -27,16 +28,34 @@ def tokens(rows, recipe="answers"):
 def random_lora(target_modules=("c_attn",)):
     """A tiny model with a random adapter and no dropout anywhere, so that losses can be compared."""
     no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    model = get_peft_model(tiny_gpt2(**no_dropout), lora_config(dropout=0.0, target_modules=target_modules))
+    model = get_peft_model(tiny_gpt2(**no_dropout), lora_config(lora_dropout=0.0, target_modules=target_modules))
     for name, value in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(value, std=0.3)
     return model
 
 
-def trainer_on(rows, folder, model, recipe="answers", settings=SETTINGS):
-    data = DatasetDict(train=rows, heldout=rows)
-    return training.make_trainer(model, byte_tokenizer(), data, settings, recipe, folder)
+def arguments(folder, rows_at_once=4, accumulation=2, **changes):
+    """A batch of 8 rows in two halves, one epoch, unless told otherwise."""
+    settings = {"learning_rate": 3e-3, "num_train_epochs": 1, "eval_strategy": "steps", "save_strategy": "no"}
+    return TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        per_device_train_batch_size=rows_at_once,
+        gradient_accumulation_steps=accumulation,
+        report_to=[],
+        seed=0,
+        **{**settings, "logging_steps": 1, "eval_steps": 1, **changes},
+    )
+
+
+def trainer_on(rows, folder, model, recipe="answers", **changes):
+    return training.AnswerTrainer(
+        model=model,
+        args=arguments(folder, **changes),
+        train_dataset=rows,
+        eval_dataset=rows,
+        data_collator=training.data_collator(byte_tokenizer(), recipe),
+    )
 
 
 def gradients(model, loss):
@@ -58,18 +77,20 @@ def plain_batch(rows):
 
 @pytest.mark.parametrize(
     "recipe, targets, matrices",
-    [(recipe, ("c_attn",), 2) for recipe in RECIPES if recipe != "document"]
+    [("document+dynamic-padding", ("c_attn",), 2)]
+    + [(recipe, ("c_attn",), 2) for recipe in RECIPES if recipe.startswith("document+")]
+    + [("answers", ("c_attn",), 2)]
     + [("answers", ("c_attn", "c_proj", "c_fc"), 8), ("answers", ("c_attn", "lm_head"), 3)],
 )
 def test_loss_and_gradients_are_those_of_the_plain_padded_model(recipe, targets, matrices, tmp_path):
     model, rows = random_lora(targets), tokens(random_rows(12), recipe)
-    plain = model(**plain_batch(rows)).loss  # by peft's own layers: `make_trainer` lightens them
+    plain = model(**plain_batch(rows)).loss  # by peft's own layers
     wanted = gradients(model, plain)
     trainer = trainer_on(rows, tmp_path, model, recipe)
     batch = trainer.data_collator([rows[i] for i in range(12)])
-    assert "attention_mask" not in batch
-    ours = trainer.compute_loss(model, batch)
-    got = gradients(model, ours)
+    with speedups.faster_training(model):
+        ours = trainer.compute_loss(model, batch)
+        got = gradients(model, ours)
     assert ours.item() == pytest.approx(plain.item(), abs=1e-5)
     assert got.keys() == wanted.keys() and len(got) == 2 * matrices  # A and B of each; nothing of the base
     for name in wanted:
@@ -99,7 +120,7 @@ def test_a_step_asks_the_device_for_no_value(tmp_path):
     rows, model = tokens(random_rows(6)), random_lora()
     trainer = trainer_on(rows, tmp_path, model)
     batch = trainer.data_collator(list(rows))
-    with training.without_mask(model), NoValues():
+    with speedups.faster_training(model), NoValues():
         trainer.training_step(model, batch, num_items_in_batch=10.0)
         for wanted in (lambda: batch["input_ids"].sum().item(), lambda: batch["input_ids"].nonzero()):
             with pytest.raises(AssertionError):
@@ -107,16 +128,45 @@ def test_a_step_asks_the_device_for_no_value(tmp_path):
     assert all(value.grad is not None for value in model.parameters() if value.requires_grad)
 
 
+def state(model):
+    """What the patches change: the attention's name, each module's attributes, and the model's own."""
+    kept = ("p", "act", "forward")
+    modules = {name: {key: vars(module).get(key) for key in kept} for name, module in model.named_modules()}
+    activations = {name: module.act for name, module in model.named_modules() if hasattr(module, "act")}
+    return model.config._attn_implementation, modules, activations, sorted(vars(model))
+
+
+@pytest.mark.parametrize("end", [None, KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("patch", [*speedups.PATCHES, None], ids=lambda patch: patch.__name__ if patch else "all")
+def test_each_patch_changes_something_and_is_undone_however_training_ends(patch, end, monkeypatch):
+    model = get_peft_model(tiny_gpt2(), lora_config()).train()
+    if patch:
+        monkeypatch.setattr(speedups, "PATCHES", [patch])
+    before = state(model)
+    with pytest.raises(end) if end else nullcontext(), speedups.faster_training(model):
+        assert state(model) != before
+        if end:
+            raise end
+    assert state(model) == before
+
+
+def test_importing_registers_nothing():
+    code = (
+        "from transformers import AttentionInterface; before = set(AttentionInterface()); "
+        "import alpaca_helpers.training; print(set(AttentionInterface()) == before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
 @pytest.mark.parametrize("recipe", ["document", "answers"])
-def test_in_training_no_mask_is_made_and_the_loss_is_the_same(recipe, tmp_path):
+def test_in_training_the_loss_is_that_of_the_usual_attention(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(speedups, "PATCHES", [speedups.fast_attention])
     rows, model = tokens(random_rows(6), recipe), random_lora()
     trainer = trainer_on(rows, tmp_path, model, recipe)
-    masked = trainer.evaluate()["eval_loss"]
-    used = model.config._attn_implementation
-    with training.without_mask(model):
-        assert model.config._attn_implementation != used
-        assert trainer.evaluate()["eval_loss"] == pytest.approx(masked, abs=1e-6)
-    assert model.config._attn_implementation == used
+    usual = trainer.evaluate()["eval_loss"]
+    with speedups.faster_training(model):
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(usual, abs=1e-6)
 
 
 def test_a_step_walks_through_no_modules(tmp_path, monkeypatch):
@@ -177,11 +227,10 @@ def test_every_batch_of_a_training_is_divided_by_the_labels_of_an_average_one(tm
 
 def test_the_loss_on_show_is_that_of_a_label_whatever_batch_it_comes_in(tmp_path):
     rows, model = tokens(random_rows(32)), random_lora()
-    trainer = trainer_on(rows, tmp_path, model, settings=replace(SETTINGS, learning_rate=1e-12))
-    trainer.args.logging_steps = 2  # of 4
+    trainer = trainer_on(rows, tmp_path, model, learning_rate=1e-12, logging_steps=2)
     trainer.train()
     shown = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    order = list(training.LengthGroups([len(ids) for ids in rows["input_ids"]], 8, 0, lambda: 0))
+    order = list(LengthGroups([len(ids) for ids in rows["input_ids"]], 8, 0, lambda: 0))
     halves = [plain_batch(rows.select(half)) for half in (order[:16], order[16:])]
     assert shown == pytest.approx([model(**half).loss.item() for half in halves], rel=1e-5)
 
@@ -194,11 +243,12 @@ def test_in_bfloat16_loss_and_gradients_are_nearly_the_same(tmp_path):
     wanted = gradients(model, wanted_loss)
     for name, value in model.named_parameters():
         value.data = value.data if "lora_" in name else value.data.bfloat16()
-    trainer = trainer_on(rows, tmp_path, model)
-    loss = trainer.compute_loss(model, trainer.data_collator(batch))
-    got = gradients(model, loss)
+    with speedups.faster_training(model):
+        loss = trainer.compute_loss(model, trainer.data_collator(batch))
+        got = gradients(model, loss)
     assert loss.item() == pytest.approx(wanted_loss.item(), rel=0.01)
-    assert model.config._attn_implementation == ("eager" if model.device.type == "cpu" else "sdpa")
+    with speedups.faster_training(model):
+        assert model.config._attn_implementation == ("eager" if model.device.type == "cpu" else "sdpa_without_mask")
     for name in wanted:
         assert got[name].dtype == torch.float32
         assert (got[name] - wanted[name]).norm() < 0.05 * wanted[name].norm()
@@ -206,14 +256,13 @@ def test_in_bfloat16_loss_and_gradients_are_nearly_the_same(tmp_path):
 
 def test_a_training_is_the_plain_trainers_on_the_same_batches(tmp_path):
     """Micro-batches, averaging over the learned tokens of a batch, clipping, AdamW: as transformers does them."""
-    rows, one = tokens(random_rows(32)), replace(SETTINGS, batch_size=32, micro_batch_size=8, num_train_epochs=4)
+    rows, one = tokens(random_rows(32)), {"rows_at_once": 8, "accumulation": 4, "num_train_epochs": 4}
     ours = random_lora()
-    trainer_on(rows, tmp_path / "ours", ours, settings=one).train()
+    trainer_on(rows, tmp_path / "ours", ours, **one).train()
     plain = random_lora()
-    args = training.training_arguments(one, tmp_path / "plain")
-    args.eval_strategy = args.save_strategy = "no"
+    args = arguments(tmp_path / "plain", **one, eval_strategy="no")
     names = ["input_ids", "labels"]
-    order = list(training.LengthGroups([len(ids) for ids in rows["input_ids"]], 32, 0, lambda: 0))
+    order = list(LengthGroups([len(ids) for ids in rows["input_ids"]], 32, 0, lambda: 0))
     args.train_sampling_strategy = "sequential"  # a batch is all rows: only the order in it differs
 
     def collate(chosen):
@@ -225,12 +274,14 @@ def test_a_training_is_the_plain_trainers_on_the_same_batches(tmp_path):
             torch.testing.assert_close(ours_is, plain_is, atol=1e-5, rtol=1e-4)
 
 
-def test_the_lightened_model_computes_the_same_and_keeps_loras_dropout():
+def test_the_patched_model_computes_the_same_and_keeps_loras_dropout():
     ids, model = torch.arange(24).reshape(2, 12), random_lora().train()
     before = model(ids).logits
-    torch.testing.assert_close(training.lighten(model, 12)(ids).logits, before, atol=1e-5, rtol=1e-5)
-    model = training.lighten(get_peft_model(tiny_gpt2(), lora_config(dropout=0.25)), 12)
-    dropouts = {name: module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
+    with speedups.faster_training(model):
+        torch.testing.assert_close(model(ids).logits, before, atol=1e-5, rtol=1e-5)
+    model = get_peft_model(tiny_gpt2(), lora_config(lora_dropout=0.25))
+    with speedups.faster_training(model):
+        dropouts = {name: module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
     assert {p for name, p in dropouts.items() if "lora" in name} == {0.25}
     assert {p for name, p in dropouts.items() if "lora" not in name} == {0.0}
 
@@ -248,28 +299,23 @@ def test_a_model_that_was_trained_answers_tuned_and_as_its_base(tmp_path):
 
 @pytest.mark.parametrize("part", ["whole", "base"])
 def test_after_evaluation_of_whatever_part_all_of_the_model_trains_again(part):
-    model = training.lighten(random_lora(), 12)
-    (model if part == "whole" else model.base_model).eval()
-    model.train()
-    assert all(module.training for module in model.modules())
-
-
-def test_a_widened_output_layer_gives_the_same_logits_and_gradient():
-    head, hidden = torch.nn.Linear(16, 257, bias=False), torch.randn(3, 16, requires_grad=True)
-    wanted = head(hidden)
-    (slope,) = torch.autograd.grad(wanted.square().sum(), hidden)
-    training.widen(head)
-    torch.testing.assert_close(head(hidden), wanted)
-    torch.testing.assert_close(torch.autograd.grad(head(hidden).square().sum(), hidden)[0], slope)
+    model = random_lora()
+    with speedups.faster_training(model):
+        (model if part == "whole" else model.base_model).eval()
+        model.train()
+        assert all(module.training for module in model.modules())
 
 
 def test_the_documents_recipe_keeps_its_collator():
     assert isinstance(training.data_collator(byte_tokenizer(), "document"), DataCollatorForLanguageModeling)
+    assert {type(training.data_collator(byte_tokenizer(), recipe)) for recipe in RECIPES if recipe != "document"} == {
+        PadToLongest
+    }
 
 
 def test_every_row_comes_once_an_epoch_in_batches_of_like_length_and_another_order_each_epoch():
     lengths = [(7 * i) % 101 for i in range(1000)]
-    epochs = [list(training.LengthGroups(lengths, 8, 0, lambda number=number: number)) for number in (0, 0, 1)]
+    epochs = [list(LengthGroups(lengths, 8, 0, lambda number=number: number)) for number in (0, 0, 1)]
     assert epochs[0] == epochs[1] != epochs[2]
     assert sorted(epochs[0]) == sorted(epochs[2]) == list(range(1000))
     batches = [epochs[0][i : i + 8] for i in range(0, 1000, 8)]
@@ -278,7 +324,7 @@ def test_every_row_comes_once_an_epoch_in_batches_of_like_length_and_another_ord
 
 
 def test_the_last_batch_is_filled_up_even_by_fewer_rows_than_a_batch():
-    rows = list(training.LengthGroups([5, 6, 7], 8, 0, lambda: 0))
+    rows = list(LengthGroups([5, 6, 7], 8, 0, lambda: 0))
     assert sorted(rows.count(row) for row in range(3)) == [2, 3, 3]
 
 
@@ -288,14 +334,13 @@ def test_the_last_batch_is_filled_up_even_by_fewer_rows_than_a_batch():
 )
 def test_a_batch_is_split_evenly(batch_size, micro_batch_size, processes, wanted, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    changed = replace(SETTINGS, batch_size=batch_size, micro_batch_size=micro_batch_size)
-    assert training.split_batch(changed) == wanted
+    assert training.split_batch(batch_size, micro_batch_size) == wanted
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(AlpacaError, match="16 rows cannot be shared by 3 processes"):
-        training.split_batch(replace(SETTINGS, batch_size=16))
+        training.split_batch(16, 16)
 
 
 @pytest.mark.parametrize(
@@ -317,12 +362,12 @@ def test_a_cpu_holds_the_base_in_bfloat16_if_it_has_the_units(units, monkeypatch
 
 def test_over_a_bfloat16_base_the_trained_weights_are_float32_and_learn_as_well(tmp_path):
     rows, final = tokens(random_rows(32)), {}
-    settings = replace(SETTINGS, num_train_epochs=6, learning_rate=2e-2)
+    settings = {"num_train_epochs": 6, "learning_rate": 2e-2}
     for dtype in (torch.float32, torch.bfloat16):
         model = get_peft_model(tiny_gpt2().to(dtype), lora_config())
         trained = {value.dtype for value in model.parameters() if value.requires_grad}
         assert trained == {torch.float32}
-        trainer = trainer_on(rows, tmp_path / str(dtype), model, settings=settings)
+        trainer = trainer_on(rows, tmp_path / str(dtype), model, **settings)
         trainer.train()
         final[dtype] = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert final[torch.float32][-1] < 0.9 * final[torch.float32][0]
@@ -347,7 +392,7 @@ def test_out_of_memory_says_what_to_change(error, tmp_path, monkeypatch):
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     settings = prepare_run(folder)
-    training.finetune(folder, settings, "answers")
+    training.finetune(folder, **settings)
     return folder, settings
 
 
@@ -355,7 +400,7 @@ def test_a_finished_training_says_so_and_trains_no_further(finished, capsys):
     folder, settings = finished
     before = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
     capsys.readouterr()
-    training.finetune(folder, settings, "answers")
+    training.finetune(folder, **settings)
     assert "finished, all 24 steps of it" in capsys.readouterr().out
     assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == before
 
@@ -371,36 +416,36 @@ def test_the_manifest_says_what_made_the_training_without_this_machines_paths(fi
     }
     assert made_by["result"]["steps"] == 24 and made_by["result"]["eval_loss"] > 0
     assert {"torch", "transformers", "peft"} <= made_by["versions"].keys() and made_by["hardware"]
-    assert asdict(settings).keys() <= made_by.keys()
+    assert settings.items() <= made_by.items() and {"lora_rank", "learning_rate", "optim"} <= made_by.keys()
     assert f'"{folder}' not in text
 
 
 def test_the_card_holds_prompt_recipe_losses_licence_and_no_path(finished):
     folder, _ = finished
-    card = (folder / "adapter" / "README.md").read_text()
-    assert "Instruction: {instruction}\n{input, or no such line}\nRéponse:" in card
-    for text in ("recipe: answers", "lora_rank: 8", "eval_loss: ", "## Licence of the data", "notebook 04 does it"):
-        assert text in card
-    assert f" {folder}" not in card
+    text = (folder / "adapter" / "README.md").read_text()
+    assert "Instruction: {instruction}\n{input, or no such line}\nRéponse:" in text
+    for wanted in ("recipe: answers", "lora_rank: 8", "eval_loss: ", "## Licence of the data", "notebook 04 does it"):
+        assert wanted in text
+    assert f" {folder}" not in text
     (folder / "metrics.json").write_text(
         '{"n": 8, "base": {"stop_rate": 0.0, "contains": null}, "tuned": {"stop_rate": 0.95, "contains": null}}'
     )
-    sharing.write_card(folder)
+    card.write_card(folder)
     assert "| stop_rate | 0 | 0.95 |" in (folder / "adapter" / "README.md").read_text()
 
 
 def test_merged_weights_give_the_adapters_logits_without_peft(finished):
-    folder, settings = finished
+    folder, _ = finished
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from alpaca_helpers.models import load_base
 
-    sharing.save_merged(load_base(settings.model), byte_tokenizer(), folder / "adapter", folder / "merged")
+    save_merged(load_base(str(folder / "base")), byte_tokenizer(), folder / "adapter", folder / "merged")
     merged = AutoModelForCausalLM.from_pretrained(folder / "merged").eval()
     ids = torch.tensor(load_from_disk(folder / "data")["heldout"]["input_ids"][0])[None]
     with torch.inference_mode():
-        tuned = load_adapter(load_base(settings.model), folder / "adapter")(ids).logits
-        base = load_base(settings.model)(ids).logits
+        tuned = load_adapter(load_base(str(folder / "base")), folder / "adapter")(ids).logits
+        base = load_base(str(folder / "base"))(ids).logits
         torch.testing.assert_close(merged(ids).logits, tuned, atol=1e-4, rtol=0)
     assert (tuned - base).abs().max() > 1e-2
     assert AutoTokenizer.from_pretrained(folder / "merged")("abc").input_ids == byte_tokenizer()("abc").input_ids
@@ -410,6 +455,26 @@ def test_a_push_that_the_hub_refuses_is_one_sentence(finished, monkeypatch):
     def refuse(*arguments, **named):
         raise OSError("401 Unauthorized\nmore")
 
-    monkeypatch.setattr(sharing, "create_repo", refuse)
+    monkeypatch.setattr(card, "create_repo", refuse)
     with pytest.raises(AlpacaError, match=r"not pushed to me/it \(401 Unauthorized\): it is whole on disk"):
-        sharing.push_adapter(finished[0] / "adapter", "me/it")
+        card.push_adapter(finished[0] / "adapter", "me/it")
+
+
+def test_a_measured_step_leaves_weights_gradients_and_random_state_as_they_were(tmp_path):
+    rows, model = tokens(random_rows(12)), random_lora()
+    trainer = trainer_on(rows, tmp_path, model)
+    weights, before, random_state = [p.clone() for p in model.parameters()], state(model), torch.get_rng_state()
+    seconds, size = training.measure_step(trainer)
+    assert 0 < seconds < 60 and size > sum(p.nbytes for p in model.parameters())
+    assert all(torch.equal(*pair) for pair in zip(weights, model.parameters())) and state(model) == before
+    assert torch.equal(torch.get_rng_state(), random_state) and not trainer.since_log.any()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_measured_step_is_on_the_longest_rows(tmp_path, monkeypatch):
+    rows = tokens(random_rows(12))
+    trainer, seen = trainer_on(rows, tmp_path, random_lora()), []
+    loss = trainer.compute_loss
+    monkeypatch.setattr(trainer, "compute_loss", lambda m, i: seen.append(i["input_ids"].shape) or loss(m, i))
+    training.measure_step(trainer)
+    assert seen == [(4, max(len(ids) for ids in rows["input_ids"]))] * 2

@@ -1,5 +1,6 @@
 """A run prepared for training in a second: random rows of bytes, a random GPT-2 of 2 layers x 32."""
 
+import json
 import random
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from alpaca_helpers.data import fingerprint, tokenize
-from alpaca_helpers.profiles import Profile, choose_profile
+from alpaca_helpers.profiles import choose_profile
 from alpaca_helpers.runs import write_record
 
 
@@ -40,20 +41,19 @@ def random_rows(number: int, seed: int = 0) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def prepare_run(folder: Path, rows: int = 44, recipe: str = "answers", **changes) -> Profile:
-    """Write what notebook 02 leaves to notebook 03, and the base model beside it; return the settings."""
+def prepare_run(folder: Path, rows: int = 44, recipe: str = "answers", **changes) -> dict:
+    """Write what notebook 02 leaves to notebook 03, and the base model beside it; return `make_trainer`'s settings."""
     model = tiny_gpt2(
         **({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if changes.get("lora_dropout") == 0 else {})
     )
     model.save_pretrained(folder / "base")
     byte_tokenizer().save_pretrained(folder / "base")
-    settings = choose_profile(
-        "pocket", model=str(folder / "base"), **{"num_train_epochs": 4, "batch_size": 8} | changes
-    )
-    text = {"train": random_rows(rows), "heldout": random_rows(8, seed=1)}
-    options = {"tokenizer": byte_tokenizer(), "recipe": recipe, "max_length": settings.max_length}
-    data = {side: part.map(tokenize, batched=True, fn_kwargs=options) for side, part in text.items()}
-    DatasetDict(data).save_to_disk(folder / "data")
-    mark = fingerprint(text["train"], text["heldout"])
-    write_record(folder, "data", {**asdict(settings), "recipe": recipe, "fingerprint": mark})
+    text = DatasetDict(train=random_rows(rows), heldout=random_rows(8, seed=1))
+    options = {"tokenizer": byte_tokenizer(), "recipe": recipe}
+    text.map(tokenize, batched=True, fn_kwargs=options).save_to_disk(folder / "data")
+    profile = asdict(choose_profile("pocket", model=str(folder / "base")))
+    made = {"max_words": 80, "max_length": 128, "max_train_rows": None, "recipe": recipe, "seed": 0}
+    write_record(folder, "data", profile | made | {"fingerprint": fingerprint(text)})
+    settings = {"num_train_epochs": 4, "batch_size": 8, **changes}
+    (folder / "settings.json").write_text(json.dumps(settings))  # for a process that trains in the run
     return settings

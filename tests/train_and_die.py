@@ -4,6 +4,7 @@ PLACE is `step`: right after optimizer step STEP, all processes or, as `step:1`,
 checkpoint's file: while it is being written, half of it on disk.
 """
 
+import json
 import os
 import signal
 import sys
@@ -12,8 +13,6 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from alpaca_helpers import training
-from alpaca_helpers.profiles import Profile
-from alpaca_helpers.runs import read_manifest
 
 folder, step, place = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 
@@ -42,7 +41,4 @@ class DyingTrainer(training.AnswerTrainer):
 
 
 training.AnswerTrainer = DyingTrainer
-made_by = read_manifest(folder)["data"]
-recipe = made_by.pop("recipe")
-del made_by["fingerprint"]
-training.finetune(folder, Profile(**made_by), recipe)
+training.finetune(folder, **json.loads((folder / "settings.json").read_text()))

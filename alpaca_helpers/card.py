@@ -1,4 +1,4 @@
-"""The adapter taken elsewhere: its model card, its weights merged into the base, the Hub."""
+"""The adapter's model card, and the adapter on the Hub."""
 
 import json
 import os
@@ -9,9 +9,8 @@ from huggingface_hub import create_repo, upload_folder
 from . import AlpacaError
 from .data import RECIPES
 from .hub import first_line
-from .lora import TOKENIZER_BYTES, load_adapter
 from .prompts import format_prompt
-from .runs import artifact, atomic_folder, check_disk_space, read_record
+from .runs import artifact, read_record
 
 SHOWN = (  # the settings that a card lists
     "lora_rank lora_alpha lora_dropout target_modules learning_rate num_train_epochs batch_size max_words max_length "
@@ -30,19 +29,6 @@ LICENCES = {  # of the data, by dataset: the card's tag, and the sentence
 UNKNOWN_LICENCE = (None, "Not known here: the licence of the dataset holds for the adapter too.")
 
 
-def save_merged(base, tokenizer, adapter: Path, folder: Path) -> None:
-    """Write `base` with the adapter's correction added to its weights: a plain model that needs no peft.
-
-    Args:
-        base: a fresh base model; it is changed. In float32 the merged logits equal the adapter's to 1e-4.
-    """
-    merged = load_adapter(base, adapter).merge_and_unload()
-    size = sum(value.numel() * value.element_size() for value in merged.parameters())
-    with check_disk_space(folder, needed=size + TOKENIZER_BYTES), atomic_folder(folder) as part:
-        merged.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-
-
 def push_adapter(adapter: Path, repository: str) -> str:
     """Upload the adapter's folder to the Hub and return its address; a new repository is private.
 
@@ -54,7 +40,8 @@ def push_adapter(adapter: Path, repository: str) -> str:
     except Exception as error:  # the library's exceptions differ from release to release
         raise AlpacaError(
             f"The adapter was not pushed to {repository} ({first_line(error)}): it is whole on disk; log in with "
-            "`hf auth login` and check the name (owner/name) and the network."
+            "`hf auth login` and check the name (owner/name) and the network.",
+            "push-refused",
         ) from error
 
 

@@ -1,0 +1,105 @@
+"""What makes a training step faster than transformers' and peft's own code does, for as long as training lasts.
+
+Each patch keeps loss and gradients, returns the function that undoes it, and names what it was measured to gain:
+`python -m benchmarks.speedups` times a step with all patches against one without it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from peft.tuners import lora
+from torch import nn
+from transformers import AttentionInterface
+from transformers.activations import NewGELUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+
+@contextmanager
+def faster_training(model) -> Iterator[None]:
+    """Apply every patch to `model` in the block; however it ends, the model is left as it was."""
+    with ExitStack() as stack:
+        for patch in PATCHES:
+            stack.callback(patch(model))
+        yield
+
+
+def fast_attention(model) -> Callable[[], None]:
+    """Compute attention on a CPU in bfloat16 step by step, elsewhere by torch's fused kernel without a mask.
+
+    The fused kernel's gradient is slow on that CPU. Rows padded on the right need no mask, and to make one transformers
+    searches each batch for rows packed into one, which forces a synchronization on a GPU.
+    """
+    usual = model.config._attn_implementation
+    if usual == "sdpa" and model.device.type == "cpu" and model.dtype == torch.bfloat16:
+        model.set_attn_implementation("eager")
+    elif usual == "sdpa":
+        AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
+        model.set_attn_implementation("sdpa_without_mask")
+    return lambda: model.set_attn_implementation(usual)
+
+
+def fused_gelu(model) -> Callable[[], None]:
+    """Compute GPT-2's activation in one operation instead of seven."""
+    blocks = [module for module in model.modules() if isinstance(getattr(module, "act", None), NewGELUActivation)]
+    return _set(blocks, "act", [nn.GELU(approximate="tanh")] * len(blocks))
+
+
+def no_base_dropout(model) -> Callable[[], None]:
+    """Switch off the dropout of the base, none of whose weights are trained; LoRA's own stays on."""
+    dropouts = [m for name, m in model.named_modules() if isinstance(m, nn.Dropout) and "lora" not in name]
+    return _set(dropouts, "p", [0.0] * len(dropouts))
+
+
+def _set(modules: list[nn.Module], name: str, values: list) -> Callable[[], None]:
+    """Set an attribute of each module and return the function that sets it back."""
+    usual = [getattr(module, name) for module in modules]
+    for module, value in zip(modules, values):
+        setattr(module, name, value)
+
+    def undo() -> None:
+        for module, value in zip(modules, usual):
+            setattr(module, name, value)
+
+    return undo
+
+
+def lora_in_base_precision(model) -> Callable[[], None]:
+    """Compute LoRA's products in the precision of what they are added to, the second as it is added."""
+    layers = [module for module in model.modules() if isinstance(module, lora.Linear)]
+    for layer in layers:
+        layer.forward = partial(_lora_forward, layer)
+
+    def undo() -> None:
+        for layer in layers:
+            del layer.forward
+
+    return undo
+
+
+def _lora_forward(layer: lora.Linear, x: torch.Tensor, **named) -> torch.Tensor:
+    if not layer.training or layer.disable_adapters or layer.merged or layer.lora_variant or named:
+        return type(layer).forward(layer, x, **named)
+    result = layer.base_layer(x)
+    for name in filter(layer.lora_A.__contains__, layer.active_adapters):
+        a, b = layer.lora_A[name].weight.to(x.dtype), layer.lora_B[name].weight * layer.scaling[name]
+        reduced = F.linear(layer.lora_dropout[name](x), a)
+        result = torch.addmm(result.flatten(0, -2), reduced.flatten(0, -2), b.to(x.dtype).t()).view(result.shape)
+    return result
+
+
+def listed_parameters(model) -> Callable[[], None]:
+    """Find parameters and modules once: at each step Trainer walks through all modules three times."""
+    parameters, modules, usual = list(model.parameters()), list(model.modules()), type(model).train
+    model.parameters = lambda recurse=True: iter(parameters)
+    model.train = lambda mode=True: model if all(m.training == mode for m in modules) else usual(model, mode)
+
+    def undo() -> None:
+        del model.parameters, model.train
+
+    return undo
+
+
+PATCHES = [fast_attention, fused_gelu, no_base_dropout, lora_in_base_precision, listed_parameters]
