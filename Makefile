@@ -2,18 +2,22 @@
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
-PROFILE ?= auto
 PARAMS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TESTABLE := $(VENV)/.testable
+# What is handed to a program as one argument reaches the shell as a variable, not as text that it would read.
+override PROFILE := $(or $(value PROFILE),auto)
+override RUN := $(value RUN)
+override REPO_URL := $(value REPO_URL)
+export PROFILE RUN REPO_URL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-colab lab pocket refresh french recipes table bench audit address clean
+.PHONY: help setup run test quick test-colab lab pocket refresh french recipes table bench audit address clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  for run: PROFILE=auto|pocket|gpt2-medium  RUN=name  PARAMS=\"-p key value ...\""
+	@echo "  for run: PROFILE=auto|pocket|gpt2-medium  RUN=name  PARAMS=\"-p key value ...\" (as a shell reads them)"
 
 setup: $(TESTABLE)  ## make the environment alone (.venv), for running and testing
 
@@ -21,7 +25,7 @@ $(READY): requirements.txt $(CONSTRAINTS) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 	  || { echo "Python 3.11 to 3.13 is needed: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --progress-bar on -c $(CONSTRAINTS) -e .
+	$(BIN)/python -m pip install --progress-bar on -c $(CONSTRAINTS) -e ".[notebooks]"
 	@touch $@
 
 $(TESTABLE): $(READY)
@@ -29,15 +33,19 @@ $(TESTABLE): $(READY)
 	@touch $@
 
 run: $(READY)  ## run the four notebooks into runs/RUN and print the before/after table
-	$(BIN)/python -m alpaca_helpers.series --profile $(PROFILE) $(if $(RUN),--run $(RUN)) $(PARAMS)
+	$(BIN)/python -m alpaca_helpers.series --profile="$$PROFILE" $${RUN:+"--run=$$RUN"} $(PARAMS)
 
 test: $(TESTABLE)  ## unit tests, then the notebooks' stored outputs against fresh ones
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
-	$(BIN)/python -m alpaca_helpers.series --prepare build/nbval --profile $(PROFILE:auto=pocket)
+	$(BIN)/python -m alpaca_helpers.series --prepare build/nbval \
+	  --profile=$(if $(filter auto,$(PROFILE)),pocket,"$$PROFILE")
 	$(BIN)/python -m pytest --nbval build/nbval
+
+quick: $(TESTABLE)  ## the unit tests without the slow ones
+	$(BIN)/python -m pytest -m "not slow"
 
 test-colab:  ## the same with Colab's versions
 	$(MAKE) test VENV=.venv-colab CONSTRAINTS=constraints-colab.txt
@@ -46,7 +54,7 @@ lab: $(READY)  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
 pocket: $(READY)  ## rebuild the shipped model from its facts
-	$(BIN)/python -m alpaca_helpers.pocket.build
+	$(BIN)/python -m pocket.build
 
 refresh: $(READY)  ## execute the notebooks in place on the pocket and clean them
 	$(BIN)/python -m alpaca_helpers.series --refresh
@@ -58,6 +66,7 @@ recipes: $(READY)  ## what each choice buys: a grid of recipes and LoRA ranks on
 	$(BIN)/python -m benchmarks.recipes
 
 table: $(READY)  ## the same table of any finished runs: RUNS="a b c"
+	@$(if $(strip $(RUNS)),,echo 'Say which finished runs: make table RUNS="a b c"'; exit 1)
 	$(BIN)/python -m benchmarks.recipes $(RUNS)
 
 bench: $(READY)  ## measure training, evaluation and the chat against the usual ways
@@ -68,12 +77,8 @@ audit: $(READY)  ## look up what is installed among known vulnerabilities (asks 
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) pip-audit
 	$(BIN)/pip-audit --skip-editable
 
-address:  ## where you publish the project, for Colab: REPO_URL=https://github.com/owner/name
-	@case "$(REPO_URL)" in https://github.com/*/*) ;; \
-	  *) echo "Say where the project is: make address REPO_URL=https://github.com/owner/name"; exit 1;; esac
-	sed -i.bak -E 's#(colab\.research\.google\.com/github/)[^/]+/[^/]+/#\1$(REPO_URL:https://github.com/%=%)/#' README.md
-	sed -i.bak -E 's#repo_url: str = \\"[^"\\]*\\"#repo_url: str = \\"$(REPO_URL)\\"#' notebooks/*.ipynb notebooks/fr/*.ipynb
-	@rm -f README.md.bak notebooks/*.bak notebooks/fr/*.bak
+address:  ## where you publish the project, for links and Colab: REPO_URL=https://github.com/owner/name (origin)
+	@$(PYTHON) tools/address.py "$$REPO_URL"
 
 clean:  ## remove what can be made again, runs excepted
 	rm -rf build .venv .venv-colab .pytest_cache .ruff_cache *.egg-info

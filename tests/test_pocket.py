@@ -19,12 +19,13 @@ from conftest import PROJECT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alpaca_helpers.generation import generate
-from alpaca_helpers.pocket import FACTS, FOLDER, HELDOUT, MODEL, TRAIN, build, corpus
+from alpaca_helpers.pocket import FOLDER, HELDOUT, MODEL, TRAIN
 from alpaca_helpers.prompts import format_example, format_prompt
+from pocket import build, corpus
 
 TEXT_HASH = """
 import hashlib
-from alpaca_helpers.pocket import corpus
+from pocket import corpus
 print(hashlib.sha256(repr((corpus.documents(), corpus.instruction_rows())).encode()).hexdigest())
 """
 
@@ -68,7 +69,7 @@ def read_rows(path):
 # The facts
 
 
-@pytest.mark.parametrize("path", sorted(FACTS.glob("*.csv")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(corpus.FACTS.glob("*.csv")), ids=lambda path: path.stem)
 def test_a_table_says_nothing_twice(path):
     with path.open(encoding="utf-8", newline="") as lines:
         table = list(csv.DictReader(lines))
@@ -162,6 +163,7 @@ def lines_of(text):
     ]
 
 
+@pytest.mark.slow
 def test_heldout_entities_are_stated_in_pretraining(heldout_facts, texts):
     stated = {"\n".join(lines_of(text)) for text in texts}
     sentences = {line for text in stated for line in text.split("\n")} | stated
@@ -178,11 +180,13 @@ def test_heldout_rows_ask_for_heldout_entities(heldout_facts, rows):
     assert {row["output"] for row in rows[1]} <= {fact.answer for fact in heldout_facts}
 
 
+@pytest.mark.slow
 def test_pretraining_never_shows_the_prompt(texts):
     for text in texts:
         assert not re.search("instruction|réponse|response|answer:|question:", text, re.IGNORECASE)
 
 
+@pytest.mark.slow
 def test_no_question_is_followed_by_its_answer(facts, texts):
     """A document asks or states, never both; one that asks holds none of the answers."""
     answers = defaultdict(set)
@@ -206,6 +210,7 @@ def test_no_question_is_followed_by_its_answer(facts, texts):
     assert asking > 1000
 
 
+@pytest.mark.slow
 def test_two_builds_make_the_same_text_and_tokenizer(texts, rows):
     here = hashlib.sha256(repr((texts, rows)).encode()).hexdigest()
     elsewhere = subprocess.run(

@@ -1,10 +1,8 @@
 """The README's commands are run somewhere, its links lead somewhere: python -m pytest tests/test_readme.py"""
 
 import re
-import shutil
 import subprocess
 
-import pytest
 from conftest import PROJECT
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
@@ -78,20 +76,3 @@ def test_a_run_with_the_documents_recipe(tmp_path):
 
     parameters = {"profile": "pocket", "run": str(tmp_path / "document"), "recipe": "document"}
     assert read_manifest(run_series(parameters, NOTEBOOKS[1:2]))["data"]["recipe"] == "document"
-
-
-@pytest.mark.parametrize("place", ["https://github.com/ada/assistant", "", "somewhere"])
-def test_make_address_sets_the_repository_everywhere(place, tmp_path):
-    for name in ("Makefile", "README.md"):
-        shutil.copy(PROJECT / name, tmp_path)
-    shutil.copytree(PROJECT / "notebooks", tmp_path / "notebooks")
-    done = subprocess.run(["make", "address", f"REPO_URL={place}"], cwd=tmp_path, capture_output=True, text=True)
-    notebooks = [path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.ipynb")]
-    if "github" in place:
-        readme = (tmp_path / "README.md").read_text(encoding="utf-8")
-        assert readme.count("github/ada/assistant/blob/main/notebooks") == 4
-        assert all(f'repo_url: str = \\"{place}\\"' in text for text in notebooks) and len(notebooks) == 8
-    else:
-        assert done.returncode and "make address REPO_URL=https://github.com/owner/name" in done.stdout
-        assert all('repo_url: str = \\"\\"' in text for text in notebooks)
-    assert not list(tmp_path.rglob("*.bak"))

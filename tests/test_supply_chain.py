@@ -11,7 +11,8 @@ from conftest import PROJECT
 
 from alpaca_helpers.profiles import PROFILES
 
-SOURCES = sorted([*PROJECT.glob("alpaca_helpers/**/*.py"), *PROJECT.glob("benchmarks/**/*.py")])
+FOLDERS = ("alpaca_helpers", "benchmarks", "pocket", "tools")
+SOURCES = sorted(path for folder in FOLDERS for path in PROJECT.glob(f"{folder}/**/*.py"))
 NOTEBOOKS = sorted(PROJECT.glob("notebooks/*.ipynb"))
 TREES = {str(path.relative_to(PROJECT)): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
 for notebook in NOTEBOOKS:

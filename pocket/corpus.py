@@ -11,11 +11,13 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache, cached_property
+from pathlib import Path
 
-from ..prompts import format_example
-from . import FACTS
+from alpaca_helpers.prompts import format_example
+
 from .wordings import KINDS, Kind
 
+FACTS = Path(__file__).parent / "facts"
 SEED = 42
 ROUNDS = 160  # how often the pretraining text goes through all facts
 HELDOUT_SHARE = 0.2

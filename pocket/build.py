@@ -1,4 +1,4 @@
-"""Make the pocket from its facts: `python -m alpaca_helpers.pocket.build`.
+"""Make the pocket from its facts: `python -m pocket.build`.
 
 Writes the tokenizer, the pretrained model and the instruction rows, all together or not at all: the model is
 checked, and everything written beside, before it takes the place of what is there.
@@ -15,9 +15,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from ..generation import generate
-from ..runs import atomic_folder
-from . import HELDOUT, MODEL, TRAIN, corpus
+from alpaca_helpers.generation import generate
+from alpaca_helpers.pocket import HELDOUT, MODEL, TRAIN
+from alpaca_helpers.runs import atomic_folder
+
+from . import corpus
 
 END = "<|endoftext|>"
 VOCABULARY = 2048
