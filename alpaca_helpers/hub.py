@@ -3,12 +3,15 @@
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -17,56 +20,59 @@ from huggingface_hub.errors import (
 
 from . import AlpacaError
 
-PATIENCE = 4.0  # seconds for the Hub's first answer; its own library would try for 47 s, file after file
+PATIENCE = 4.0  # seconds for the Hub's first answer; its own library would try for 47 s
 WAITS = (1, 2, 4, 8)  # seconds between tries while the Hub answers that it is busy
 OFFLINE_WAY = "or run the model that comes with the project: PROFILE=pocket (in a notebook, profile = 'pocket')"
 
 
-def fetch(name: str, revision: str | None, kind: str, wanted: Sequence[str]) -> Path:
-    """Return the cache's folder of `name` on the Hub after downloading each file of a `wanted` pattern not yet there.
+def fetch(name: str, revision: str | None, kind: str, patterns: Sequence[str]) -> Path:
+    """Return the cache's folder of `name` on the Hub, after downloading the files of `patterns` that are not there yet.
 
-    What is to come and its size are printed first. Small files come first, the weights last.
+    What is to come and its size are printed first.
 
     Args:
-        revision: the commit; None is the newest.
+        revision: the commit, branch or tag; None is the newest commit.
         kind: `model` or `dataset`.
 
     Raises AlpacaError within 5 s if the Hub cannot be reached; later, if it breaks off.
     """
 
-    def because(error: Exception) -> AlpacaError:
-        return AlpacaError(_sentence(name, revision, kind, error))
+    def ask():
+        return HfApi().repo_info(name, repo_type=kind, revision=revision, files_metadata=True, timeout=PATIENCE)
+
+    def download() -> str:
+        return snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=list(patterns))
 
     try:
-        info = _while_busy(lambda: _in_time(lambda: _info(name, revision, kind)))
+        info = _while_busy(lambda: _in_time(ask))
+        files = [file for file in info.siblings if any(fnmatch(file.rfilename, pattern) for pattern in patterns)]
+        if not files:
+            raise AlpacaError(f"{name} on the Hub has no {patterns[0]}: choose another {kind}.", "hub-unknown")
+        if new := [f for f in files if not try_to_load_from_cache(name, f.rfilename, None, info.sha, kind)]:
+            size, names = readable_size(sum(file.size or 0 for file in new)), ", ".join(file.rfilename for file in new)
+            print(f"Downloading {name} from the Hub, {size}, once: {names}", flush=True)
+        folder = Path(_while_busy(download))
+        if not all((folder / file.rfilename).exists() for file in files):  # where it broke off early, no error comes
+            raise ConnectionError("not all files came")
+        return folder
+    except AlpacaError:
+        raise
     except Exception as error:  # the library's exceptions differ from release to release
-        raise because(error) from error
-    files = [file for file in info.siblings if any(fnmatch(file.rfilename, pattern) for pattern in wanted)]
-    if not files:
-        raise AlpacaError(f"{name} on the Hub has no {' or '.join(wanted)}: choose another {kind}.")
-    files.sort(key=lambda file: file.size or 0)
-    folder = cached_folder(name, info.sha, kind)
-    if missing := [file for file in files if not (folder and (folder / file.rfilename).exists())]:
-        size, names = sum(file.size or 0 for file in missing), ", ".join(file.rfilename for file in missing)
-        print(f"Downloading {name} from the Hub, {readable_size(size)}, once: {names}", flush=True)
-    try:
-        for file in files:
-            path = _while_busy(lambda: hf_hub_download(name, file.rfilename, repo_type=kind, revision=revision))  # noqa: B023
-    except Exception as error:
-        raise because(error) from error
-    return Path(path).parents[file.rfilename.count("/")]
+        raise _explained(error, name, revision, kind) from error
 
 
-def cached_folder(name: str, revision: str | None, kind: str) -> Path | None:
-    """Return the cache's folder of `name`, whole or not, without asking the Hub; None if there is none.
+def cached_folder(name: str, revision: str | None, kind: str, patterns: Sequence[str]) -> Path | None:
+    """Return the cache's folder of `name` without asking the Hub; None if there is none.
 
-    The layout is the Hub library's: https://huggingface.co/docs/huggingface_hub/guides/manage-cache
+    None also if a file of `patterns` is known to be missing: known it is of what `fetch` began, not of what a loader
+    fetched file by file.
     """
-    repository = Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}")
-    branch = repository / "refs" / (revision or "main")
-    commit = branch.read_text().strip() if branch.is_file() else revision
-    folder = repository / "snapshots" / str(commit)
-    return folder if folder.is_dir() else None
+    with suppress(LocalEntryNotFoundError, HFValidationError):
+        allowed = list(patterns)
+        return Path(
+            snapshot_download(name, repo_type=kind, revision=revision, local_files_only=True, allow_patterns=allowed)
+        )
+    return None
 
 
 def first_line(error: BaseException) -> str:
@@ -79,30 +85,22 @@ def readable_size(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def _info(name: str, revision: str | None, kind: str):
-    api = HfApi()
-    ask = api.model_info if kind == "model" else api.dataset_info
-    return ask(name, revision=revision, files_metadata=True, timeout=PATIENCE)
-
-
 def _in_time(ask: Callable):
     """Return `ask()`; raise TimeoutError after `PATIENCE`, even where a name server or a proxy hangs."""
-    done: dict = {}
+    answer: Future = Future()
 
     def work() -> None:
         try:
-            done["answer"] = ask()
+            answer.set_result(ask())
         except Exception as error:
-            done["error"] = error
+            answer.set_exception(error)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(PATIENCE)
-    if "error" in done:
-        raise done["error"]
-    if "answer" not in done:
+    if not answer.done():
         raise TimeoutError(f"no answer within {PATIENCE:.0f} s")
-    return done["answer"]
+    return answer.result()
 
 
 def _while_busy(ask: Callable):
@@ -119,20 +117,23 @@ def _while_busy(ask: Callable):
     return ask()
 
 
-def _sentence(name: str, revision: str | None, kind: str, error: Exception) -> str:
+def _explained(error: Exception, name: str, revision: str | None, kind: str) -> AlpacaError:
     """Return what is missing, why, and what to do."""
-    at = f"{name} at {revision[:8]}" if revision else name
     if isinstance(error, GatedRepoError):
-        return f"The {kind} {name} wants its terms accepted: do so on its page and log in with `hf auth login`."
+        how = "do so on its page and log in with `hf auth login`"
+        return AlpacaError(f"The {kind} {name} wants its terms accepted: {how}.", "hub-gated")
     if isinstance(error, RevisionNotFoundError):
-        return f"The {kind} {name} has no revision {revision} on the Hub: check the revision, {OFFLINE_WAY}."
-    if isinstance(error, RepositoryNotFoundError):
-        return (
-            f"There is no {kind} {name}, neither a path here nor on the Hub ({constants.ENDPOINT}), or it is private: "
-            f"check the parameter `{kind}`, {OFFLINE_WAY}."
-        )
-    missing = f"The {kind} {at} is not (wholly) in the cache {constants.HF_HUB_CACHE}"
+        what = f"The {kind} {name} has no revision {revision} on the Hub"
+        return AlpacaError(f"{what}: check the revision, {OFFLINE_WAY}.", "hub-unknown")
+    if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
+        what = f"There is no {kind} {name}, neither a path here nor on the Hub ({constants.ENDPOINT}), or it is private"
+        return AlpacaError(f"{what}: check the parameter `{kind}`, {OFFLINE_WAY}.", "hub-unknown")
+    at = f"{name} at {revision[:8]}" if revision else name
+    what = f"The {kind} {at} is not (wholly) in the cache {constants.HF_HUB_CACHE}"
     if isinstance(error, OfflineModeIsEnabled):
-        return f"{missing} and HF_HUB_OFFLINE forbids to fetch it: unset it once, {OFFLINE_WAY}."
+        return AlpacaError(
+            f"{what} and HF_HUB_OFFLINE forbids to fetch it: unset it once, {OFFLINE_WAY}.", "hub-offline"
+        )
     cause = first_line(error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error)
-    return f"{missing} and could not be fetched from {constants.ENDPOINT} ({cause}): try again later, {OFFLINE_WAY}."
+    what += f" and could not be fetched from {constants.ENDPOINT} ({cause})"
+    return AlpacaError(f"{what}: try again later, {OFFLINE_WAY}.", "hub-unreachable")

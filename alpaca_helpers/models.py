@@ -1,22 +1,43 @@
-"""The base model and its tokenizer: from a folder or from the Hub, and the device they run on."""
+"""The base model and its tokenizer: a folder ready for `from_pretrained`, and the device they run on."""
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from huggingface_hub import constants
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
 
 from . import AlpacaError, locate
 from .hub import cached_folder, fetch, first_line
 
-TOKENIZER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
-MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "model-*-of-*", "model.*.index.json")
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+)
+WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json", *TOKENIZER_FILES, *WEIGHT_FILES)
+FOLDER_ONLY = {"local_files_only": True, "trust_remote_code": False}  # no code of the model's
 
 
 def best_device() -> str:
-    """Return `cuda` where torch sees a GPU, else `cpu`."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """Return `cuda` where torch sees a GPU, `mps` on Apple's, else `cpu`; Trainer chooses the same."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def base_dtype() -> torch.dtype:
@@ -29,63 +50,101 @@ def base_dtype() -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of `model`, padding with its end-of-text token as the document does.
+def fetch_model(name: str, revision: str | None = None) -> Path:
+    """Return the absolute folder of a base model, ready for `from_pretrained`; downloaded only if it is not here.
 
-    Arguments and errors as in `load_base`.
+    Args:
+        name: a folder, or a name on the Hub.
+        revision: the commit on the Hub; None is the one in the cache, else the newest.
+
+    Raises AlpacaError if there is none, or if it is not a whole causal language model with its tokenizer, its weights
+    in safetensors. Headers are read, not weights: see `check_weights`.
     """
-    tokenizer = _load(AutoTokenizer, model, revision, TOKENIZER_FILES)
-    tokenizer.pad_token = tokenizer.eos_token
+    if (here := locate(name)).is_dir():
+        return _checked(here.resolve())
+    if here.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:  # a path: never looked up on the Hub
+        raise AlpacaError(f"There is no model folder {name}: check the parameter `model`.", "model-missing")
+    if folder := cached_folder(name, revision, "model", MODEL_FILES):
+        try:
+            return _checked(folder)
+        except AlpacaError as error:
+            if error.code == "model-unsuited":
+                raise  # else a part of it may have come in another way: ask the Hub for the rest
+    return _checked(fetch(name, revision, "model", MODEL_FILES))
+
+
+def check_weights(model: PreTrainedModel) -> None:
+    """Raise AlpacaError with the first parameter that holds NaN or infinity."""
+    for name, value in model.named_parameters():
+        if not value.isfinite().all():
+            raise AlpacaError(
+                f"The model {model.name_or_path} holds NaN or infinity in {name}: use another copy of it.",
+                "model-broken",
+            )
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a base model, padding with its end-of-text token as the document does.
+
+    Arguments and errors as in `fetch_model`.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(fetch_model(name, revision), **FOLDER_ONLY)
+    tokenizer.pad_token, tokenizer.name_or_path = tokenizer.eos_token, name
     return tokenizer
 
 
-def load_base(model: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Return the base model on the best device, in evaluation mode; safetensors only, no code of the model's.
+def load_base(name: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Return the base model on the best device, in evaluation mode.
 
-    What the Hub's cache holds is loaded without a network; the rest is downloaded first.
-
-    Args:
-        model: a folder, or a name on the Hub.
-        revision: the commit on the Hub; None is the one in the cache, else the newest.
-
-    Raises AlpacaError if the model is neither here nor to be had.
+    Arguments and errors as in `fetch_model`, and those of `check_weights`.
     """
-    settings = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    return _load(AutoModelForCausalLM, model, revision, MODEL_FILES, **settings).eval().to(best_device())
+    model = AutoModelForCausalLM.from_pretrained(fetch_model(name, revision), dtype=dtype, **FOLDER_ONLY)
+    # what an adapter names as its base is the model, not a folder of this machine
+    model.name_or_path = model.config._name_or_path = name
+    check_weights(model)
+    return model.eval().to(best_device())
 
 
-def _load(loader, model: str, revision: str | None, files: tuple[str, ...], **settings):
-    """Return what `loader` makes of the folder that `model` is, of the cache's, or of the one just fetched."""
-    if (here := locate(model)).is_dir():
-        return _from_folder(loader, here.resolve(), **settings)
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:  # a path: never looked up on the Hub
-        raise AlpacaError(f"There is no model folder {model}: check the parameter `model`.")
-    loaded = None
-    if folder := cached_folder(model, revision, "model"):
-        with suppress(AlpacaError):  # not whole
-            loaded = _from_folder(loader, folder, **settings)
-    # by folder, because a loader given a name asks the Hub for an adapter's configuration, cache or not
-    loaded = loaded or _from_folder(loader, fetch(model, revision, "model", files), **settings)
-    if hasattr(loaded, "config"):
-        loaded.config._name_or_path = model
-    loaded.name_or_path = model  # what an adapter names as its base is the model, not a folder of this machine
-    return loaded
-
-
-def _from_folder(loader, folder: Path, **settings):
+def _checked(folder: Path) -> Path:
+    """Return `folder`; raise AlpacaError if `from_pretrained` would fail there, or make up what is missing."""
+    if (folder / "adapter_config.json").exists():  # from_pretrained would ask the Hub for its base
+        what = f"{folder} holds an adapter: pass the base model that its adapter_config.json names."
+        raise AlpacaError(what, "model-unsuited")
+    fault = ""
     try:
-        loaded = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **settings)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise AlpacaError(
-            f"The model in {folder} cannot be loaded ({first_line(error)}): put it right, or delete it."
-        ) from error
-    if isinstance(loaded, tuple):  # a model, and what its loader would only warn of
-        loaded, info = loaded
-        strange = [name for name, value in loaded.named_parameters() if not value.isfinite().all()]
-        if wrong := sorted(info["missing_keys"]) or strange:
-            fault = "is missing" if wrong[0] in info["missing_keys"] else "holds NaN or infinite numbers"
-            raise AlpacaError(f"The model in {folder} is broken ({wrong[0]} {fault}): put it right, or delete it.")
-    if isinstance(loaded, PreTrainedTokenizerBase) and not loaded.get_vocab().keys() - set(loaded.all_special_tokens):
-        # the loader makes an empty tokenizer where the vocabulary is missing, and says nothing
-        raise AlpacaError(f"The model in {folder} has no tokenizer: copy its tokenizer.json there.")
-    return loaded
+        config = AutoConfig.from_pretrained(folder, **FOLDER_ONLY)
+        encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+        if encoder or config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            what = f"The model in {folder} ({config.model_type}) does not continue text: choose a decoder-only one."
+            raise AlpacaError(what, "model-unsuited")
+        tokenizer = AutoTokenizer.from_pretrained(folder, **FOLDER_ONLY)
+        if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
+            fault = "has no tokenizer.json"  # the loader makes an empty tokenizer in silence
+        settings = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        with _silent():  # on the meta device, the files' headers are compared with the model, and no weight is read
+            _, info = AutoModelForCausalLM.from_pretrained(folder, device_map="meta", **settings, **FOLDER_ONLY)
+        if missing := sorted(info["missing_keys"]) or sorted(key for key, *_ in info["mismatched_keys"]):
+            fault = f"has no {missing[0]} of the shape in config.json"
+    except AlpacaError:
+        raise
+    except Exception as error:  # anything: it depends on where a file is broken
+        fault = f"cannot be loaded ({first_line(error)})"
+    if fault:
+        cached = folder.is_relative_to(Path(constants.HF_HUB_CACHE).resolve())
+        remedy = f"delete {folder.parents[1]} and run again" if cached else "put it right"
+        raise AlpacaError(f"The model in {folder} {fault}: {remedy}.", "model-broken")
+    return folder
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep the loader's progress bar and its report off the screen."""
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

@@ -80,7 +80,7 @@ def load_rows(dataset: str, revision: str | None = None) -> Dataset:
 def _hub_rows(name: str, revision: str | None) -> Dataset:
     """Return the train split of a dataset on the Hub, from the cache if it is known to hold all of it."""
     known_file, known_columns, known_rows = KNOWN.get(revision or "", ("", (), 0))
-    folder = cached_folder(name, revision, "dataset")
+    folder = cached_folder(name, revision, "dataset", DATA_FILES)
     if folder is None or not known_file or not (folder / known_file).exists():
         try:
             folder = fetch(name, revision, "dataset", DATA_FILES)

@@ -14,8 +14,8 @@ from hub import ALPACA_FILE, DATASET, DATASET_COMMIT, MODEL, MODEL_COMMIT, Fault
 from huggingface_hub import constants
 from safetensors.torch import load_file
 
-from alpaca_helpers import AlpacaError, data, hub
-from alpaca_helpers.data import load_rows
+from alpaca_helpers import AlpacaError, hub, rows
+from alpaca_helpers.rows import load_rows
 from alpaca_helpers.models import load_base, load_tokenizer
 from alpaca_helpers.series import NOTEBOOKS
 
@@ -36,8 +36,8 @@ def repositories(alpaca_like, tmp_path_factory) -> Hub:
 def server(repositories, tmp_path, monkeypatch):
     """The stand-in, running, with an empty cache, fewer rows than are known of Alpaca, and hardly a wait."""
     monkeypatch.setattr(hub, "WAITS", [wait / 100 for wait in hub.WAITS])
-    file, columns, _ = data.KNOWN[DATASET_COMMIT]
-    monkeypatch.setitem(data.KNOWN, DATASET_COMMIT, (file, columns, ROWS))
+    file, columns, _ = rows.KNOWN[DATASET_COMMIT]
+    monkeypatch.setitem(rows.KNOWN, DATASET_COMMIT, (file, columns, ROWS))
     with Hub(repositories.repositories) as running:
         point_to(running.url, tmp_path, monkeypatch)
         yield running
