@@ -1,6 +1,6 @@
 """Held-out metrics, base against tuned: same rows, same prompt, greedy, in batches, one model."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -207,7 +207,7 @@ def _questions(metrics: dict) -> int:
     return metrics.get("questions", metrics["n"])  # an older run's rows were taken for different questions
 
 
-def main_metrics(metrics: dict) -> list[str]:
+def main_metrics(metrics: Mapping) -> list[str]:
     """Return the five metrics to look at first; without facts to check, ROUGE-L and repetition stand for them."""
     content = ["rouge_l", "repetition"] if metrics["tuned"]["contains"] is None else ["contains", "exact_match"]
     return [*content, "stop_rate", "answer_loss", "mean_answer_tokens"]
@@ -244,29 +244,29 @@ def conclusion(metrics: dict) -> str:
     better, worse, same = ([name for name in verdicts if verdicts[name] == way] for way in (1, -1, 0))
     questions, share = _questions(metrics), METRICS["contains"].show
     counts = (
-        f"on {questions} held-out questions {len(better)} of {len(verdicts)} measures got clearly better, "
-        f"{len(worse)} clearly worse"
+        f"On {questions} held-out questions {len(better)} of {len(verdicts)} measures got clearly better, "
+        f"{len(worse)} clearly worse."
     )
     if questions < FEWEST_QUESTIONS:
-        opening, same = "Too few held-out questions to tell", []
-        counts = f"{questions}, where a verdict takes at least {FEWEST_QUESTIONS}"
+        opening = "Too few held-out questions to tell."
+        counts = f"There are {questions}, and a verdict takes at least {FEWEST_QUESTIONS}."
     elif better and worse:
-        opening = "Tuning helped in some ways and hurt in others"
+        opening = "Tuning helped in some ways and hurt in others."
     elif better == ["answer_loss"]:
-        opening = "Tuning lowered the loss alone, the answers themselves are not clearly better"
+        opening = "Tuning lowered the loss alone, the answers themselves are not clearly better."
     elif better and not {"contains", "exact_match", "rouge_l"} & set(better):
-        opening = "Tuning changed how the answers are written, but not clearly what they say"
+        opening = "Tuning changed how the answers are written, but not clearly what they say."
     elif better:
-        opening = "Tuning helped"
+        opening = "Tuning helped."
     elif worse:
-        opening = "Tuning made the model worse"
+        opening = "Tuning made the model worse."
     else:
-        opening = "Tuning made no clear difference"
-    lines = [f"{opening}: {counts}."]
+        opening = "Tuning made no clear difference."
+    lines = [opening, counts]
     for heading, names in (("Better:", better), ("Worse:", worse)):
         if names:
             lines += [heading, *(f"  {_before_after(metrics, name)}" for name in names)]
-    if same:
+    if same and (better or worse):
         lines.append(f"No clear change: {', '.join(METRICS[name].label for name in same)}.")
     if metrics["tuned"]["stop_rate"] < 0.5:
         stops = METRICS["stop_rate"].show(metrics["tuned"]["stop_rate"])

@@ -114,6 +114,7 @@ def losses(log_history: Sequence[Mapping[str, float]], base_loss: float | None =
         heldout.insert(0, (0, base_loss))  # a new adapter changes nothing
     last = max([entry["step"] for entry in log_history], default=0)
     picture, (upper, lower) = figure(7.5, 4.2, rows=2, sharex=True, height_ratios=[3, 1])
+    _log_axis(upper, [value for _, value in train + heldout if 0 < value < math.inf])
     if train:
         steps, values = zip(*train)
         label = "training rows, mean over the steps since the previous log line"
@@ -129,7 +130,6 @@ def losses(log_history: Sequence[Mapping[str, float]], base_loss: float | None =
         lower.plot(*zip(*rate), color=INK, linewidth=1.3)
     if train or heldout:
         picture.legend(loc="outside lower center", ncols=2)
-    _log_axis(upper, [value for _, value in train + heldout if 0 < value < math.inf])
     upper.grid(axis="y")
     upper.set(title="Loss while training", ylabel="loss (nats per token)", xlim=(0, max(last, 1)))
     lower.set(ylabel="learning rate", xlabel="optimizer steps")
