@@ -1,131 +1,22 @@
-"""Held-out metrics, base against tuned: same rows, same prompt, greedy, in batches, one model.
+"""Held-out metrics, base against tuned: same rows, same prompt, greedy, in batches, one model."""
 
-Texts are compared in Unicode's composed form (NFC), without regard to case. A word is a run of letters, marks and
-digits; in scripts that put no space between words (Han, kana, Thai, Lao, Khmer, Burmese) each character is one.
-"""
-
-import unicodedata
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-import regex
 import torch
-from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu.metrics import CHRF
 from tqdm.auto import tqdm
 
 from . import AlpacaError
-from .data import encode
+from .data import encode, question_key
 from .generation import Answer, adapter_scalings, generate, only_forward
+from .metrics import METRICS, chrf, contains, echoes, exact_match, repetition, rouge_l
 from .prompts import format_answer, format_prompt
 
 RESAMPLES = 2000  # of the bootstrap
-FEWEST_ROWS = 20  # below it no difference is called clear: the bootstrap of a few rows promises too much
-
-
-@dataclass(frozen=True)
-class Metric:
-    """How a metric is named and read."""
-
-    label: str
-    unit: str  # "%": stored as a share of 1, shown times 100
-    better: int  # +1: more is better, -1: less is better, 0: neither
-
-    def show(self, value: float | None, signed: bool = False) -> str:
-        """Return the value as text; a signed share is a difference, in points."""
-        if value is None:
-            return "–"
-        sign = "+" if signed else ""
-        if self.unit == "%":
-            decimals = int(0 < abs(100 * value) < 1)  # else a small change would read as none
-            return f"{100 * value:{sign}.{decimals}f}" + ("" if signed else "%")
-        decimals = 1 if abs(value) >= 10 or self.unit in ("tokens", "seconds") else 2
-        return f"{value:{sign}.{decimals}f}"
-
-
-METRICS = {
-    "contains": Metric("answer holds the fact", "%", +1),
-    "exact_match": Metric("answer is exact", "%", +1),
-    "stop_rate": Metric("stops by itself", "%", +1),
-    "rouge_l": Metric("ROUGE-L", "%", +1),
-    "chrf": Metric("chrF", "%", +1),
-    "repetition": Metric("repeated 4-grams", "%", -1),
-    "echo_rate": Metric("repeats the question", "%", -1),
-    "token_accuracy": Metric("next token right", "%", +1),
-    "answer_loss": Metric("answer loss", "nats per token", -1),
-    "perplexity": Metric("perplexity", "", -1),
-    "mean_answer_tokens": Metric("answer length", "tokens", 0),
-}
+FEWEST_QUESTIONS = 20  # below it no difference is called clear: the bootstrap of a few promises too much
 # What the conclusion rests on; the others say the same again, or neither good nor bad.
-JUDGED = ("contains", "exact_match", "stop_rate", "rouge_l", "answer_loss", "repetition", "echo_rate")
-
-_WORD = regex.compile(
-    r"(?=[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}])\X"
-    r"|\p{N}+(?:[.,]\p{N}+)*(?![\p{L}\p{M}\p{N}])"  # 3.5 and 1,000 are one word each
-    r"|[\p{L}\p{M}\p{N}]+"
-)
-_WORD_OR_MARK = regex.compile(_WORD.pattern + r"|\S")
-
-
-def plain(text: str) -> str:
-    """Return the text as it is compared: composed, case folded, each run of spaces one space, none at the ends."""
-    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
-
-
-def words(text: str) -> list[str]:
-    """Return the words of a text as they are compared, without punctuation."""
-    return _WORD.findall(plain(text))
-
-
-def contains(answer: str, fact: str) -> bool:
-    """Return whether the answer holds the fact as whole words, its punctuation included."""
-    answer_words, wanted = (_WORD_OR_MARK.findall(plain(text)) for text in (answer, fact))
-    starts = range(len(answer_words) - len(wanted) + 1)
-    return bool(wanted) and any(answer_words[start : start + len(wanted)] == wanted for start in starts)
-
-
-def exact_match(answer: str, output: str) -> bool:
-    """Return whether the answer is the expected one, up to case, spacing and a sentence's final mark."""
-    answer, output = plain(answer), plain(output)
-    return answer == output or bool(_unmarked(output)) and _unmarked(answer) == _unmarked(output)
-
-
-def _unmarked(text: str) -> str:
-    return text.rstrip(".!?…。！？ ")
-
-
-def rouge_l(answer: str, output: str) -> float:
-    """Return ROUGE-L's F1, 0 to 1: the longest common subsequence of words (Lin, 2004; rouge-score)."""
-    return _rouge().score(output, answer)["rougeL"].fmeasure
-
-
-@cache
-def _rouge() -> RougeScorer:
-    class Words:  # rouge-score's own tokenizer drops every letter that is not a to z
-        tokenize = staticmethod(words)
-
-    return RougeScorer(["rougeL"], tokenizer=Words)
-
-
-def chrf(answer: str, output: str) -> float:
-    """Return chrF, 0 to 1: the F2 of character 1- to 6-grams (Popović, 2015; sacrebleu)."""
-    return CHRF().sentence_score(plain(answer), [plain(output)]).score / 100
-
-
-def repetition(answer: str) -> float:
-    """Return the share of the answer's word 4-grams that it has written before; 0 for fewer than four words."""
-    spoken = words(answer)
-    grams = list(zip(*(spoken[start:] for start in range(4))))
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def echoes(answer: str, instruction: str) -> bool:
-    """Return whether the answer begins with the question, whatever its punctuation."""
-    question = words(instruction)
-    return bool(question) and words(answer)[: len(question)] == question
+JUDGED = ("contains", "exact_match", "rouge_l", "stop_rate", "repetition", "echo_rate", "answer_loss")
 
 
 def evaluate(
@@ -142,21 +33,24 @@ def evaluate(
         seed: of the bootstrap; the answers are greedy.
 
     Returns:
-        metrics: `n`, `max_new_tokens`, the sides `base`, `tuned`, `base_bare` and `change` (tuned minus base, row by
-            row). Each holds the keys of `METRICS`, None where no row has anything to check, and under `intervals` a 95%
-            bootstrap interval over rows for each. Shares are of 1; `answer_loss` is in nats per answer token,
-            the end-of-text token left out; `base_bare` has no loss.
+        metrics: `n` (rows), `questions` (different ones), `max_new_tokens`, the sides `base`, `tuned`, `base_bare` and
+            `change` (tuned minus base, row by row). Each holds the keys of `METRICS`, None where no row has anything to
+            check, and under `intervals` a 95% bootstrap interval for each: it resamples questions, since rows that ask
+            the same one tell less than different ones. Shares are of 1; `answer_loss` is in nats per answer token, the
+            end-of-text token left out; `base_bare` has no loss.
         answers: a row a held-out row: its text, each side's answer, tokens, whether it stopped and whether it is right.
 
     Raises AlpacaError if there are no rows.
     """
     rows = list(rows)
     if not rows:
-        raise AlpacaError("There are no held-out rows to evaluate: run notebook 02 again, with more `heldout_rows`.")
+        raise AlpacaError(
+            "There are no held-out rows to evaluate: run notebook 02 again, with more `heldout_rows`.", "no-rows"
+        )
     templated = [format_prompt(row["instruction"], row["input"]) for row in rows]
     bare = [" ".join(filter(None, (row["instruction"], row["input"]))) for row in rows]
     asked = {"base": ("base", templated), "tuned": ("tuned", templated), "base_bare": ("base", bare)}
-    weights = _resampling(len(rows), seed)
+    weights = _resampling([question_key(row) for row in rows], seed)
     table = {column: [row[column] for row in rows] for column in ("instruction", "input", "output", "fact")}
     estimates = {}
     with tqdm(total=len(rows) * 5, desc="evaluating", unit="answer") as progress:
@@ -175,12 +69,12 @@ def evaluate(
                 scores["answer_loss"] = losses[:, [0, 2]]
                 scores["token_accuracy"] = losses[:, [1, 2]]
             estimates[name] = _estimate(scores, weights)
-    sides = {name: _side(estimate) for name, estimate in estimates.items()}
-    change = {
+    estimates["change"] = {
         name: tuned - estimates["base"][name] if tuned is not None else None
         for name, tuned in estimates["tuned"].items()
     }
-    return {"n": len(rows), "max_new_tokens": max_new_tokens, **sides, "change": _side(change)}, pd.DataFrame(table)
+    head = {"n": len(rows), "questions": len(set(map(question_key, rows))), "max_new_tokens": max_new_tokens}
+    return head | {name: _side(estimate) for name, estimate in estimates.items()}, pd.DataFrame(table)
 
 
 def _answer(model, tokenizer, prompts, side, max_new_tokens, progress, batch_size=64) -> list[Answer]:
@@ -217,11 +111,13 @@ def answer_losses(
 
 
 def _losses_of_batch(model, eos: int, prompts, answers, side: str) -> np.ndarray:
-    answers = [answer[: model.config.n_positions - 1] for answer in answers]
-    ids = [prompt[-(model.config.n_positions - len(answer)) :] + answer for prompt, answer in zip(prompts, answers)]
+    positions = model.config.max_position_embeddings
+    answers = [answer[: positions - 1] for answer in answers]
+    ids = [prompt[-(positions - len(answer)) :] + answer for prompt, answer in zip(prompts, answers)]
     width, longest = max(map(len, ids)), max(map(len, answers))
+    result = np.zeros((len(ids), 3))
     if not longest:
-        return np.zeros((len(ids), 3))
+        return result
     # padded on the left, so that all answers end in the last column and only their logits are made
     tokens = torch.tensor([[eos] * (width - len(row)) + row for row in ids], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=model.device)
@@ -233,7 +129,6 @@ def _losses_of_batch(model, eos: int, prompts, answers, side: str) -> np.ndarray
             use_cache=False,
             logits_to_keep=longest + 1,
         )
-    result = np.zeros((len(ids), 3))
     for row, (answer, logits) in enumerate(zip(answers, output.logits)):
         if answer:
             logits, target = logits[-len(answer) - 1 : -1].float(), tokens[row, -len(answer) :]
@@ -244,26 +139,32 @@ def _losses_of_batch(model, eos: int, prompts, answers, side: str) -> np.ndarray
 
 def _score(answers: Sequence[Answer], rows: Sequence[dict]) -> dict[str, np.ndarray]:
     """Return for each metric of answers what each row adds above and below its fraction, (rows, 2)."""
-    facts = [bool(row["fact"]) for row in rows]
-    everywhere = [True] * len(rows)
     pairs = list(zip(answers, rows))
-    scores = {
-        "contains": ([contains(a.text, r["fact"]) for a, r in pairs], facts),
-        "exact_match": ([bool(r["fact"]) and exact_match(a.text, r["output"]) for a, r in pairs], facts),
-        "stop_rate": ([a.stopped for a, _ in pairs], everywhere),
-        "rouge_l": ([rouge_l(a.text, r["output"]) for a, r in pairs], everywhere),
-        "chrf": ([chrf(a.text, r["output"]) for a, r in pairs], everywhere),
-        "repetition": ([repetition(a.text) for a, _ in pairs], everywhere),
-        "echo_rate": ([echoes(a.text, r["instruction"]) for a, r in pairs], everywhere),
-        "mean_answer_tokens": ([a.tokens for a, _ in pairs], everywhere),
+    scores: dict[str, list] = {
+        "contains": [contains(a.text, r["fact"]) for a, r in pairs],
+        "exact_match": [bool(r["fact"]) and exact_match(a.text, r["output"]) for a, r in pairs],
+        "stop_rate": [a.stopped for a, _ in pairs],
+        "rouge_l": [rouge_l(a.text, r["output"]) for a, r in pairs],
+        "chrf": [chrf(a.text, r["output"]) for a, r in pairs],
+        "repetition": [repetition(a.text) for a, _ in pairs],
+        "echo_rate": [echoes(a.text, r["instruction"]) for a, r in pairs],
+        "mean_answer_tokens": [a.tokens for a, _ in pairs],
     }
-    return {name: np.array(both, dtype=float).T for name, both in scores.items()}
+    counted = {name: [bool(row["fact"]) for row in rows] for name in ("contains", "exact_match")}
+    everywhere = [True] * len(rows)
+    return {name: np.array([above, counted.get(name, everywhere)], float).T for name, above in scores.items()}
 
 
-def _resampling(rows: int, seed: int) -> np.ndarray:
-    """Return how often each row is drawn in each bootstrap resample, (RESAMPLES + 1, rows); the first is the rows."""
-    drawn = np.random.default_rng(seed).multinomial(rows, [1 / rows] * rows, size=RESAMPLES)
-    return np.vstack([np.ones(rows), drawn])
+def _resampling(questions: Sequence[str], seed: int) -> np.ndarray:
+    """Return how often each row counts in each resample of the questions, (RESAMPLES + 1, rows); at first, once each.
+
+    Args:
+        questions: each row's; rows with the same one are drawn together.
+    """
+    _, question = np.unique(np.array(questions), return_inverse=True)
+    different = int(question.max()) + 1
+    drawn = np.random.default_rng(seed).multinomial(different, [1 / different] * different, size=RESAMPLES)
+    return np.vstack([np.ones(len(questions)), drawn[:, question]])
 
 
 def _estimate(scores: dict[str, np.ndarray], weights: np.ndarray) -> dict[str, np.ndarray | None]:
@@ -293,75 +194,95 @@ def _side(estimates: dict[str, np.ndarray | None]) -> dict:
 def verdict(metrics: dict, name: str) -> int:
     """Return 1 if tuning clearly made the metric better, -1 clearly worse, 0 if neither is clear.
 
-    Clear: on at least `FEWEST_ROWS` rows the 95% interval of the change leaves out zero.
+    Clear: on at least `FEWEST_QUESTIONS` different questions the 95% interval of the change leaves out zero.
     """
     interval = metrics["change"]["intervals"][name]
-    if interval is None or metrics["n"] < FEWEST_ROWS:
+    if interval is None or _questions(metrics) < FEWEST_QUESTIONS:
         return 0
     low, high = interval
     return METRICS[name].better * (int(low > 0) - int(high < 0))
 
 
-def comparison(metrics: dict) -> pd.DataFrame:
-    """Return the before/after table: base, tuned and change of each metric, with 95% intervals."""
+def _questions(metrics: dict) -> int:
+    return metrics.get("questions", metrics["n"])  # an older run's rows were taken for different questions
+
+
+def main_metrics(metrics: Mapping) -> list[str]:
+    """Return the five metrics to look at first; without facts to check, ROUGE-L and repetition stand for them."""
+    content = ["rouge_l", "repetition"] if metrics["tuned"]["contains"] is None else ["contains", "exact_match"]
+    return [*content, "stop_rate", "answer_loss", "mean_answer_tokens"]
+
+
+def comparison(metrics: dict, every: bool = False) -> pd.DataFrame:
+    """Return the before/after table: base, tuned and change of each metric, with 95% intervals.
+
+    Args:
+        every: show all metrics that were measured, not only `main_metrics`.
+    """
     lines = {}
-    for name, metric in METRICS.items():
-        if metrics["change"][name] is not None:
-            lines[metric.label + (f", {metric.unit}" if len(metric.unit) > 1 else "")] = {
-                side: _with_interval(metrics[side], name, signed=side == "change")
-                for side in ("base", "tuned", "change")
-            } | {"": {1: "better", -1: "worse", 0: ""}[verdict(metrics, name)]}
+    for name in METRICS if every else main_metrics(metrics):
+        if metrics["change"][name] is None:
+            continue
+        metric = METRICS[name]
+        lines[metric.label + (f", {metric.unit}" if len(metric.unit) > 1 else "")] = {
+            side: _with_interval(metrics, side, name) for side in ("base", "tuned", "change")
+        } | {"": {1: "better", -1: "worse", 0: ""}[verdict(metrics, name)]}
     return pd.DataFrame.from_dict(lines, orient="index")
 
 
-def _with_interval(side: dict, name: str, signed: bool = False) -> str:
-    metric = METRICS[name]
-    low, high = (metric.show(value, signed) for value in side["intervals"][name])
-    value = metric.show(side[name], signed)
+def _with_interval(metrics: dict, side: str, name: str) -> str:
+    value, low, high = (
+        METRICS[name].show(value, signed=side == "change", change=metrics["change"][name])
+        for value in (metrics[side][name], *metrics[side]["intervals"][name])
+    )
     return value if low == value == high else f"{value} ({low} to {high})"
 
 
 def conclusion(metrics: dict) -> str:
-    """Return in a few sentences what the numbers say, whichever way they point."""
+    """Return in a few short lines what the numbers say, whichever way they point; the first line is the verdict."""
     verdicts = {name: verdict(metrics, name) for name in JUDGED if metrics["change"][name] is not None}
-    better, worse = ([name for name in verdicts if verdicts[name] == way] for way in (1, -1))
-    counts = f"of {len(verdicts)} measures {len(better)} got clearly better, {len(worse)} clearly worse"
-    if metrics["n"] < FEWEST_ROWS:
-        opening = f"{metrics['n']} held-out rows are too few to tell: a conclusion takes at least {FEWEST_ROWS}."
+    better, worse, same = ([name for name in verdicts if verdicts[name] == way] for way in (1, -1, 0))
+    questions, share = _questions(metrics), METRICS["contains"].show
+    counts = (
+        f"On {questions} held-out questions {len(better)} of {len(verdicts)} measures got clearly better, "
+        f"{len(worse)} clearly worse."
+    )
+    if questions < FEWEST_QUESTIONS:
+        opening = "Too few held-out questions to tell."
+        counts = f"There are {questions}, and a verdict takes at least {FEWEST_QUESTIONS}."
     elif better and worse:
-        opening = f"On {metrics['n']} held-out rows tuning helped in some ways and hurt in others: {counts}."
+        opening = "Tuning helped in some ways and hurt in others."
+    elif better == ["answer_loss"]:
+        opening = "Tuning lowered the loss alone, the answers themselves are not clearly better."
+    elif better and not {"contains", "exact_match", "rouge_l"} & set(better):
+        opening = "Tuning changed how the answers are written, but not clearly what they say."
     elif better:
-        opening = f"On {metrics['n']} held-out rows tuning helped: {counts}."
+        opening = "Tuning helped."
     elif worse:
-        opening = f"On {metrics['n']} held-out rows tuning made the model worse: {counts}."
+        opening = "Tuning made the model worse."
     else:
-        opening = f"On {metrics['n']} held-out rows tuning made no clear difference: {counts}."
-    sentences = [opening]
-    for heading, names in (("Better", better), ("Worse", worse)):
+        opening = "Tuning made no clear difference."
+    lines = [opening, counts]
+    for heading, names in (("Better:", better), ("Worse:", worse)):
         if names:
-            sentences.append(f"{heading}: {'; '.join(_change(metrics, name) for name in names)}.")
-    if unclear := [METRICS[name].label for name in verdicts if not verdicts[name]]:
-        sentences.append(f"No clear change: {', '.join(unclear)}.")
-    tuned, bare = metrics["tuned"], metrics["base_bare"]["contains"]
-    length = METRICS["mean_answer_tokens"].show(tuned["mean_answer_tokens"])
-    if tuned["stop_rate"] < 0.5:
-        stops = METRICS["stop_rate"].show(tuned["stop_rate"])
-        sentences.append(
-            f"The tuned model stops by itself in {stops} of its answers: most are cut at {metrics['max_new_tokens']} "
-            f"tokens ({length} on average)."
+            lines += [heading, *(f"  {_before_after(metrics, name)}" for name in names)]
+    if same and (better or worse):
+        lines.append(f"No clear change: {', '.join(METRICS[name].label for name in same)}.")
+    if metrics["tuned"]["stop_rate"] < 0.5:
+        stops = METRICS["stop_rate"].show(metrics["tuned"]["stop_rate"])
+        limit = metrics["max_new_tokens"]
+        lines.append(
+            f"The tuned model stops by itself in {stops} of its answers; the others are cut at {limit} tokens."
         )
-    if bare is not None:
-        share = METRICS["contains"].show
-        sentences.append(
-            f"Asked the bare question, without the template, the base holds the fact in {share(bare)} of its answers, "
-            f"with the template in {share(metrics['base']['contains'])}: so much the prompt alone does."
+    if (bare := metrics["base_bare"]["contains"]) is not None:
+        templated = share(metrics["base"]["contains"])
+        lines.append(
+            f"The template alone: the base holds the fact in {share(bare)} without it, in {templated} with it."
         )
-    return " ".join(sentences)
+    return "\n".join(lines)
 
 
-def _change(metrics: dict, name: str) -> str:
-    metric = METRICS[name]
-    before, after = (metric.show(metrics[side][name]) for side in ("base", "tuned"))
-    low, high = (metric.show(value, signed=True) for value in metrics["change"]["intervals"][name])
-    unit = " points" if metric.unit == "%" else ""
-    return f"{metric.label} {before} → {after} (95% interval of the change {low} to {high}{unit})"
+def _before_after(metrics: dict, name: str) -> str:
+    metric, change = METRICS[name], metrics["change"][name]
+    before, after = (metric.show(metrics[side][name], change=change) for side in ("base", "tuned"))
+    return f"{metric.label}: {before} → {after}"

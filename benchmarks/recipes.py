@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from alpaca_helpers import AlpacaError, plots
 from alpaca_helpers.data import RECIPES
-from alpaca_helpers.evaluation import METRICS, Metric
+from alpaca_helpers.metrics import METRICS, Metric
 from alpaca_helpers.profiles import Profile
 from alpaca_helpers.runs import artifact, read_manifest, write_json
 from alpaca_helpers.series import NOTEBOOKS, notebook_parameters, run_series

@@ -1,5 +1,7 @@
 import json
 import math
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import numpy as np
@@ -9,24 +11,12 @@ from peft import get_peft_model
 
 from alpaca_helpers import AlpacaError, evaluation
 from alpaca_helpers.data import encode
-from alpaca_helpers.evaluation import (
-    METRICS,
-    answer_losses,
-    chrf,
-    comparison,
-    conclusion,
-    contains,
-    echoes,
-    evaluate,
-    exact_match,
-    repetition,
-    rouge_l,
-    verdict,
-    words,
-)
+from alpaca_helpers.evaluation import answer_losses, comparison, conclusion, evaluate, verdict
 from alpaca_helpers.generation import Answer, generate
 from alpaca_helpers.lora import lora_config
+from alpaca_helpers.metrics import METRICS, chrf, contains, echoes, exact_match, repetition, rouge_l
 from alpaca_helpers.prompts import format_prompt
+from alpaca_helpers.text import words
 
 ROWS = [
     {"instruction": "What is the capital of France?", "input": "", "output": "Paris is the capital.", "fact": "Paris"},
@@ -79,6 +69,15 @@ def test_contains_the_fact_as_whole_words(answer, fact, right):
         ("caf\u0065\u0301 au  lait", "Café au lait", True),
         ("cafe", "café", False),
         ("北京。", "北京", True),
+        ("यह एक बिल्ली है।", "यह एक बिल्ली है", True),
+        ("أين هو؟", "أين هو", True),
+        ("وہ کہاں ہے۔", "وہ کہاں ہے", True),
+        ("ሰላም ነው።", "ሰላም ነው", True),
+        ("...", "…", False),
+        ("well ...", "Well…", True),
+        ("C#", "C", False),  # punctuation to Unicode, but no mark that ends a sentence
+        ("50%", "50", False),
+        ("(Paris)", "(Paris", False),
         ("Straße", "STRASSE", True),
     ],
 )
@@ -151,6 +150,43 @@ def test_echo(answer, instruction, echo):
 def test_words_in_several_scripts():
     assert words("The 3.5 kg café—Été!") == ["the", "3.5", "kg", "café", "été"]
     assert words("北京 is Beijing") == ["北", "京", "is", "beijing"]
+    assert len(words("一" * 81)) == 81
+
+
+def test_a_words_definition_needs_no_heavy_import():
+    """`data.py` filters by it, and shall not load pandas or the scores for that."""
+    check = (
+        "import sys, alpaca_helpers.text; assert not {'pandas', 'rouge_score', 'sacrebleu', 'torch'} & {*sys.modules}"
+    )
+    subprocess.run([sys.executable, "-c", check], check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "change", "text"),
+    [
+        ("answer_loss", 11.929, 0.0, "11.9"),
+        ("answer_loss", 11.929, -0.076, "11.929"),
+        ("answer_loss", 11.853, -0.076, "11.853"),
+        ("answer_loss", 0.88, -0.86, "0.88"),
+        ("answer_loss", 3.1, -1e-9, "3.1000"),
+        ("contains", 0.07, 0.89, "7%"),
+        ("contains", 0.004, 0.0, "0.4%"),
+        ("contains", 0.502, 0.004, "50.2%"),
+        ("contains", None, 0.0, "–"),
+        ("mean_answer_tokens", 80, -67.4, "80.0"),
+        ("perplexity", 487421515.5, -487421513.0, "4.9e+08"),
+        ("perplexity", 2.41, -487421513.0, "2.41"),
+        ("perplexity", 12345.6, 0.0, "12345.6"),
+    ],
+)
+def test_a_value_has_the_decimals_that_its_difference_needs(name, value, change, text):
+    assert METRICS[name].show(value, change=change) == text
+
+
+def test_a_difference_has_its_sign_and_no_negative_zero():
+    assert METRICS["contains"].show(0.89, signed=True) == "+89"
+    assert METRICS["answer_loss"].show(-0.076, signed=True, change=-0.076) == "-0.076"
+    assert METRICS["answer_loss"].show(-1e-9, signed=True, change=-1e-9) == "+0.0000"
 
 
 def hand_loss(model, tokenizer, row, side):
@@ -206,7 +242,7 @@ def test_evaluate_against_numbers_counted_by_hand(tiny_model, pocket_tokenizer, 
     bare = ["What is the capital of France?", "Add them. 1 and 2", "Say hello."]
     assert asked == [("base", templated, 8), ("tuned", templated, 8), ("base", bare, 8)]
     tuned, base = metrics["tuned"], metrics["base"]
-    assert metrics["n"] == 3
+    assert metrics["n"] == metrics["questions"] == 3
     assert (tuned["contains"], base["contains"]) == (0.5, 0.5)  # of the two rows with a fact
     assert (tuned["exact_match"], base["exact_match"]) == (0, 0)
     assert (tuned["stop_rate"], base["stop_rate"]) == (1, 0)
@@ -236,14 +272,19 @@ def test_metrics_without_a_fact_to_check_are_none(tiny_model, pocket_tokenizer):
 
 
 def test_no_rows(tiny_model, pocket_tokenizer):
-    with pytest.raises(AlpacaError, match="notebook 02"):
+    with pytest.raises(AlpacaError) as error:
         evaluate(tiny_model, pocket_tokenizer, [])
+    assert error.value.code == "no-rows"
+
+
+def different(number):
+    return [f"question {index}" for index in range(number)]
 
 
 def test_intervals_are_the_bootstraps_and_seeded():
     fraction = np.array([[1, 1], [0, 1], [1, 1], [0, 1], [0, 0]] * 20, dtype=float)  # 40 of 80 rows that count
     one, two, other = (
-        evaluation._estimate({"contains": fraction}, evaluation._resampling(100, seed))["contains"]
+        evaluation._estimate({"contains": fraction}, evaluation._resampling(different(100), seed))["contains"]
         for seed in (0, 0, 1)
     )
     assert one[0] == 0.5 and (one == two).all() and (one != other).any()
@@ -254,17 +295,40 @@ def test_intervals_are_the_bootstraps_and_seeded():
 
 def test_intervals_do_not_depend_on_rows_that_do_not_count():
     fraction = np.array([[1, 1]] + [[0, 0]] * 9, dtype=float)  # a resample may hold no row that counts
-    side = evaluation._side(evaluation._estimate({"contains": fraction}, evaluation._resampling(10, 0)))
+    side = evaluation._side(evaluation._estimate({"contains": fraction}, evaluation._resampling(different(10), 0)))
     assert side["contains"] == 1 and side["intervals"]["contains"] == [1, 1]
+
+
+def test_copies_of_a_question_do_not_narrow_its_interval():
+    fraction = np.array([[1, 1], [0, 1], [1, 1], [0, 1]] * 5, dtype=float)
+    weights = evaluation._resampling(different(20), 0)
+    once = evaluation._side(evaluation._estimate({"contains": fraction}, weights))
+    copied = evaluation._resampling([name for name in different(20) for _ in range(20)], 0)
+    often = evaluation._side(evaluation._estimate({"contains": fraction.repeat(20, axis=0)}, copied))
+    low, high = once["intervals"]["contains"]
+    assert once["contains"] == often["contains"] == 0.5 and high - low > 0.3
+    assert often["intervals"]["contains"] == pytest.approx([low, high], abs=0.051)  # one question of twenty
+
+
+def test_copies_of_one_question_give_no_verdict(tiny_model, pocket_tokenizer):
+    rows = [{**ROWS[0], "instruction": text} for text in ("Where is Paris?", " where  IS Paris?") * 10]
+    metrics, _ = evaluate(tiny_model, pocket_tokenizer, rows, max_new_tokens=2)
+    assert (metrics["n"], metrics["questions"]) == (20, 1)
+    assert metrics["change"]["answer_loss"] != 0 and verdict(metrics, "answer_loss") == 0
+    assert conclusion(metrics).startswith("Too few held-out questions to tell.\nThere are 1,")
 
 
 def test_a_fresh_adapter_is_found_to_change_nothing(tiny_base, pocket_tokenizer):
     """What notebook 04 concludes after zero training steps."""
     model = get_peft_model(tiny_base, lora_config()).eval()
-    metrics, _ = evaluate(model, pocket_tokenizer, ROWS * 10, max_new_tokens=6)
+    rows = [{**row, "instruction": f"{number}. {row['instruction']}"} for number in range(10) for row in ROWS]
+    metrics, _ = evaluate(model, pocket_tokenizer, rows, max_new_tokens=6)
     assert {name for name in METRICS if metrics["change"][name] not in (0, None)} == set()
     text = conclusion(metrics)
-    assert "On 30 held-out rows tuning made no clear difference: of 7 measures 0 got clearly better, 0" in text
+    assert text.splitlines()[:2] == [
+        "Tuning made no clear difference.",
+        "On 30 held-out questions 0 of 7 measures got clearly better, 0 clearly worse.",
+    ]
     assert "Better" not in text and "Worse" not in text
 
 
@@ -281,24 +345,50 @@ def made_metrics(n=100, **change):
 
 def test_conclusion_says_which_way_the_numbers_point():
     better = conclusion(made_metrics(contains=(0.1, 0.9, [0.7, 0.85]), answer_loss=(5.0, 0.4, [-4.9, -4.2])))
-    assert "tuning helped: of 7 measures 2 got clearly better, 0 clearly worse" in better
-    assert "answer holds the fact 10% → 90% (95% interval of the change +70 to +85 points)" in better
-    assert "answer loss 5.00 → 0.40 (95% interval of the change -4.90 to -4.20)" in better
+    assert better.splitlines()[:5] == [
+        "Tuning helped.",
+        "On 100 held-out questions 2 of 7 measures got clearly better, 0 clearly worse.",
+        "Better:",
+        "  answer holds the fact: 10% → 90%",
+        "  answer loss: 5.00 → 0.40",
+    ]
+    assert "No clear change: answer is exact, ROUGE-L, stops by itself," in better and "Worse" not in better
     worse = conclusion(made_metrics(contains=(0.9, 0.1, [-0.85, -0.7]), repetition=(0.1, 0.6, [0.4, 0.6])))
-    assert "tuning made the model worse: of 7 measures 0 got clearly better, 2 clearly worse" in worse
+    assert (
+        worse.startswith("Tuning made the model worse.\n") and "0 of 7 measures got clearly better, 2 clearly" in worse
+    )
+    assert "Worse:\n  answer holds the fact: 90% → 10%\n  repeated 4-grams: 10% → 60%\n" in worse
     mixed = conclusion(made_metrics(contains=(0.9, 0.1, [-0.85, -0.7]), stop_rate=(0, 1, [0.9, 1])))
-    assert "helped in some ways and hurt in others" in mixed and "Better: stops" in mixed and "Worse: answer" in mixed
+    assert mixed.startswith("Tuning helped in some ways and hurt in others.\n")
+    assert "Better:\n  stops by itself" in mixed and "Worse:\n  answer holds the fact" in mixed
+
+
+def test_conclusion_does_not_take_a_lower_loss_for_better_answers():
+    loss = {"answer_loss": (11.929, 11.853, [-0.09, -0.06])}
+    first, _, _, line, *_ = conclusion(made_metrics(**loss)).splitlines()
+    assert first == "Tuning lowered the loss alone, the answers themselves are not clearly better."
+    assert line == "  answer loss: 11.929 → 11.853"
+    stops = conclusion(made_metrics(**loss, stop_rate=(0.0, 1.0, [1.0, 1.0])))
+    assert stops.startswith("Tuning changed how the answers are written, but not clearly what they say.\n")
+
+
+def test_conclusion_is_short_lines():
+    interval = {1: [0.1, 0.2], -1: [-0.2, -0.1]}
+    everything = {name: (0.5, 0.5, interval[METRICS[name].better]) for name in evaluation.JUDGED}
+    for text in (conclusion(made_metrics()), conclusion(made_metrics(**everything))):
+        assert max(map(len, text.splitlines())) <= 120
 
 
 def test_conclusion_notices_answers_that_never_end():
     text = conclusion(made_metrics(stop_rate=(0.0, 0.1, [0.0, 0.2]), mean_answer_tokens=(80, 76, [-6, -1])))
-    assert "stops by itself in 10% of its answers: most are cut at 80 tokens (76.0 on average)" in text
+    assert "stops by itself in 10% of its answers; the others are cut at 80 tokens" in text
 
 
-def test_few_rows_give_no_verdict():
+def test_few_questions_give_no_verdict():
     metrics = made_metrics(n=5, contains=(0.0, 1.0, [1.0, 1.0]))
-    assert verdict(metrics, "contains") == 0 and "5 held-out rows are too few to tell" in conclusion(metrics)
-    assert verdict({**metrics, "n": 20}, "contains") == 1
+    assert verdict(metrics, "contains") == 0 and conclusion(metrics).startswith("Too few held-out questions to tell.\n")
+    assert verdict({**metrics, "n": 20}, "contains") == 1  # an older metrics.json, without `questions`
+    assert verdict({**metrics, "n": 20, "questions": 19}, "contains") == 0
 
 
 def test_comparison_shows_values_intervals_and_verdicts():
@@ -306,7 +396,23 @@ def test_comparison_shows_values_intervals_and_verdicts():
     assert list(table.columns) == ["base", "tuned", "change", ""]
     line = table.loc["answer holds the fact"]
     assert line["tuned"] == "90% (40% to 60%)" and line["change"] == "+80 (+70 to +85)" and line[""] == "better"
-    assert "answer loss, nats per token" in table.index and "answer length, tokens" in table.index
+
+
+def test_comparison_shows_five_measures_first():
+    labels = ["stops by itself", "answer loss, nats per token", "answer length, tokens"]
+    metrics = made_metrics()
+    assert list(comparison(metrics).index) == ["answer holds the fact", "answer is exact", *labels]
+    assert len(comparison(metrics, every=True)) == len(METRICS)
+    for side in ("base", "tuned", "change"):
+        metrics[side] |= {"contains": None, "exact_match": None}
+    assert list(comparison(metrics).index) == ["ROUGE-L", "repeated 4-grams", *labels]
+    assert len(comparison(metrics, every=True)) == len(METRICS) - 2
+
+
+def test_comparison_shows_a_small_difference():
+    line = comparison(made_metrics(answer_loss=(11.929, 11.853, [-0.09, -0.06]))).loc["answer loss, nats per token"]
+    assert line["base"].startswith("11.929 ") and line["tuned"].startswith("11.853 ")
+    assert line["change"] == "-0.076 (-0.090 to -0.060)"
 
 
 def test_batched_answers_are_the_pipelines_token_for_token(tiny_model, pocket_tokenizer):

@@ -5,9 +5,10 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 
-from alpaca_helpers import plots
+from alpaca_helpers import picture as style
+from alpaca_helpers import plots, token_boxes
 from alpaca_helpers.data import tokenize
-from alpaca_helpers.evaluation import METRICS
+from alpaca_helpers.metrics import METRICS
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # a letter that the font lacks is one
 ROW = {"instruction": "Double it: $x$", "input": "東京\t3\n4", "output": "6, 8 😀", "fact": ""}
@@ -50,10 +51,10 @@ ANSWERS = pd.DataFrame(
 def pictures(tokenizer):
     return {
         "word_counts": plots.word_counts([3, 80, 81, 200], 80),
-        "token_lengths": plots.token_lengths([20, 127, 128, 128], 128, {"empty answer": 7}),
+        "token_lengths": plots.token_lengths([20, 127, 128, 128], 128),
         "tokens": plots.tokens(ROW, tokenizer),
         "parameters": plots.parameters(786_432, 355_609_600),
-        "losses": plots.losses(LOG),
+        "losses": plots.losses(LOG, 4.25),
         "before_after": plots.before_after(metrics()),
         "answer_lengths": plots.answer_lengths(ANSWERS),
     }
@@ -61,11 +62,11 @@ def pictures(tokenizer):
 
 def test_every_picture_says_what_it_shows_and_labels_its_axes(pocket_tokenizer, tmp_path):
     said = {
-        "word_counts": "2 of 4 rows lie beyond it",
-        "token_lengths": "2 of 4 rows reach it and are cut there. Beside it, as bars: kept 4 rows, empty answer 7 rows",
+        "word_counts": "how many of 4 answers have how many words: up to 5 words 1, 6–10 words 0, 11–20 words 0",
+        "token_lengths": "2 of 4 rows reach it and are cut there",
         "tokens": "One row as coloured tokens. Recipe document: ",
-        "parameters": "the 354,823,168 parameters of the base model, which stay, and the 786,432 of LoRA",
-        "losses": "the training loss goes from 3.00 to 1.00, the held-out loss goes from 1.50 to 1.50",
+        "parameters": "which stay, and the 786,432 of LoRA, which are trained, 0.22% of all",
+        "losses": "the training loss goes from 3 to 1, the held-out loss goes from 4.25 to 1.5, a dashed line",
         "before_after": "answer holds the fact 20% before, 80% after",
         "answer_lengths": "base 80.0 tokens on average, 0% stop by themselves; tuned 4.0 tokens on average, 100%",
     }
@@ -92,12 +93,13 @@ def test_fills_differ_in_black_and_white():
     def lightness(colour):
         return np.dot(to_rgb(colour), [0.2126, 0.7152, 0.0722])
 
-    assert abs(lightness(plots.BASE["facecolor"]) - lightness(plots.TUNED["facecolor"])) > 0.3
-    assert len({look.get("hatch") for look in (plots.BASE, plots.TUNED, plots.BARE)}) == 3
+    assert abs(lightness(style.BASE["facecolor"]) - lightness(style.TUNED["facecolor"])) > 0.3
+    assert len({look.get("hatch") for look in (style.BASE, style.TUNED, style.BARE)}) == 3
     borders = {
-        (look[2]["linewidth"], str(look[2].get("linestyle")), look[2].get("hatch")) for look in plots.PARTS.values()
+        (look[2]["linewidth"], str(look[2].get("linestyle")), look[2].get("hatch"))
+        for look in token_boxes.PARTS.values()
     }
-    assert len(borders) == len(plots.PARTS)
+    assert len(borders) == len(token_boxes.PARTS)
 
 
 @pytest.mark.parametrize("recipe", ["document", "answers", "document+eos"])
@@ -106,7 +108,7 @@ def test_tokens_are_filled_where_the_recipe_learns(pocket_tokenizer, recipe):
     learned = sum(label != -100 for label in made["labels"][0])
     picture = plots.tokens(ROW, pocket_tokenizer, [recipe])
     boxes = [patch for patch in picture.axes[0].patches if isinstance(patch, Rectangle)]
-    boxes = boxes[: -2 * len(plots.PARTS) + 1]  # the legend's: three learned, four only read
+    boxes = boxes[: -2 * len(token_boxes.PARTS) + 1]  # the legend's: three learned, four only read
     assert sum(box.get_facecolor()[:3] != (1, 1, 1) for box in boxes) == learned
     held = sum(made["attention_mask"][0]) if "attention_mask" in made else len(made["input_ids"][0])
     assert len(boxes) == held + (recipe == "document")  # all padding is one box
@@ -116,7 +118,7 @@ def test_tokens_are_filled_where_the_recipe_learns(pocket_tokenizer, recipe):
 def test_tokens_fit_their_lines(pocket_tokenizer):
     row = {"instruction": "word " * 60, "input": "", "output": "x" * 300}
     for patch in plots.tokens(row, pocket_tokenizer).axes[0].patches:
-        assert patch.get_x() + patch.get_width() <= plots.CELLS + 1
+        assert patch.get_x() + patch.get_width() <= token_boxes.CELLS + 1
 
 
 def test_parameters_have_proportional_areas():
@@ -124,16 +126,66 @@ def test_parameters_have_proportional_areas():
     assert adapter / base == pytest.approx(250 / 1000)
 
 
+@pytest.mark.parametrize(
+    ("counts", "max_words", "labels", "heights"),
+    [
+        ([7] * 9 + [81, 90], 80, ["up to 5", "6–10", "11–20", "21–40", "41–80", "over 80"], [0, 9, 0, 0, 0, 2]),
+        ([0, 5, 6, 40, 41, 80], 80, ["up to 5", "6–10", "11–20", "21–40", "41–80", "over 80"], [2, 1, 0, 1, 2, 0]),
+        ([1, 3, 4], 3, ["up to 3", "over 3"], [2, 1]),
+        ([100, 500], 300, ["up to 9", "10–18", "19–37", "38–75", "76–150", "151–300", "over 300"], [0] * 4 + [1, 0, 1]),
+    ],
+)
+def test_every_answer_is_in_one_bar_and_the_dropped_ones_in_the_last(counts, max_words, labels, heights):
+    (axes,) = plots.word_counts(counts, max_words).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == labels
+    assert [bar.get_height() for bar in axes.patches] == heights
+    assert [bar.get_hatch() for bar in axes.patches] == [None] * (len(labels) - 1) + [style.BASE["hatch"]]
+
+
+@pytest.mark.parametrize("lengths", [[20, 127, 128, 128], [20, 127, 128, 300]])
+def test_rows_that_reach_the_cut_are_a_bar_beyond_it(lengths):
+    (axes,) = plots.token_lengths(lengths, 128).axes
+    inside, beyond = ([bar for bar in axes.patches if bool(bar.get_hatch()) == over] for over in (False, True))
+    assert sum(bar.get_height() for bar in inside) == 2 and max(bar.get_x() + bar.get_width() for bar in inside) == 128
+    assert [(bar.get_x(), bar.get_height()) for bar in beyond] == [(128, 2)]
+
+
+def test_losses_begin_at_step_zero_with_the_base():
+    upper = plots.losses(LOG, 4.25).axes[0]
+    training, (heldout, base) = upper.patches[0], upper.lines
+    assert upper.get_yscale() == "log" and upper.get_xlim() == (0, 20)
+    assert list(training.get_data().edges) == [0, 10, 20] and list(training.get_data().values) == [3, 1]
+    assert heldout.get_xydata().tolist() == [[0, 4.25], [20, 1.5]]
+    assert set(base.get_ydata()) == {4.25} and base.get_linestyle() == "--"
+    low, high = upper.get_ylim()
+    assert low < 1 and high > 4.25 and "4.25" in upper.texts[0].get_text()
+    assert all(line.get_linestyle() != "--" for line in plots.losses(LOG).axes[0].lines)
+
+
 def test_losses_of_a_training_without_steps():
-    assert "no losses" in plots.losses([]).alt
+    assert "no losses" in plots.losses([]).alt and plots.losses([]).png()
     assert plots.losses(LOG[2:]).png()
+    assert plots.losses([{"loss": 0.0, "step": 1}, {"eval_loss": float("nan"), "step": 1}]).png()
 
 
-def test_before_after_leaves_out_what_was_not_measured():
-    picture = plots.before_after(metrics(contains=None, exact_match=None))
-    assert [label.get_text().split("\n")[0] for label in picture.axes[0].get_yticklabels()] == [
-        METRICS[name].label for name in ("stop_rate", "rouge_l", "repetition", "echo_rate")
-    ]
+def test_before_after_shows_the_five_measures_of_the_table():
+    for names, measured in (
+        (["contains", "exact_match", "stop_rate"], metrics()),
+        (["rouge_l", "repetition", "stop_rate"], metrics(contains=None, exact_match=None)),
+    ):
+        picture = plots.before_after(measured)
+        labels = [label.get_text().split("\n")[0] for label in picture.axes[0].get_yticklabels()]
+        assert labels == [METRICS[name].label for name in names]
+        assert [axes.get_xlabel().split(" (")[0] for axes in picture.axes[1:]] == ["answer loss", "answer length"]
+
+
+def test_answer_lengths_show_a_single_answer():
+    """A bar of height 1 beside one of 300 needs a fill, an edge and an axis of its own."""
+    many = pd.concat([ANSWERS.iloc[:1]] * 300 + [ANSWERS.iloc[1:]])
+    base, tuned, expected = plots.answer_lengths(many).axes
+    single = [bar for bar in expected.patches if bar.get_height() == 1]
+    assert single and single[0].get_facecolor()[:3] != (1, 1, 1) and single[0].get_linewidth() > 0.5
+    assert not expected.get_shared_y_axes().joined(base, expected)
 
 
 def test_answers_table_shows_text_as_text():

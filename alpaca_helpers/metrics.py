@@ -1,0 +1,97 @@
+"""How one answer is scored against the expected one, and how each metric is named and shown."""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics import CHRF
+
+from .text import plain, unmarked, words, words_and_marks
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is named and shown."""
+
+    label: str
+    unit: str  # "%": stored as a share of 1, shown times 100
+    better: int  # +1: more is better, -1: less is better, 0: neither
+
+    def show(self, value: float | None, signed: bool = False, change: float = 0.0) -> str:
+        """Return the value as text; a signed share is a difference, in points.
+
+        Args:
+            change: the difference beside which the value stands: it gets the decimals that this difference needs.
+        """
+        if value is None:
+            return "–"
+        share, sign = self.unit == "%", "+" if signed else ""
+        value, change = (100 * value, 100 * change) if share else (value, change)
+        if abs(value) >= 1e5:  # a perplexity of 487421515.5 claims too much
+            return f"{value:{sign}.2g}"
+        if share:
+            decimals = int(0 < abs(value) < 1)  # else a small share would read as none
+        else:
+            decimals = 1 if abs(value) >= 10 or self.unit in ("tokens", "seconds") else 2
+        if change:
+            decimals = max(decimals, min(4, (0 if share else 1) - math.floor(math.log10(abs(change)))))
+        return f"{value:{sign}z.{decimals}f}" + ("%" if share and not signed else "")
+
+
+METRICS = {
+    "contains": Metric("answer holds the fact", "%", +1),
+    "exact_match": Metric("answer is exact", "%", +1),
+    "stop_rate": Metric("stops by itself", "%", +1),
+    "rouge_l": Metric("ROUGE-L", "%", +1),
+    "chrf": Metric("chrF", "%", +1),
+    "repetition": Metric("repeated 4-grams", "%", -1),
+    "echo_rate": Metric("repeats the question", "%", -1),
+    "token_accuracy": Metric("next token right", "%", +1),
+    "answer_loss": Metric("answer loss", "nats per token", -1),
+    "perplexity": Metric("perplexity", "", -1),
+    "mean_answer_tokens": Metric("answer length", "tokens", 0),
+}
+
+
+def contains(answer: str, fact: str) -> bool:
+    """Return whether the answer holds the fact as whole words, its punctuation included."""
+    said, wanted = words_and_marks(answer), words_and_marks(fact)
+    starts = range(len(said) - len(wanted) + 1)
+    return bool(wanted) and any(said[start : start + len(wanted)] == wanted for start in starts)
+
+
+def exact_match(answer: str, output: str) -> bool:
+    """Return whether the answer is the expected one, up to case, spacing and a sentence's final mark."""
+    return plain(answer) == plain(output) or unmarked(answer) == unmarked(output) != ""
+
+
+def rouge_l(answer: str, output: str) -> float:
+    """Return ROUGE-L's F1, 0 to 1: the longest common subsequence of words (Lin, 2004; rouge-score)."""
+    return _rouge().score(output, answer)["rougeL"].fmeasure
+
+
+@cache
+def _rouge() -> RougeScorer:
+    class Words:  # rouge-score's own tokenizer drops every letter that is not a to z
+        tokenize = staticmethod(words)
+
+    return RougeScorer(["rougeL"], tokenizer=Words)
+
+
+def chrf(answer: str, output: str) -> float:
+    """Return chrF, 0 to 1: the F2 of character 1- to 6-grams (Popović, 2015; sacrebleu)."""
+    return CHRF().sentence_score(plain(answer), [plain(output)]).score / 100
+
+
+def repetition(answer: str) -> float:
+    """Return the share of the answer's word 4-grams that it has written before; 0 for fewer than four words."""
+    said = words(answer)
+    grams = list(zip(*(said[start:] for start in range(4))))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def echoes(answer: str, instruction: str) -> bool:
+    """Return whether the answer begins with the question, whatever its punctuation."""
+    question = words(instruction)
+    return bool(question) and words(answer)[: len(question)] == question

@@ -1,0 +1,38 @@
+"""What a word is, in every script: the one definition by which answers are counted, filtered and compared.
+
+Texts are compared in Unicode's composed form (NFC), without regard to case. A word is a run of letters, marks and
+digits; in scripts that put no space between words (Han, kana, Thai, Lao, Khmer, Burmese) each character is one.
+"""
+
+import unicodedata
+
+import regex
+
+_WORD = regex.compile(
+    r"(?=[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}])\X"
+    r"|\p{N}+(?:[.,]\p{N}+)*(?![\p{L}\p{M}\p{N}])"  # 3.5 and 1,000 are one word each
+    r"|[\p{L}\p{M}\p{N}]+"
+)
+_WORD_OR_MARK = regex.compile(_WORD.pattern + r"|\S")
+# Not all punctuation: C# is not C, 50% is not 50. Searched from the end, (?r): a run of marks takes linear time.
+_FINAL_MARKS = regex.compile(r"(?r)[\p{Terminal_Punctuation}…‥\s]+$")
+
+
+def plain(text: str) -> str:
+    """Return the text as it is compared: composed, case folded, each run of spaces one space, none at the ends."""
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+
+
+def words(text: str) -> list[str]:
+    """Return the words of a text as they are compared, without punctuation."""
+    return _WORD.findall(plain(text))
+
+
+def words_and_marks(text: str) -> list[str]:
+    """Return the words of a text as they are compared, and each of its other characters but spaces."""
+    return _WORD_OR_MARK.findall(plain(text))
+
+
+def unmarked(text: str) -> str:
+    """Return the text as it is compared, without the marks that end its last sentence, in any script."""
+    return _FINAL_MARKS.sub("", plain(text))
