@@ -10,7 +10,7 @@ import torch
 from peft import get_peft_model
 
 from alpaca_helpers import pocket
-from alpaca_helpers.chat import TICK, ChatBox
+from alpaca_helpers.chat.box import TICK, ChatBox
 from alpaca_helpers.generation import generate
 from alpaca_helpers.lora import lora_config
 from alpaca_helpers.models import load_base, load_tokenizer

@@ -15,9 +15,22 @@ from nbclient import NotebookClient
 from peft import get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from alpaca_helpers import AlpacaError, conversation
-from alpaca_helpers.chat import WIDGET, ChatBox
-from alpaca_helpers.conversation import DEFAULTS, SHOWN, Conversation, as_html, as_markdown, exchange_html, visible
+from alpaca_helpers import AlpacaError
+from alpaca_helpers.chat import conversation
+from alpaca_helpers.chat.box import WIDGET, ChatBox
+from alpaca_helpers.chat.conversation import DEFAULTS, Ending, well_formed
+from alpaca_helpers.chat.rendering import (
+    SHOWN,
+    WORDS,
+    Transcript,
+    as_html,
+    as_json,
+    as_markdown,
+    as_text,
+    exchange_html,
+    notes,
+    visible,
+)
 from alpaca_helpers.data import encode
 from alpaca_helpers.generation import generate
 from alpaca_helpers.lora import lora_config
@@ -144,10 +157,10 @@ def test_enter_sends_and_both_answers_are_those_of_generate(box, tiny_model, poc
             tiny_model, pocket_tokenizer, [format_prompt("What is it?")], side=reply.side, max_new_tokens=12
         )
         assert (reply.text, reply.tokens) == (answer.text, answer.tokens)
-        assert reply.ending == "cut at the limit" and reply.speed > 0
+        assert reply.ending is Ending.CUT and reply.speed > 0
     (view,) = box.messages.children
     shown = Text(view.value).text
-    assert all(visible(reply.text) in shown and reply.notes() in shown for reply in exchange.replies)
+    assert all(visible(reply.text) in shown and notes(reply) in shown for reply in exchange.replies)
 
 
 def test_tokens_appear_one_after_the_other(box, slow):
@@ -169,7 +182,8 @@ def test_an_answer_that_ends_by_itself_says_so(box):
     enter(box, "Hi")
     wait(box)
     reply = exchanges(box)[0].replies[1]
-    assert reply.tokens == 3 and reply.notes().startswith("ended by itself · 3 tokens · ")
+    assert reply.ending is Ending.STOPPED
+    assert reply.tokens == 3 and notes(reply).startswith("ended by itself · 3 tokens · ")
 
 
 def test_no_widget_is_changed_by_the_thread_that_generates(box, slow, monkeypatch):
@@ -236,7 +250,7 @@ def test_stop_ends_an_answer_at_once_and_the_next_works(box, slow):
     click(box.stop)
     wait(box)
     reply = exchanges(box)[0].replies[1]
-    assert reply.ending == "stopped" and reply.tokens <= before + 2 and box.stop.disabled
+    assert reply.ending is Ending.INTERRUPTED and reply.tokens <= before + 2 and box.stop.disabled
     type_in(box.knobs["max_new_tokens"], 5)
     enter(box, "short")
     wait(box)
@@ -317,18 +331,18 @@ def test_hostile_text_is_only_ever_text(box, text, monkeypatch):
     (exchange,) = exchanges(box)
     assert exchange.state == "done" and not exchange.error
     exchange.replies = tuple(
-        conversation.Reply("tuned", conversation.well_formed(said), 3, "stopped") for said in (text, "fine")
+        conversation.Reply("tuned", well_formed(said), 3, Ending.INTERRUPTED) for said in (text, "fine")
     )
     for source in (exchange_html(exchange), as_html([exchange]).partition("</style>")[2]):
         page = Text(source)
         assert page.tags <= {"div", "b", "pre", "bdi", "small"} and page.attributes <= {"class", "dir", "role"}
         if len(text) <= SHOWN:
-            assert page.text.count(visible(conversation.well_formed(text))) == 2
+            assert page.text.count(visible(well_formed(text))) == 2
         else:
             assert len(page.text) < 3 * SHOWN and "characters not shown" in page.text
     json.dumps(box.messages.children[0].value).encode()  # what goes over the wire
-    assert json.loads(conversation.as_json([exchange]))[0]["instruction"] == conversation.well_formed(text)
-    assert f"\n{conversation.well_formed(text)}\n" in as_markdown([exchange])
+    assert json.loads(as_json([exchange]))[0]["instruction"] == well_formed(text)
+    assert f"\n{well_formed(text)}\n" in as_markdown([exchange])
     assert not set(visible(text)) & {chr(code) for code in (*range(9), *range(11, 32), *range(127, 160))}
     enter(box, "next")
     wait(box)
@@ -381,8 +395,9 @@ def test_a_blank_message_is_refused_in_sight(box, text):
     for _ in range(3):
         tick(box)
     assert exchanges(box) == [] and "blank" in box.status.value
-    with pytest.raises(AlpacaError, match="blank"):
+    with pytest.raises(AlpacaError) as raised:
         box.ask(text)
+    assert raised.value.code == "blank-message"
 
 
 @pytest.mark.parametrize(
@@ -403,7 +418,7 @@ def test_an_error_is_a_sentence_in_the_box_and_the_next_message_works(box, monke
         wait(box)
         with pytest.raises(AlpacaError) as raised:
             box.ask("Hi")
-    assert sentence in str(raised.value) and "\n" not in str(raised.value)
+    assert sentence in str(raised.value) and "\n" not in str(raised.value) and raised.value.code == "no-answer"
     assert html.escape(sentence) in box.messages.children[0].value
     enter(box, "Hi")
     wait(box)
@@ -421,7 +436,7 @@ def test_an_error_midway_keeps_what_was_said(box, monkeypatch):
     enter(box, "Hi")
     wait(box)
     (exchange,) = exchanges(box)
-    assert exchange.replies[0].ending == "broken off" and exchange.replies[0].tokens == 3
+    assert exchange.replies[0].ending is Ending.FAILED and exchange.replies[0].tokens == 3
     assert "the device is gone" in box.messages.children[0].value
 
 
@@ -435,10 +450,10 @@ def test_a_bad_setting_is_a_sentence(box, settings):
 
 
 def test_settings_and_sides_that_do_not_exist_are_refused(tiny_model, pocket_tokenizer):
-    with pytest.raises(AlpacaError, match="no setting 'temprature'"):
-        ChatBox(tiny_model, pocket_tokenizer, temprature=1)
-    with pytest.raises(AlpacaError, match="no sides"):
-        Conversation(tiny_model, pocket_tokenizer, sides=["tuned", "fine"])
+    for wrong, named in (({"temprature": 1}, "'temprature'"), ({"sides": ["tuned", "fine"]}, "('tuned', 'fine')")):
+        with pytest.raises(AlpacaError) as raised:
+            ChatBox(tiny_model, pocket_tokenizer, **wrong)
+        assert raised.value.code == "bad-setting" and named in str(raised.value)
 
 
 def test_an_interrupted_cell_leaves_a_box_that_works(box, monkeypatch):
@@ -449,7 +464,7 @@ def test_an_interrupted_cell_leaves_a_box_that_works(box, monkeypatch):
         patch.setattr(box, "_show", interrupt)
         box.ask("Hi")
     assert box.ask("Hi").replies[0].tokens == 12
-    assert exchanges(box)[0].state == "done" and exchanges(box)[0].replies[0].ending == "stopped"
+    assert exchanges(box)[0].state == "done" and exchanges(box)[0].replies[0].ending is Ending.INTERRUPTED
 
 
 # What is kept
@@ -465,11 +480,56 @@ def test_transcripts_are_saved_whole_and_read_back(box, tmp_path):
     assert [reply["side"] for reply in saved["replies"]] == ["base", "tuned"] and saved["replies"][0]["tokens"] == 12
     box.conversation.save(tmp_path / "talk.md")
     assert "tokens/s" in (tmp_path / "talk.md").read_text(encoding="utf-8")
-    for bad in ("talk.txt", "nowhere/talk.md"):
-        type_in(box.path, str(tmp_path / bad))
+    for bad in (f"{tmp_path}/talk.txt", f"{tmp_path}/nowhere/talk.md", f"{tmp_path}/talk.md/in.md", "~no-one/talk.md"):
+        type_in(box.path, bad)
         click(box.save)
-        assert "Saved" not in box.status.value and bad.partition("/")[0] in box.status.value
+        assert "Saved" not in box.status.value and "choose" in box.status.value and bad[-7:] in box.status.value
     assert sorted(path.name for path in tmp_path.iterdir()) == ["talk.json", "talk.md"]
+
+
+def test_save_replaces_only_what_this_chat_has_saved(box, tiny_model, pocket_tokenizer, tmp_path):
+    mine, path = tmp_path / "notes.md", tmp_path / "talk.md"
+    mine.write_text("my own notes", encoding="utf-8")
+    (tmp_path / "folder.json").mkdir()
+
+    def save(to, by=box):
+        type_in(by.path, str(to))
+        click(by.save)
+        return by.status.value
+
+    box.ask("One")
+    for taken in (mine, tmp_path / "folder.json"):
+        said = save(taken)
+        assert str(taken) in said and "exists" in said and "choose another name" in said
+    assert mine.read_text(encoding="utf-8") == "my own notes"
+    with pytest.raises(AlpacaError) as raised:
+        box.conversation.save(mine)
+    assert raised.value.code == "file-exists"
+    assert "Saved to" in save(path)
+    box.ask("Two")
+    assert "Saved to" in save(path)  # its own, which has grown
+    assert path.read_text(encoding="utf-8") == as_markdown(exchanges(box))
+    other = ChatBox(tiny_model, pocket_tokenizer)
+    assert "choose another name" in save(path, by=other)
+    assert "## 2. You" in path.read_text(encoding="utf-8")
+    with path.open("a", encoding="utf-8") as file:
+        file.write("a remark")
+    assert "choose another name" in save(path) and path.read_text(encoding="utf-8").endswith("a remark")
+    path.unlink()
+    assert "Saved to" in save(path) and "Saved to" in save(tmp_path / "other.md", by=other)
+    names = sorted(file.name for file in tmp_path.iterdir())
+    assert names == ["folder.json", "notes.md", "other.md", "talk.md"]
+
+
+def test_every_ending_reads_as_words_everywhere(box):
+    assert set(WORDS) == {ending.name for ending in Ending}
+    box.ask("Hi")
+    (exchange,) = exchanges(box)
+    for ending in Ending:
+        exchange.replies = (conversation.Reply("tuned", "an answer", 2, ending),)
+        for reads in (as_text, as_json, as_markdown, as_html):
+            assert WORDS[ending.name] in reads([exchange])
+    assert notes(conversation.Reply("tuned")) == "0 tokens"  # it goes on
 
 
 def test_the_transcript_is_static_and_the_same_whatever_the_speed(box):
@@ -477,6 +537,8 @@ def test_the_transcript_is_static_and_the_same_whatever_the_speed(box):
     bundle = box.transcript()._repr_mimebundle_()
     assert set(bundle) == {"text/html", "text/plain"} and "Hi &lt;there&gt;" in bundle["text/html"]
     assert "tokens/s" not in bundle["text/html"] + bundle["text/plain"] and "<script" not in bundle["text/html"]
+    folded = Transcript(exchanges(box), "What was said")._repr_mimebundle_()["text/html"]
+    assert "What was said</small></summary>" in folded and bundle["text/html"] in folded
 
 
 def test_in_a_batch_the_box_does_no_harm_and_the_notebook_keeps_the_transcript(tmp_path):
@@ -485,7 +547,7 @@ def test_in_a_batch_the_box_does_no_harm_and_the_notebook_keeps_the_transcript(t
         "from peft import get_peft_model\n"
         "from transformers import GPT2Config, GPT2LMHeadModel\n"
         "from alpaca_helpers import lora, models, pocket\n"
-        "from alpaca_helpers.chat import ChatBox\n"
+        "from alpaca_helpers.chat.box import ChatBox\n"
         "tokenizer = models.load_tokenizer(str(pocket.MODEL))\n"
         "base = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_layer=1, n_embd=16, n_head=1))\n"
         "box = ChatBox(get_peft_model(base, lora.lora_config()).eval(), tokenizer)\n"

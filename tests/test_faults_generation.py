@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from alpaca_helpers import AlpacaError
-from alpaca_helpers.conversation import Conversation
+from alpaca_helpers.chat.conversation import Conversation
 from alpaca_helpers.evaluation import answer_losses
 from alpaca_helpers.generation import generate, stream
 

@@ -13,7 +13,7 @@ import psutil
 from conftest import PROJECT
 
 from alpaca_helpers import pocket
-from alpaca_helpers.conversation import Conversation
+from alpaca_helpers.chat.conversation import Conversation
 from alpaca_helpers.generation import generate
 from alpaca_helpers.prompts import format_prompt
 

@@ -1,6 +1,8 @@
 """The chat in a real pseudo-terminal, on a run made by hand: pytest tests/test_terminal.py"""
 
+import ast
 import os
+import re
 import subprocess
 import sys
 
@@ -8,9 +10,13 @@ import pexpect
 import pytest
 from conftest import PROJECT
 
+from alpaca_helpers import AlpacaError
+from alpaca_helpers.chat.conversation import Conversation, Reply
+from alpaca_helpers.chat.terminal import print_answer
 from alpaca_helpers.lora import save_adapter
 from alpaca_helpers.runs import write_record
 
+IMPORTS = (ast.Import, ast.ImportFrom)
 CHAT = ["-m", "alpaca_helpers.chat", "--run"]
 
 
@@ -89,14 +95,15 @@ def test_the_end_of_input_leaves_too(terminal):
 
 
 def test_no_escape_sequence_of_a_message_or_an_answer_reaches_the_terminal(capsys, tiny_model, pocket_tokenizer):
-    from alpaca_helpers import chat, conversation
-
-    talk = conversation.Conversation(tiny_model, pocket_tokenizer)
+    talk = Conversation(tiny_model, pocket_tokenizer)
     exchange = talk.add("\x1b[2J")
-    evil = conversation.Reply("base", "\x1b]0;owned\x07 \x9b31m red\r over \u202e rtl")
+    evil = Reply("base", "\x1b]0;owned\x07 \x9b31m red\r over \u202e rtl")
     talk.answer = lambda given: iter([setattr(given, "replies", (evil, evil))])
-    chat.print_answer(talk, exchange)
-    assert not set(capsys.readouterr().out) & set("\x1b\x07\x9b\r\u202e")
+    exchange.error = "no \x1b[2J answer"
+    with pytest.raises(AlpacaError) as raised:
+        print_answer(talk, exchange)
+    assert raised.value.code == "no-answer"
+    assert not set(capsys.readouterr().out + str(raised.value)) & set("\x1b\x07\x9b\r\u202e")
 
 
 def test_once_prints_the_answer_alone(run):
@@ -136,6 +143,34 @@ def test_a_run_that_is_not_there_is_named_and_not_made(tmp_path):
     failed = once(tmp_path / "missing", "--once", "Hi")
     assert failed.returncode == 1 and "run notebook 03_lora_finetuning first" in failed.stderr
     assert "Traceback" not in failed.stderr and not (tmp_path / "missing").exists()
+
+
+LOADED = """
+import runpy, sys
+import alpaca_helpers.chat
+assert "torch" not in sys.modules
+import alpaca_helpers.chat.conversation, alpaca_helpers.chat.terminal
+sys.argv = ["chat", "--help"]
+try:
+    runpy.run_module("alpaca_helpers.chat", run_name="__main__")
+except SystemExit as left:
+    assert not left.code
+print(sorted({"alpaca_helpers.chat.rendering", "ipywidgets", "IPython"} & set(sys.modules)))
+"""
+
+
+def test_the_terminal_loads_neither_ipywidgets_nor_ipython():
+    done = subprocess.run([sys.executable, "-c", LOADED], cwd=PROJECT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "--compare" in done.stdout, done.stderr
+    assert done.stdout.splitlines()[-1] == "['alpaca_helpers.chat.rendering']"
+
+
+def test_nothing_else_in_the_package_imports_the_chat():
+    package = PROJECT / "alpaca_helpers"
+    for path in package.rglob("*.py"):
+        if not path.is_relative_to(package / "chat"):
+            imports = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, IMPORTS)]
+            assert "chat" not in re.findall(r"\w+", " ".join(map(ast.unparse, imports))), path
 
 
 def test_help_names_every_option():

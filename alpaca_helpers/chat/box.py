@@ -1,0 +1,275 @@
+"""The chat box of notebook 04, of core ipywidgets alone: the same in JupyterLab and on Colab."""
+
+import html
+import threading
+import time
+from collections.abc import Callable
+
+import ipywidgets as widgets
+from IPython.display import display
+
+from .. import AlpacaError
+from .conversation import SIDES, Conversation, Exchange, is_exit, well_formed
+from .rendering import STYLE, Transcript, exchange_html
+
+TICK = 0.05  # seconds between two looks at what the model has written
+PLAYING = "playing" if widgets.Play.class_traits().get("playing") else "_playing"  # ipywidgets 8, 7
+HELLO = '<div class="alpaca-chat hello">Ask something, as you would in a message. “exit” closes the chat.</div>'
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+class _WellFormed:
+    """Replaces half a character in what a front end sends: ipywidgets' echo of it would fail, and lose all."""
+
+    def set_state(self, sync_data: dict) -> None:
+        super().set_state({key: well_formed(v) if isinstance(v, str) else v for key, v in sync_data.items()})  # type: ignore[misc]
+
+
+class _Text(_WellFormed, widgets.Text): ...
+
+
+class _Textarea(_WellFormed, widgets.Textarea): ...
+
+
+class ChatBox:
+    """A chat with a model: the last expression of a cell shows it, `ask` talks through it in a script.
+
+    Args:
+        model: tuned (its adapter makes base and tuned answers from one model in memory) or plain.
+        settings: those of `Conversation`: what the box starts with.
+
+    Raises AlpacaError for a setting that does not exist.
+    """
+
+    # A thread generates and changes no widget, since updates from threads do not reach Colab's front end. The front
+    # end itself asks for news: it plays a hidden animation whose every tick runs `_tick` in the kernel.
+
+    def __init__(self, model, tokenizer, **settings):
+        self.conversation = Conversation(model, tokenizer, **settings)
+        self._lock = threading.RLock()  # JupyterLab may run callbacks beside the cell that runs `ask`
+        self._live: list[tuple[Exchange, widgets.HTML]] = []  # messages that are not final, and where they are shown
+        self._thread: threading.Thread | None = None
+        self._entered = 0  # ticks to wait for the text of an Enter
+        self._ticked = 0.0
+        self._kept = None  # the handle of the static text under the box
+        self.widget = self._build()
+
+    # In a script
+
+    def ask(self, instruction: str, input: str = "", **settings) -> Exchange:
+        """Return the exchange with the model's answer, also shown in the box; `settings` hold for this message.
+
+        Raises AlpacaError for a blank message or a bad setting, and where the model could not answer.
+        """
+        with self._lock:
+            exchange = self._append(instruction, input, **settings)
+        shown = 0.0
+        for _ in self.conversation.answer(exchange):
+            if time.monotonic() - shown > TICK:
+                self._show()
+                shown = time.monotonic()
+        self._show()
+        self._keep()
+        if exchange.error:
+            raise AlpacaError(exchange.error, "no-answer")
+        return exchange
+
+    def transcript(self) -> Transcript:
+        """Return what was said, to be shown as static text."""
+        return Transcript(self.conversation.exchanges)
+
+    def __repr__(self) -> str:
+        return f"ChatBox with {len(self.conversation.exchanges)} exchanges: run the cell to open it"
+
+    def _ipython_display_(self, **_) -> None:
+        _switch(self.composer, True)  # shown again, a closed chat is open
+        self._say("")
+        view = {"version_major": 2, "version_minor": 0, "model_id": self.widget.model_id}
+        display({WIDGET: view, "text/plain": repr(self)}, raw=True)
+        self._kept = display(self._folded(), display_id=True)
+
+    # The widgets
+
+    def _build(self) -> widgets.VBox:
+        settings = self.conversation.settings
+        limit = self.conversation.model.config.max_position_embeddings - 1
+        wide, hidden = {"width": "100%"}, {"width": "100%", "display": "none"}
+        line = {"style": {"description_width": "90px"}, "layout": widgets.Layout(**wide)}
+        button = {"layout": widgets.Layout(width="auto")}
+        # the front end keeps a reversed column at its end, so the newest message stays in sight without a script
+        self.messages = widgets.VBox(layout={"flex": "0 0 auto", "overflow": "visible"})
+        scroll = {"flex_flow": "column-reverse", "overflow": "auto", "height": "420px", **wide}
+        self.hello = widgets.HTML(HELLO)
+        self.status = widgets.HTML()
+        self.field = _Text(placeholder="Type an instruction, Enter sends it", continuous_update=False)
+        self.field.layout = {"flex": "1 1 auto", "width": "auto"}
+        self.send = widgets.Button(description="Send", button_style="primary", **button)
+        self.stop = widgets.Button(description="Stop", disabled=True, tooltip="End this answer here", **button)
+        self.compare = widgets.ToggleButton(settings["sides"] == SIDES[0], description="Compare with base", **button)
+        self.compare.disabled = not hasattr(self.conversation.model, "peft_config")
+        self.with_input = widgets.ToggleButton(description="Input", **button)
+        self.with_input.tooltip = "A text that the instruction is about"
+        self.with_settings = widgets.ToggleButton(description="Settings", **button)
+        self.clear = widgets.Button(description="Clear", tooltip="Forget the conversation", **button)
+        self.input = _Textarea(continuous_update=False, rows=3, layout=hidden)
+        self.input.placeholder = "Optional input: the text that the instruction is about"
+        self.knobs = {
+            "temperature": widgets.FloatSlider(description="temperature", min=0, max=2, step=0.05, **line),
+            "top_p": widgets.FloatSlider(description="top-p", min=0.05, max=1, step=0.05, **line),
+            "top_k": widgets.IntSlider(description="top-k (0: all)", min=0, max=200, **line),
+            "max_new_tokens": widgets.IntSlider(description="length", min=1, max=limit, **line),
+            "seed": widgets.BoundedIntText(description="seed", min=0, max=2**31 - 1, **line),
+        }
+        for key, knob in self.knobs.items():
+            knob.value = settings[key]
+        self.path = _Text(value="chat.md", description="save as", tooltip=".md or .json", **line)
+        self.save = widgets.Button(description="Save", **button)
+        self.panel = widgets.VBox([*self.knobs.values(), widgets.HBox([self.path, self.save])], layout=hidden)
+        self.play = widgets.Play(min=0, max=2**31 - 1, interval=int(TICK * 1000), layout={"display": "none"})
+
+        self.field.on_msg(self._on_field_message)
+        self.field.observe(self._on_field_text, "value")
+        self.play.observe(self._tick, "value")
+        actions = {self.send: self._submit, self.stop: self._stop, self.clear: self._clear, self.save: self._save}
+        for pressed, action in actions.items():
+            pressed.on_click(lambda _, action=action: self._do(action))
+        for switch, part in ((self.with_input, self.input), (self.with_settings, self.panel)):
+            switch.observe(lambda change, part=part: _switch(part, change["new"]), "value")
+        entry = widgets.HBox([self.field, self.send, self.stop], layout=wide)
+        buttons = widgets.HBox([self.compare, self.with_input, self.with_settings, self.clear])
+        buttons.layout = {"flex_flow": "row wrap", **wide}
+        self.composer = widgets.VBox([self.input, entry, buttons, self.panel])
+        said = widgets.Box([self.messages, self.hello], layout=scroll)
+        parts = [widgets.HTML(STYLE), said, self.status, self.composer, self.play]
+        return widgets.VBox(parts, layout={"max_width": "1000px", **wide}).add_class("alpaca-box")
+
+    # Messages in
+
+    def _on_field_message(self, _, content, __) -> None:
+        """Take Enter, which comes just before the text, or without it where the text came when the field lost focus."""
+        if content.get("event") == "submit":
+            with self._lock:
+                self._entered = 2
+                self._play()
+
+    def _on_field_text(self, _) -> None:
+        if self._entered:
+            self._do(self._submit)
+
+    def _do(self, action: Callable[[], None]) -> None:
+        """Do what the user wants, or say why it cannot be done."""
+        with self._lock:
+            try:
+                action()
+            except AlpacaError as error:
+                self._say(str(error))
+
+    def _submit(self) -> None:
+        self._entered = 0
+        text = self.field.value
+        if is_exit(text):
+            self.field.value = ""
+            return self._close()
+        settings = {key: knob.value for key, knob in self.knobs.items()}
+        settings["sides"] = SIDES[0] if self.compare.value else SIDES[1]
+        self._append(text, self.input.value if self.with_input.value else "", **settings)
+        self.field.value = ""
+        self._show()
+        self._play()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, daemon=True)
+            self._thread.start()
+
+    def _append(self, instruction: str, input: str, **settings) -> Exchange:
+        exchange = self.conversation.add(instruction, input, **settings)
+        view = widgets.HTML(exchange_html(exchange))
+        self._live.append((exchange, view))
+        self.messages.children = [*self.messages.children, view]
+        _switch(self.hello, False)
+        self._say("")
+        return exchange
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                waiting = [exchange for exchange in self.conversation.exchanges if exchange.state == "waiting"]
+                if not waiting:
+                    self._thread = None
+                    return
+            for _ in self.conversation.answer(waiting[0]):
+                pass
+
+    # News out
+
+    def _play(self) -> None:
+        """Have the front end ask for news, anew if it has not asked lately: its page may have been reloaded."""
+        if time.monotonic() - self._ticked > 1:
+            setattr(self.play, PLAYING, False)
+        setattr(self.play, PLAYING, True)
+
+    def _tick(self, _) -> None:
+        with self._lock:
+            self._ticked = time.monotonic()
+            if self._entered:
+                self._entered -= 1
+                if not self._entered:
+                    self._do(self._submit)
+            self._show()
+            if not self._entered and not self._live:
+                setattr(self.play, PLAYING, False)
+                self._keep()
+
+    def _show(self) -> None:
+        """Bring the messages that are not final up to date."""
+        with self._lock:
+            for exchange, view in list(self._live):
+                done = exchange.state == "done"  # looked at first: what is shown after is then final
+                view.value = exchange_html(exchange)
+                if done:
+                    self._live.remove((exchange, view))
+            self.stop.disabled = not self._live
+
+    def _say(self, sentence: str) -> None:
+        self.status.value = f'<div class="alpaca-chat" role="status">{html.escape(sentence)}</div>' if sentence else ""
+
+    def _keep(self) -> None:
+        """Write the conversation into the cell's output as static text, which a saved notebook keeps."""
+        if self._kept is not None:
+            self._kept.update(self._folded())
+
+    def _folded(self) -> Transcript:
+        exchanges = self.conversation.exchanges
+        return Transcript(exchanges, f"Transcript ({len(exchanges)}), as the saved notebook keeps it")
+
+    # Buttons
+
+    def _stop(self, waiting: bool = False) -> None:
+        """End the answer under way, and with `waiting` the others before they begin."""
+        for exchange, _ in self._live:
+            if waiting or exchange.state == "answering":
+                exchange.stop.set()
+        self._play()
+
+    def _clear(self) -> None:
+        self._stop(waiting=True)
+        self._live.clear()
+        self.conversation.exchanges = []
+        views, self.messages.children = self.messages.children, ()
+        _switch(self.hello, True)
+        for view in views:
+            view.close()
+        self._say("")
+        self._keep()
+
+    def _close(self) -> None:
+        """Leave the conversation as it is and take no more messages."""
+        self._stop(waiting=True)
+        _switch(self.composer, False)
+        self._say("The chat is closed: run its cell again to open it.")
+
+    def _save(self) -> None:
+        self._say(f"Saved to {self.conversation.save(self.path.value)}")
+
+
+def _switch(part: widgets.Widget, on: bool) -> None:
+    part.layout.display = "" if on else "none"

@@ -1,0 +1,91 @@
+"""The same assistant in a terminal: it reads lines, and prints answers as they are written."""
+
+import argparse
+import io
+import signal
+import sys
+
+from .. import AlpacaError
+from ..lora import load_adapter
+from ..models import load_base, load_tokenizer
+from ..runs import artifact, read_record, run_folder
+from .conversation import DEFAULTS, SIDES, Conversation, Exchange, is_exit
+from .rendering import notes, visible
+
+
+def talk(conversation: Conversation) -> None:
+    """Answer what the user types, until it is exit or ends; Ctrl-C starts the line again."""
+    while True:
+        try:
+            line = input("Instruction: ")
+            if is_exit(line):
+                return
+            print_answer(conversation, conversation.add(line))
+            print()
+        except KeyboardInterrupt:
+            print("\nType exit to leave.")
+        except EOFError:
+            return print()
+        except AlpacaError as error:
+            print(f"{error}\n")
+
+
+def print_answer(conversation: Conversation, exchange: Exchange, with_notes: bool = True) -> None:
+    """Print the first side's answer as it comes, then the other's; Ctrl-C ends them where they are.
+
+    Raises AlpacaError where the model could not answer.
+    """
+    several = len(exchange.replies) > 1
+    before = signal.signal(signal.SIGINT, lambda *_: exchange.stop.set())
+    try:
+        printed = 0
+        print(f"{exchange.replies[0].side}: " if several else "", end="", flush=True)
+        for _ in conversation.answer(exchange):
+            text = visible(exchange.replies[0].text)
+            print(text[printed:], end="", flush=True)
+            printed = len(text)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    for number, reply in enumerate(exchange.replies):
+        print(f"\n{reply.side}: {visible(reply.text)}" if number else "", end="")
+        print(f"\n  [{notes(reply)}]" if with_notes else "", end="")
+    print(flush=True)
+    if exchange.error:
+        raise AlpacaError(visible(exchange.error), "no-answer")
+
+
+def open_run(run: str):
+    """Return the tuned model and the tokenizer of a run; raise AlpacaError that says which notebook is missing."""
+    folder = run_folder(run, make=False)
+    adapter, training = artifact(folder, "adapter"), read_record(folder, "training")
+    name, revision = training["model"], training["model_revision"]
+    print(f"Loading {name} and {adapter} …", file=sys.stderr, flush=True)
+    return load_adapter(load_base(name, revision), adapter), load_tokenizer(name, revision)
+
+
+def main() -> None:
+    """Talk as the command line says; exit with a sentence where there is no run, or no answer to `--once`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m alpaca_helpers.chat",
+        description="Talk to the assistant of a run. Ctrl-C ends an answer; exit, quit or Ctrl-D ends the program.",
+    )
+    parser.add_argument("--run", default="pocket", help="name of the run, or a path to its folder (pocket)")
+    parser.add_argument("--compare", action="store_true", help="base and tuned on the same question")
+    parser.add_argument("--once", metavar="QUESTION", help="print one answer and leave, for scripts")
+    parser.add_argument("--input", default="", metavar="TEXT", help="with --once: the text that the question is about")
+    for key, value in DEFAULTS.items():
+        parser.add_argument(f"--{key.replace('_', '-')}", type=type(value), default=value, help=f"({value})")
+    settings = vars(parser.parse_args())
+    run, compare, once, text = (settings.pop(key) for key in ("run", "compare", "once", "input"))
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # whatever bytes come in or cannot go out
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        conversation = Conversation(*open_run(run), sides=SIDES[0] if compare else SIDES[1], **settings)
+        if once is None:
+            print("The assistant of this run. Type exit to leave.\n")
+            talk(conversation)
+        else:
+            print_answer(conversation, conversation.add(once, text), with_notes=False)
+    except AlpacaError as error:
+        sys.exit(str(error))
