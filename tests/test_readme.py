@@ -1,7 +1,6 @@
 """The pages' commands are run somewhere, their links lead somewhere: python -m pytest tests/test_readme.py"""
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -36,7 +35,6 @@ RUN_BY = {
     ".venv/bin/torchrun --nproc-per-node 4 -m alpaca_helpers.training runs/mine": (
         "test_distributed.py::test_two_processes"
     ),
-    "make address REPO_URL=https://github.com/owner/name": "test_readme.py::test_make_address",
     ".venv/bin/lm_eval": "by hand",  # a large package of its own
 }
 
@@ -44,7 +42,7 @@ RUN_BY = {
 def shell_commands(text: str) -> list[str]:
     """Return the commands of a page: lines of its shell blocks, whole, without comments and loops."""
     blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    lines = re.sub(r"\s*\\\n\s*", " ", "\n".join(blocks)).splitlines()
     lines = [re.sub(r"\s+#.*", "", line).strip() for line in lines]
     return [line for line in lines if line and not line.startswith("for ") and line != "done"]
 
@@ -92,6 +90,8 @@ def test_each_link_and_picture_of_the_project_is_there(page):
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(TEXTS[target]), link
+    for published in re.findall(r"OWNER/REPOSITORY/(?:blob/main|actions)/([\w./]+?)(?:/badge\.svg)?\)", TEXTS[page]):
+        assert any((PROJECT / start / published).exists() for start in ("", ".github")), published
 
 
 def test_each_picture_is_shown_or_linked():
@@ -130,22 +130,3 @@ def test_a_run_with_the_documents_recipe(tmp_path):
 
     parameters = {"profile": "pocket", "run": str(tmp_path / "document"), "recipe": "document"}
     assert read_manifest(run_series(parameters, NOTEBOOKS[1:2]))["data"]["recipe"] == "document"
-
-
-@pytest.mark.parametrize("place", ["https://github.com/ada/assistant", "", "somewhere"])
-def test_make_address_sets_the_repository_everywhere(place, tmp_path):
-    for name in ("Makefile", "README.md"):
-        shutil.copy(PROJECT / name, tmp_path)
-    shutil.copytree(PROJECT / "notebooks", tmp_path / "notebooks")
-    done = subprocess.run(["make", "address", f"REPO_URL={place}"], cwd=tmp_path, capture_output=True, text=True)
-    notebooks = [path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.ipynb")]
-    if "github" in place:
-        readme = (tmp_path / "README.md").read_text(encoding="utf-8")
-        assert readme.count("github/ada/assistant/blob/main/notebooks") == 4
-        assert readme.count("github.com/ada/assistant/actions/workflows/test.yml") == 2
-        assert "OWNER/REPOSITORY" not in readme
-        assert all(f'repo_url: str = \\"{place}\\"' in text for text in notebooks) and len(notebooks) == 8
-    else:
-        assert done.returncode and "make address REPO_URL=https://github.com/owner/name" in done.stdout
-        assert all('repo_url: str = \\"\\"' in text for text in notebooks)
-    assert not list(tmp_path.rglob("*.bak"))
