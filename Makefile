@@ -40,7 +40,7 @@ test: $(TESTABLE)  ## unit tests, then the notebooks' stored outputs against fre
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
-	$(BIN)/python -m alpaca_helpers.series --prepare build/nbval \
+	$(BIN)/python -m tools.notebooks --for-nbval build/nbval \
 	  --profile=$(if $(filter auto,$(PROFILE)),pocket,"$$PROFILE")
 	$(BIN)/python -m pytest --nbval build/nbval
 
@@ -57,10 +57,10 @@ pocket: $(READY)  ## rebuild the shipped model from its facts
 	$(BIN)/python -m pocket.build
 
 refresh: $(READY)  ## execute the notebooks in place on the pocket and clean them
-	$(BIN)/python -m alpaca_helpers.series --refresh
+	$(BIN)/python -m tools.notebooks --refresh
 
 french: $(READY)  ## clean the notebooks, and carry their code and outputs over to the French edition
-	$(BIN)/python -m alpaca_helpers.series --tidy
+	$(BIN)/python -m tools.notebooks --clean
 
 recipes: $(READY)  ## what each choice buys: a grid of recipes and LoRA ranks on the pocket, three seeds
 	$(BIN)/python -m benchmarks.recipes

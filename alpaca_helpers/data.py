@@ -9,6 +9,7 @@ from datasets import Dataset, DatasetDict
 from . import AlpacaError
 from .prompts import encode, format_answer, format_prompt
 from .rows import COLUMNS
+from .text import words
 
 # What each recipe does beyond the document's: its name is its definition.
 RECIPES = {
@@ -28,7 +29,7 @@ def drop_reason(row: dict, max_words: int = 80) -> str:
         return "empty instruction"
     if not row["output"].strip():
         return "empty answer"
-    if len(row["output"].split()) > max_words:
+    if len(words(row["output"])) > max_words:
         return f"answer over {max_words} words"
     return ""
 

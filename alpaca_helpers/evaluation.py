@@ -8,10 +8,10 @@ import torch
 from tqdm.auto import tqdm
 
 from . import AlpacaError
-from .data import encode, question_key
+from .data import question_key
 from .generation import Answer, adapter_scalings, generate, only_forward
 from .metrics import METRICS, chrf, contains, echoes, exact_match, repetition, rouge_l
-from .prompts import format_answer, format_prompt
+from .prompts import encode, format_answer, format_prompt
 
 RESAMPLES = 2000  # of the bootstrap
 FEWEST_QUESTIONS = 20  # below it no difference is called clear: the bootstrap of a few promises too much

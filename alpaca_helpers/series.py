@@ -3,16 +3,12 @@
 import argparse
 import hashlib
 import json
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
 import papermill
-from papermill.iorw import load_notebook_node
-from papermill.parameterize import parameterize_notebook
 from tqdm import tqdm
 
 from . import AlpacaError, locate, project_folder
@@ -21,8 +17,8 @@ from .profiles import choose_profile
 from .runs import PRODUCERS, artifact, content_hash, read_manifest, run_folder, write_record
 
 QUIET = ["--log-level=ERROR"]  # ipykernel warns at each start that its local sockets are not encrypted
-PROJECT = project_folder()
-NOTEBOOKS = sorted((PROJECT / "notebooks").glob("0*.ipynb"))
+NAMES = ("01_base_model", "02_dataset_and_tokenizer", "03_lora_finetuning", "04_comparison_and_chat")
+NOTEBOOKS = [project_folder() / "notebooks" / f"{name}.ipynb" for name in NAMES]
 
 
 class ProgressFile:
@@ -46,7 +42,9 @@ def check_parameters(given: dict[str, object]) -> None:
     """Raise AlpacaError for a parameter that no notebook has; papermill would only warn."""
     known = {name for notebook in NOTEBOOKS for name in notebook_parameters(notebook)}
     if unknown := sorted(set(given) - known):
-        raise AlpacaError(f"No notebook has a parameter {unknown[0]!r}: choose among {', '.join(sorted(known))}.")
+        raise AlpacaError(
+            f"No notebook has a parameter {unknown[0]!r}: choose among {', '.join(sorted(known))}.", "unknown-parameter"
+        )
 
 
 def run_series(parameters: dict[str, object], notebooks: Sequence[Path] | None = None) -> Path:
@@ -69,13 +67,13 @@ def run_series(parameters: dict[str, object], notebooks: Sequence[Path] | None =
         *sorted(Path(__file__).parent.rglob("*.py")),
         *(locate(path) for path in (profile.model, profile.dataset, profile.heldout) if path),
     ]
-    made_of = _hash(*map(content_hash, sources))
+    inputs = _hash(*map(content_hash, sources))
     for number, notebook in enumerate(notebooks, 1):
         chosen = {key: value for key, value in parameters.items() if key in notebook_parameters(notebook)}
-        made_of = _hash(made_of, _cells(notebook), json.dumps(chosen, sort_keys=True))
+        inputs = _hash(inputs, _cells(notebook), json.dumps(chosen, sort_keys=True))
         executed = folder / notebook.name
         left = [executed, *(folder / name for name, maker in PRODUCERS.items() if maker == notebook.stem)]
-        unchanged = done.get(notebook.stem) == made_of and all(path.exists() for path in left)
+        unchanged = done.get(notebook.stem) == inputs and all(path.exists() for path in left)
         print(f"[{number}/{len(notebooks)}] {notebook.stem}{': unchanged' if unchanged else ''}", flush=True)
         if unchanged:
             continue
@@ -86,74 +84,12 @@ def run_series(parameters: dict[str, object], notebooks: Sequence[Path] | None =
                 notebook, executed, chosen, kernel_name="python3", extra_arguments=QUIET, stdout_file=ProgressFile()
             )
         except papermill.PapermillExecutionError as error:
-            raise AlpacaError(f"{error.ename}: {error.evalue} [cell {error.exec_count} of {executed}]") from error
-        done[notebook.stem] = made_of
+            raise AlpacaError(
+                f"{error.ename}: {error.evalue} [cell {error.exec_count} of {executed}]", "cell-failed"
+            ) from error
+        done[notebook.stem] = inputs
         write_record(folder, "notebooks", done)
     return folder
-
-
-def prepare(folder: Path, parameters: dict[str, object]) -> None:
-    """Write copies of the notebooks with `parameters` injected and their stored outputs kept, for nbval to check.
-
-    The stored outputs are the pocket's: for another profile only cells tagged `every-profile` are to be compared.
-    """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for notebook in NOTEBOOKS:
-        chosen = {key: value for key, value in parameters.items() if key in notebook_parameters(notebook)}
-        copy = parameterize_notebook(load_notebook_node(str(notebook)), chosen)
-        for cell in copy.cells:
-            tags = cell.metadata["tags"]
-            if parameters["profile"] != "pocket" and not {"every-profile", "nbval-ignore-output"} & set(tags):
-                tags.append("nbval-ignore-output")
-        nbformat.write(copy, folder / notebook.name)
-
-
-def refresh() -> None:
-    """Execute the notebooks on the pocket and store their outputs in place, tidied."""
-    with tempfile.TemporaryDirectory() as folder:
-        executed = run_series({"profile": "pocket", "run": f"{folder}/pocket"})
-        for notebook in NOTEBOOKS:
-            shutil.copy(executed / notebook.name, notebook)
-    tidy()
-
-
-def tidy() -> None:
-    """Clean the notebooks in place, and bring code and outputs of the French edition up to date."""
-    for path in NOTEBOOKS:
-        notebook = clean(nbformat.read(path, as_version=4))
-        nbformat.write(notebook, path)
-        french = path.parent / "fr" / path.name
-        prose = {cell.id: cell.source for cell in nbformat.read(french, as_version=4).cells if cell.source}
-        for cell in notebook.cells:
-            if cell.cell_type == "markdown":
-                if cell.id not in prose:
-                    print(f"{french.relative_to(PROJECT)}: the cell {cell.id} is still in English: translate it there.")
-                cell.source = prose.get(cell.id, cell.source)
-        nbformat.write(notebook, french)
-
-
-def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Return the notebook without what belongs to one execution: timings, progress, widgets, injected parameters."""
-    notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
-    kept = {"kernelspec", "accelerator", "colab"}
-    notebook.metadata = {key: value for key, value in notebook.metadata.items() if key in kept}
-    notebook.metadata["language_info"] = {"name": "python"}
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    for cell in notebook.cells:
-        cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
-    for count, cell in enumerate(code, 1):
-        cell.execution_count = count
-        cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
-        for output in cell.outputs:
-            if output.output_type == "execute_result":
-                output.execution_count = count
-    return notebook
-
-
-def _is_progress(output: nbformat.NotebookNode) -> bool:
-    widget = "application/vnd.jupyter.widget-view+json"
-    return output.get("name") == "stderr" or widget in output.get("data", {})
 
 
 def _hash(*parts: str) -> str:
@@ -165,26 +101,18 @@ def _cells(notebook: Path) -> str:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m alpaca_helpers.series", description=__doc__)
     parser.add_argument("--profile", default="auto", help="auto, pocket or gpt2-medium (auto)")
     parser.add_argument("--run", help="name of the run, or a path to its folder (the profile's name)")
     parser.add_argument(
         "-p", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="a notebook parameter, as papermill"
     )
-    parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="only write copies for nbval to FOLDER")
-    parser.add_argument("--refresh", action="store_true", help="store fresh outputs of the pocket in the notebooks")
-    parser.add_argument("--tidy", action="store_true", help="clean the notebooks, update the French edition's code")
     options = parser.parse_args()
-    if options.refresh or options.tidy:
-        return refresh() if options.refresh else tidy()
     given = {key: _literal(value) for key, value in options.p}
     check_parameters(given)
     profile = choose_profile(str(given.get("profile", options.profile))).name
-    run = str((options.prepare / "run").resolve()) if options.prepare else options.run or profile
-    parameters = {"profile": profile, "run": run, **given}
-    if options.prepare:
-        return prepare(options.prepare, parameters)
-    folder = run_series(parameters)
+    folder = run_series({"profile": profile, "run": options.run or profile, **given})
     metrics = json.loads(artifact(folder, "metrics.json").read_text(encoding="utf-8"))
     print(f"\n{comparison(metrics).to_string()}\n\n{conclusion(metrics)}\n\nThe executed notebooks are in {folder}.")
 

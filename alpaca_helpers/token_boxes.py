@@ -6,9 +6,9 @@ from functools import cache
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.patches import Rectangle
 
-from .data import IGNORED, RECIPES, encode, tokenize
+from .data import IGNORED, RECIPES, tokenize
 from .picture import BLUE, INK, ORANGE, Picture, in_style
-from .prompts import format_prompt
+from .prompts import encode, format_prompt
 
 # How each part of a row looks: fill where learned, text on that fill, border.
 PARTS: dict[str, tuple[str, str, dict]] = {

@@ -229,7 +229,6 @@ def make_trainer(
     """
     prepared, data = read_record(folder, "data"), load_from_disk(artifact(folder, "data"))
     rows, accumulation = split_batch(batch_size, micro_batch_size)
-    set_seed(seed)
     dtype = base_dtype()
     epochs = prepared["num_train_epochs"] if num_train_epochs is None else num_train_epochs
     tenth = math.ceil(math.ceil(len(data["train"]) / batch_size) * epochs / 10)  # of the training, in steps
@@ -250,6 +249,7 @@ def make_trainer(
         report_to=[],
         seed=seed,
     )
+    set_seed(seed)
     return AnswerTrainer(
         model=get_peft_model(base, lora_config(lora_rank, lora_alpha, lora_dropout, target_modules)),
         args=args,

@@ -11,11 +11,10 @@ from datasets import load_from_disk
 from transformers import pipeline
 
 from alpaca_helpers import AlpacaError
-from alpaca_helpers.data import encode
 from alpaca_helpers.evaluation import evaluate
 from alpaca_helpers.lora import load_adapter
 from alpaca_helpers.models import load_base, load_tokenizer
-from alpaca_helpers.prompts import format_prompt, parse_answer
+from alpaca_helpers.prompts import encode, format_prompt, parse_answer
 from alpaca_helpers.runs import artifact, read_record, run_folder
 
 

@@ -31,10 +31,9 @@ from alpaca_helpers.chat.rendering import (
     notes,
     visible,
 )
-from alpaca_helpers.data import encode
 from alpaca_helpers.generation import generate
 from alpaca_helpers.lora import lora_config
-from alpaca_helpers.prompts import format_prompt
+from alpaca_helpers.prompts import encode, format_prompt
 from alpaca_helpers.series import clean
 
 HOSTILE = {

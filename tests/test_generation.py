@@ -7,9 +7,8 @@ import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from alpaca_helpers import AlpacaError, generation
-from alpaca_helpers.data import encode
 from alpaca_helpers.generation import generate, stream
-from alpaca_helpers.prompts import format_prompt
+from alpaca_helpers.prompts import encode, format_prompt
 
 PROMPTS = [format_prompt(text) for text in ("Hi", "What is the capital of France?", "Add 1 and 2 please, if you can")]
 

@@ -15,8 +15,8 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 
 from alpaca_helpers import AlpacaError, hub, rows
-from alpaca_helpers.rows import load_rows
 from alpaca_helpers.models import load_base, load_tokenizer
+from alpaca_helpers.rows import load_rows
 from alpaca_helpers.series import NOTEBOOKS
 
 NAME, ALPACA = MODEL.removeprefix("models/"), DATASET.removeprefix("datasets/")

@@ -1,0 +1,108 @@
+"""What authors do with the notebooks: `python -m tools.notebooks --help`.
+
+`.ipynb` is the only source. The stored outputs are the pocket's, and the French edition has the same code and outputs.
+"""
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+
+import nbformat
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
+
+from alpaca_helpers import project_folder
+from alpaca_helpers.profiles import choose_profile
+from alpaca_helpers.series import NOTEBOOKS, notebook_parameters, run_series
+
+
+def write_for_nbval(folder: Path, parameters: dict[str, object]) -> None:
+    """Write copies of the notebooks with `parameters` injected and their stored outputs kept, for nbval to check.
+
+    The stored outputs are the pocket's: for another profile only cells tagged `every-profile` are to be compared.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for notebook in NOTEBOOKS:
+        chosen = {key: value for key, value in parameters.items() if key in notebook_parameters(notebook)}
+        copy = parameterize_notebook(load_notebook_node(str(notebook)), chosen)
+        for cell in copy.cells:
+            tags = cell.metadata["tags"]
+            if parameters["profile"] != "pocket" and not {"every-profile", "nbval-ignore-output"} & set(tags):
+                tags.append("nbval-ignore-output")
+        nbformat.write(copy, folder / notebook.name)
+
+
+def refresh() -> None:
+    """Execute the notebooks on the pocket and store their outputs in place, cleaned."""
+    with tempfile.TemporaryDirectory() as folder:
+        executed = run_series({"profile": "pocket", "run": f"{folder}/pocket"})
+        for notebook in NOTEBOOKS:
+            shutil.copy(executed / notebook.name, notebook)
+    clean_all()
+
+
+def clean_all() -> None:
+    """Clean the notebooks in place, and bring code and outputs of the French edition up to date."""
+    for path in NOTEBOOKS:
+        notebook = clean(nbformat.read(path, as_version=4))
+        nbformat.write(notebook, path)
+        french = path.parent / "fr" / path.name
+        prose = {cell.id: cell.source for cell in nbformat.read(french, as_version=4).cells if cell.source}
+        for cell in notebook.cells:
+            if cell.cell_type == "markdown":
+                if cell.id not in prose:
+                    print(
+                        f"{french.relative_to(project_folder())}: the cell {cell.id} is still in English: translate it there."
+                    )
+                cell.source = prose.get(cell.id, cell.source)
+        nbformat.write(notebook, french)
+
+
+def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Return the notebook without what belongs to one execution: timings, progress, widgets, injected parameters."""
+    notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    kept = {"kernelspec", "accelerator", "colab"}
+    notebook.metadata = {key: value for key, value in notebook.metadata.items() if key in kept}
+    notebook.metadata["language_info"] = {"name": "python"}
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for cell in notebook.cells:
+        cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+    for count, cell in enumerate(code, 1):
+        cell.execution_count = count
+        cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
+        for output in cell.outputs:
+            if output.output_type == "execute_result":
+                output.execution_count = count
+    return notebook
+
+
+def _is_progress(output: nbformat.NotebookNode) -> bool:
+    widget = "application/vnd.jupyter.widget-view+json"
+    return output.get("name") == "stderr" or widget in output.get("data", {})
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m tools.notebooks", description=__doc__.splitlines()[0])
+    parser.add_argument("--refresh", action="store_true", help="execute all on the pocket, store the outputs, clean")
+    parser.add_argument("--clean", action="store_true", help="clean them, and update the French edition's code")
+    parser.add_argument("--for-nbval", type=Path, metavar="FOLDER", help="write copies with a run of their own there")
+    parser.add_argument("--profile", default="pocket", help="of those copies (pocket)")
+    options = parser.parse_args()
+    if options.refresh:
+        refresh()
+    elif options.clean:
+        clean_all()
+    elif options.for_nbval:
+        folder = options.for_nbval
+        write_for_nbval(
+            folder, {"profile": choose_profile(options.profile).name, "run": str((folder / "run").resolve())}
+        )
+    else:
+        parser.error("choose what to do")
+
+
+if __name__ == "__main__":
+    main()
