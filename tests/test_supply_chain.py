@@ -66,6 +66,12 @@ def test_what_comes_from_the_hub_is_pinned_to_a_commit():
                 assert re.fullmatch("[0-9a-f]{40}", revision or ""), name
 
 
+def test_workflows_use_githubs_own_actions_by_major_version():
+    for workflow in PROJECT.glob(".github/workflows/*.yml"):
+        used = re.findall(r"uses: *(.+)", workflow.read_text(encoding="utf-8"))
+        assert used and all(re.fullmatch(r"actions/[\w-]+@v\d+", action) for action in used), workflow
+
+
 @pytest.fixture(scope="module")
 def tracked() -> list[Path]:
     listed = subprocess.run(["git", "-C", str(PROJECT), "ls-files", "-z"], capture_output=True)
