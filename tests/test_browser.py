@@ -203,6 +203,20 @@ def test_a_conversation_in_notebook_04(page, notebook, lab):
     answered(scripted + 4)
     assert "half" in box.locator(".you .bubble").last.inner_text()
 
+    # a file of the user's is kept, another name is taken
+    (FOLDER / "mine.md").write_text("my own notes", encoding="utf-8")
+    button("Settings").click()
+    path = box.locator(".widget-text:has-text('save as') input")
+    for name, said in (("mine.md", "choose another name"), ("talk.md", "Saved to")):
+        path.fill(name)
+        path.press("Tab")
+        button("Save").click()
+        box.get_by_text(said).wait_for()
+    assert (FOLDER / "mine.md").read_text(encoding="utf-8") == "my own notes"
+    assert HOSTILE in (FOLDER / "talk.md").read_text(encoding="utf-8")
+    shot("settings")
+    button("Settings").click()
+
     # a refusal in sight, then narrow and dark
     field.press("Enter")
     box.get_by_text("The message is blank").wait_for()

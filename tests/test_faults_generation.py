@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from alpaca_helpers import AlpacaError
-from alpaca_helpers.chat.conversation import Conversation
+from alpaca_helpers.chat.conversation import Conversation, Ending
 from alpaca_helpers.evaluation import answer_losses
 from alpaca_helpers.generation import generate, stream
 
@@ -71,7 +71,7 @@ def test_a_conversation_goes_on_after_an_interrupt(tiny_model, pocket_tokenizer,
         interrupt_at(patched, tiny_model, 3)
         for _ in talk.answer(talk.add("Hi")):
             pass
-    assert [(reply.tokens, reply.ending) for reply in talk.exchanges[0].replies] == [(2, "stopped")] * 2
+    assert [(reply.tokens, reply.ending) for reply in talk.exchanges[0].replies] == [(2, Ending.INTERRUPTED)] * 2
     for _ in talk.answer(talk.add("Hi")):
         pass
     whole = [generate(tiny_model, pocket_tokenizer, [PROMPT], side=s, max_new_tokens=6)[0] for s in ("base", "tuned")]

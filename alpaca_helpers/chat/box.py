@@ -94,15 +94,15 @@ class ChatBox:
         settings = self.conversation.settings
         limit = self.conversation.model.config.max_position_embeddings - 1
         wide, hidden = {"width": "100%"}, {"width": "100%", "display": "none"}
-        line = {"style": {"description_width": "90px"}, "layout": widgets.Layout(**wide)}
+        stretch = {"flex": "1 1 auto", "width": "auto"}
+        line = {"style": {"description_width": "90px"}, "layout": widgets.Layout(**stretch)}
         button = {"layout": widgets.Layout(width="auto")}
         # the front end keeps a reversed column at its end, so the newest message stays in sight without a script
         self.messages = widgets.VBox(layout={"flex": "0 0 auto", "overflow": "visible"})
         scroll = {"flex_flow": "column-reverse", "overflow": "auto", "height": "420px", **wide}
         self.hello = widgets.HTML(HELLO)
         self.status = widgets.HTML()
-        self.field = _Text(placeholder="Type an instruction, Enter sends it", continuous_update=False)
-        self.field.layout = {"flex": "1 1 auto", "width": "auto"}
+        self.field = _Text(continuous_update=False, placeholder="Type an instruction, Enter sends it", layout=stretch)
         self.send = widgets.Button(description="Send", button_style="primary", **button)
         self.stop = widgets.Button(description="Stop", disabled=True, tooltip="End this answer here", **button)
         self.compare = widgets.ToggleButton(settings["sides"] == SIDES[0], description="Compare with base", **button)
