@@ -238,6 +238,7 @@ def make_trainer(
         output_dir=str(folder / "checkpoints"),
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=accumulation,
+        per_device_eval_batch_size=4 * rows,
         learning_rate=prepared["learning_rate"] if learning_rate is None else learning_rate,
         num_train_epochs=epochs,
         fp16=torch.cuda.is_available() and dtype == torch.float32,  # older GPUs; others hold the base in bfloat16
@@ -246,7 +247,6 @@ def make_trainer(
         eval_steps=tenth,
         save_steps=tenth,
         save_total_limit=2,  # the newest, and one to go back to should it be broken
-        report_to=[],
         seed=seed,
     )
     set_seed(seed)
