@@ -1,7 +1,6 @@
 """The pictures of the series: each function returns a `Picture`."""
 
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,8 +10,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from .evaluation import main_metrics
-from .metrics import METRICS, Metric
-from .picture import BARE, BASE, BLUE, EXPECTED, INK, ORANGE, PALE, PAPER, TUNED, figure, in_style
+from .metrics import METRICS
+from .picture import BARE, BASE, BLUE, EXPECTED, INK, ORANGE, PAPER, TUNED, figure, in_style
 from .picture import Picture as Picture
 from .token_boxes import tokens as tokens
 
@@ -278,41 +277,3 @@ def answers_table(answers: pd.DataFrame, rows: int = 8, letters: int = 160) -> H
     # text of a user or a model: escaped, and no $…$ in it is taken for a formula
     with pd.option_context("display.max_colwidth", None, "display.html.use_mathjax", False):
         return HTML(pd.DataFrame(table).to_html(index=False, justify="left", border=0))
-
-
-@in_style
-def recipes(lines: Sequence[Mapping], metrics: Mapping[str, Metric]) -> Picture:
-    """Return what each choice of settings came to: a dot a seed, a bar at their mean, a panel a metric.
-
-    Args:
-        lines: a mapping a choice, with `choice` and for each metric its `mean` and `values`.
-        metrics: the metrics to show, with their names.
-    """
-    names = [_choice(line["choice"]) for line in lines]
-    shown = [name for name in metrics if all(line[name]["values"] for line in lines)]
-    picture, panels = figure(10, 0.32 * len(lines) + 1.3, columns=len(shown), sharey=True)
-    for axes, name in zip(panels, shown):
-        metric = metrics[name]
-        scale = 100 if metric.unit == "%" else 1
-        for y, line in enumerate(lines):
-            values = [scale * value for value in line[name]["values"]]
-            axes.barh(y, scale * line[name]["mean"], 0.7, facecolor=PALE, edgecolor=INK, linewidth=0.8)
-            axes.plot(values, [y] * len(values), "o", color=BLUE, markeredgecolor="white", markersize=5, clip_on=False)
-        axes.set_xlim(0, 105 if scale == 100 else None)
-        axes.set_xlabel(f"{textwrap.fill(metric.label, 14)}\n({metric.unit})")
-        axes.grid(axis="x")
-    panels[0].set_yticks(range(len(names)), names)
-    panels[0].set_ylim(len(names) - 0.4, -0.6)
-    said = (
-        f"{name}: " + ", ".join(f"{metrics[key].label} {metrics[key].show(line[key]['mean'])}" for key in shown)
-        for name, line in zip(names, lines)
-    )
-    picture.alt = "A bar a choice at the mean over seeds, a dot a seed. " + "; ".join(said) + "."
-    return picture
-
-
-def _choice(choice: Mapping[str, object]) -> str:
-    return ", ".join(
-        str(value) if name == "recipe" else f"{name.removeprefix('lora_').replace('_', ' ')} {value}"
-        for name, value in choice.items()
-    )

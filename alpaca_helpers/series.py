@@ -61,8 +61,8 @@ def run_series(parameters: dict[str, object], notebooks: Sequence[Path] | None =
     notebooks = notebooks or NOTEBOOKS
     folder = run_folder(str(parameters["run"]))
     done = read_manifest(folder).get("notebooks", {})
-    named = {key: parameters[key] for key in ("model", "dataset") if key in parameters}
-    profile = choose_profile(str(parameters.get("profile", "auto")), **named)
+    model, dataset = (str(parameters[key]) if parameters.get(key) else None for key in ("model", "dataset"))
+    profile = choose_profile(str(parameters.get("profile", "auto")), model, dataset)
     sources = [
         *sorted(Path(__file__).parent.rglob("*.py")),
         *(locate(path) for path in (profile.model, profile.dataset, profile.heldout) if path),

@@ -13,9 +13,9 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import fields
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -24,10 +24,11 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from tqdm import tqdm
 
-from alpaca_helpers import AlpacaError, plots
+from alpaca_helpers import AlpacaError
+from alpaca_helpers.checkpoints import FREE
 from alpaca_helpers.data import RECIPES
 from alpaca_helpers.metrics import METRICS, Metric
-from alpaca_helpers.profiles import Profile
+from alpaca_helpers.picture import BLUE, INK, PALE, Picture, figure, in_style
 from alpaca_helpers.runs import artifact, read_manifest, write_json
 from alpaca_helpers.series import NOTEBOOKS, notebook_parameters, run_series
 
@@ -49,7 +50,7 @@ SHOWN = {
     "mean_answer_tokens": METRICS["mean_answer_tokens"],
     "seconds": Metric("training", "seconds", 0),
 }
-SAME = {"seed", "micro_batch_size", "name"}  # what runs of one line may differ in
+SAME = FREE | {"seed", "fingerprint", "earlier", "result"}  # what runs of one line may differ in
 
 
 def grid() -> dict[str, dict[str, object]]:
@@ -121,8 +122,7 @@ def read_run(folder: Path) -> tuple[dict[str, object], dict[str, float | None]]:
     Raises AlpacaError if the run is not finished.
     """
     metrics = json.loads(artifact(folder, "metrics.json").read_text(encoding="utf-8"))
-    made_by = read_manifest(folder).get("training", {})
-    settings = {field.name: made_by.get(field.name) for field in fields(Profile)} | {"recipe": metrics["recipe"]}
+    settings = read_manifest(folder).get("training", {}) | {"recipe": metrics["recipe"]}
     tuned = {name: metrics["tuned"][name] for name in SHOWN if name != "seconds"}
     return settings, tuned | {"seconds": training_seconds(folder)}
 
@@ -178,6 +178,44 @@ def markdown(lines: Sequence[dict]) -> str:
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |\n" for cells in table)
 
 
+@in_style
+def draw(lines: Sequence[Mapping], metrics: Mapping[str, Metric]) -> Picture:
+    """Return what each choice of settings came to: a dot a seed, a bar at their mean, a panel a metric.
+
+    Args:
+        lines: a mapping a choice, with `choice` and for each metric its `mean` and `values`.
+        metrics: the metrics to show, with their names.
+    """
+    names = [_choice(line["choice"]) for line in lines]
+    shown = [name for name in metrics if all(line[name]["values"] for line in lines)]
+    picture, panels = figure(10, 0.32 * len(lines) + 1.3, columns=len(shown), sharey=True)
+    for axes, name in zip(panels, shown):
+        metric = metrics[name]
+        scale = 100 if metric.unit == "%" else 1
+        for y, line in enumerate(lines):
+            values = [scale * value for value in line[name]["values"]]
+            axes.barh(y, scale * line[name]["mean"], 0.7, facecolor=PALE, edgecolor=INK, linewidth=0.8)
+            axes.plot(values, [y] * len(values), "o", color=BLUE, markeredgecolor="white", markersize=5, clip_on=False)
+        axes.set_xlim(0, 105 if scale == 100 else None)
+        axes.set_xlabel(f"{textwrap.fill(metric.label, 14)}\n({metric.unit})")
+        axes.grid(axis="x")
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].set_ylim(len(names) - 0.4, -0.6)
+    said = (
+        f"{name}: " + ", ".join(f"{metrics[key].label} {metrics[key].show(line[key]['mean'])}" for key in shown)
+        for name, line in zip(names, lines)
+    )
+    picture.alt = "A bar a choice at the mean over seeds, a dot a seed. " + "; ".join(said) + "."
+    return picture
+
+
+def _choice(choice: Mapping[str, object]) -> str:
+    return ", ".join(
+        str(value) if name == "recipe" else f"{name.removeprefix('lora_').replace('_', ' ')} {value}"
+        for name, value in choice.items()
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recipes", description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="*", help="finished runs to compare: names, or paths to their folders")
@@ -189,7 +227,7 @@ def main() -> None:
     lines = summarize(sweep(out / "recipes", grid()))
     write_json(out / "recipes.json", {"lines": lines})
     (out / "recipes.md").write_text(markdown(lines), encoding="utf-8")
-    plots.recipes(lines, SHOWN).save(out / "recipes.png")
+    draw(lines, SHOWN).save(out / "recipes.png")
     print(markdown(lines))
     print(f"The table is in {out / 'recipes.md'} and recipes.json, the picture in {out / 'recipes.png'}.")
 

@@ -1,8 +1,8 @@
 """What each speed patch of training is worth: `python -m benchmarks.speedups`.
 
-A few steps of Trainer's own loop with all patches, and with all but one, in turns; the figure is how many times as long a
-step takes without it, in each round. Two models: GPT-2's shape with four layers and random weights, and one of 24 layers
-of width 16, whose step is overhead alone, as a small batch is on a GPU.
+A few steps of Trainer's own loop with all patches, and with all but one, in turns; the figure is how many times as
+long a step takes without it, in each round. Three models: GPT-2's width in four layers with random weights, one of 24
+layers of width 16, whose step is overhead alone, as a small batch is on a GPU, and the pocket.
 """
 
 import argparse

@@ -34,7 +34,7 @@ from alpaca_helpers.chat.rendering import (
 from alpaca_helpers.generation import generate
 from alpaca_helpers.lora import lora_config
 from alpaca_helpers.prompts import encode, format_prompt
-from alpaca_helpers.series import clean
+from tools.notebooks import clean
 
 HOSTILE = {
     "tag": "<img src=x onerror=alert(1)>",

@@ -13,10 +13,10 @@ import pytest
 import torch
 from conftest import PROJECT
 from safetensors.torch import load_file
-from tiny_run import prepare_run, tiny_gpt2
+from tiny_run import prepare_run, save_adapter, tiny_gpt2
 
 from alpaca_helpers import AlpacaError, checkpoints, training
-from alpaca_helpers.lora import WEIGHTS, adapter_folder
+from alpaca_helpers.lora import WEIGHTS
 from alpaca_helpers.runs import check_disk_space, write_checksums
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])}
@@ -209,12 +209,6 @@ def small_disk(tmp_path):
         pytest.skip("mounting a tmpfs needs root")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
-
-
-def save_adapter(model, tokenizer, folder: Path) -> None:
-    with adapter_folder(folder, model, "base") as part:
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
 
 
 def adapter_of(rank: int):

@@ -1,21 +1,21 @@
 import json
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, load_dataset
 
 from alpaca_helpers import AlpacaError
 from alpaca_helpers.data import (
     IGNORED,
     RECIPES,
-    filter_rows,
+    drop_reason,
     fingerprint,
     has_answer,
-    load_rows,
     question_key,
     split_rows,
     tokenize,
 )
 from alpaca_helpers.prompts import format_example, format_prompt
+from alpaca_helpers.rows import load_rows, prepare_rows
 
 ROW = {"instruction": "Add the numbers.", "input": "1 and 2", "output": "3"}
 
@@ -72,35 +72,62 @@ def test_a_missing_file_is_never_looked_up_on_the_hub():
         load_rows("./owner/name")
 
 
-def test_filter_counts_by_reason():
-    rows = rows_of(
-        {"instruction": "a", "output": "w " * 80},
-        {"instruction": "b", "output": "w " * 81},
-        {"instruction": " ", "output": "x"},
-        {"instruction": "c", "output": " \n"},
-    )
-    kept, dropped = filter_rows(rows, 80)
-    assert list(kept["instruction"]) == ["a"]
-    assert dropped == {"answer over 80 words": 1, "empty instruction": 1, "empty answer": 1}
-    with pytest.raises(AlpacaError, match="No row is left of 4"):
-        filter_rows(rows, 0)
+@pytest.mark.parametrize(
+    "instruction, output, reason",
+    [
+        ("a", "w " * 80, ""),
+        ("b", "w " * 81, "answer over 80 words"),
+        (" ", "x", "empty instruction"),
+        ("c", " \n", "empty answer"),
+        ("x", "北京是中国的首都。" * 50, "answer over 80 words"),  # 400: a character is a word there
+        ("x", "北京是中国的首都。" * 10, ""),
+    ],
+)
+def test_why_a_row_is_not_used(instruction, output, reason):
+    assert drop_reason({"instruction": instruction, "output": output}) == reason
+
+
+def test_prepared_rows_are_what_load_dataset_reads(tmp_path):
+    for name, rows in {"mine": [ROW, {**ROW, "fact": "3"}], "held": [{**ROW, "input": ""}]}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    files = prepare_rows(tmp_path / "rows", str(tmp_path / "mine.json"), None, str(tmp_path / "held.json"))
+    dataset = load_dataset("parquet", data_files=files)
+    assert dataset["train"].to_list() == [{**ROW, "fact": ""}, {**ROW, "fact": "3"}]
+    assert dataset["heldout"].to_list() == [{**ROW, "input": "", "fact": ""}]
+    assert list(prepare_rows(tmp_path / "rows", str(tmp_path / "mine.json"))) == ["train"]
+
+
+def test_a_column_that_is_empty_or_looks_like_dates_stays_text(tmp_path):
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"instruction": "When?", "output": "2001-01-01"}))
+    dataset = load_dataset("parquet", data_files=prepare_rows(tmp_path, str(tmp_path / "mine.jsonl")))
+    assert dataset["train"][0] == {"instruction": "When?", "input": "", "output": "2001-01-01", "fact": ""}
 
 
 def test_split_keeps_a_question_on_one_side_and_is_seeded():
     rows = rows_of(*({"instruction": f"Q{i // 2}" + " " * (i % 2), "output": str(i)} for i in range(40)))
-    train, heldout = split_rows(rows, 3, seed=1)
+    train, heldout = (split_rows(rows, 3, seed=1)[side] for side in ("train", "heldout"))
     assert (len(train), len(heldout)) == (34, 6)
     assert not {question_key(row) for row in train} & {question_key(row) for row in heldout}
-    assert split_rows(rows, 3, seed=1)[1].to_list() == heldout.to_list()
-    assert split_rows(rows, 3, seed=2)[1].to_list() != heldout.to_list()
-    assert len(split_rows(rows, 1000)[1]) == 8  # a fifth at most
+    assert split_rows(rows, 3, seed=1)["heldout"].to_list() == heldout.to_list()
+    assert split_rows(rows, 3, seed=2)["heldout"].to_list() != heldout.to_list()
+    assert len(split_rows(rows, 1000)["heldout"]) == 8  # a fifth at most
+
+
+@pytest.mark.parametrize("rows, said", [([ROW, ROW], "one question only"), ([], "no row that the filters keep")])
+def test_too_few_questions_to_hold_any_out(rows, said):
+    with pytest.raises(AlpacaError, match=said) as raised:
+        split_rows(rows_of(ROW).select([0] * len(rows)), 3)
+    assert raised.value.code == "too-few-rows"
 
 
 def test_fingerprint_is_of_the_text():
-    one = rows_of(ROW)
-    assert fingerprint(one) == fingerprint(Dataset.from_list(one.to_list()))
-    assert fingerprint(one) != fingerprint(rows_of({**ROW, "output": "4"}))
-    assert fingerprint(one, one) != fingerprint(rows_of(ROW, ROW))
+    def of(train, heldout):
+        return fingerprint(DatasetDict(train=train, heldout=heldout))
+
+    one, none = rows_of(ROW), rows_of(ROW).select([])
+    assert of(one, one) == of(Dataset.from_list(one.to_list()), one)
+    assert of(one, one) != of(rows_of({**ROW, "output": "4"}), one)
+    assert of(one, one) != of(rows_of(ROW, ROW), none)
 
 
 def test_tokenize_document_is_the_documents(gpt2_tokenizer):
@@ -127,6 +154,7 @@ def test_each_recipe_is_its_features(gpt2_tokenizer, recipe):
     assert ("<|endoftext|>" in text) == ("eos" in RECIPES[recipe])
     assert ("Instruction" not in text) == ("answer-loss" in RECIPES[recipe])
     assert ("1 and 2" in gpt2_tokenizer.decode(got["input_ids"][0])) == ("input" in RECIPES[recipe])
+    assert (len(got["input_ids"][0]) < 64) == ("attention_mask" not in got) == ("dynamic-padding" in RECIPES[recipe])
 
 
 def test_known_ids_of_the_documents_prompt(gpt2_tokenizer):
@@ -136,7 +164,7 @@ def test_known_ids_of_the_documents_prompt(gpt2_tokenizer):
 
 
 def test_real_rows_with_the_real_tokenizer(real_data, gpt2_tokenizer):
-    rows, _ = filter_rows(load_rows(str(real_data / "alpaca_en_demo.json")))
+    rows = load_rows(str(real_data / "alpaca_en_demo.json")).filter(lambda row: not drop_reason(row))
     got = tokenize(rows[:], gpt2_tokenizer)
     for row, ids, labels in zip(rows, got["input_ids"], got["labels"]):
         text = format_example(row["instruction"], row["output"], row["input"])

@@ -10,11 +10,12 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_run import save_adapter
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from alpaca_helpers import AlpacaError
 from alpaca_helpers.generation import generate
-from alpaca_helpers.lora import BASE, PICKLE, WEIGHTS, base_hash, load_adapter, lora_config, save_adapter
+from alpaca_helpers.lora import BASE, PICKLE, WEIGHTS, base_hash, load_adapter, lora_config
 from alpaca_helpers.models import load_base, load_tokenizer
 from alpaca_helpers.runs import CHECKSUMS, write_checksums
 

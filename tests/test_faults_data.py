@@ -5,17 +5,19 @@ What tests/test_data.py covers already (formats, missing columns, types, empty r
 
 import datetime
 import json
+from collections import Counter
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alpaca_helpers import AlpacaError
-from alpaca_helpers.data import drop_shared, filter_rows, has_answer, load_rows, tokenize
+from alpaca_helpers.data import drop_reason, drop_shared, has_answer, tokenize
 from alpaca_helpers.prompts import format_example
+from alpaca_helpers.rows import load_rows
 
 ROW = {"instruction": "Say « été ».", "input": "", "output": "été 😀"}
 
@@ -164,8 +166,10 @@ def test_a_megabyte_in_one_field_is_cut_like_any_row(text, tmp_path, pocket_toke
 def test_rows_that_cannot_be_used_are_dropped_and_counted(tmp_path, pocket_tokenizer):
     rows = [ROW, {**ROW, "instruction": " "}, {**ROW, "output": ""}, {**ROW, "output": "\u00a0\t\n"}]
     rows += [{**ROW, "output": "word " * 81}, {**ROW, "instruction": "long " * 500}]
-    kept, dropped = filter_rows(load_rows(written(tmp_path, ".json", json.dumps(rows))))
-    assert dropped == {"empty instruction": 1, "empty answer": 2, "answer over 80 words": 1}
+    read = load_rows(written(tmp_path, ".json", json.dumps(rows)))
+    dropped = Counter(map(drop_reason, read))
+    assert dropped == {"": 2, "empty instruction": 1, "empty answer": 2, "answer over 80 words": 1}
+    kept = read.filter(lambda row: not drop_reason(row))
     tokenized = kept.map(tokenize, batched=True, fn_kwargs={"tokenizer": pocket_tokenizer})
     assert [has_answer(row) for row in tokenized] == [True, False]
 
@@ -173,7 +177,7 @@ def test_rows_that_cannot_be_used_are_dropped_and_counted(tmp_path, pocket_token
 def test_questions_on_both_sides_leave_the_training_side_and_are_counted():
     train = Dataset.from_list([{**ROW, "instruction": text} for text in ("One?", "two  ?", "Three?")])
     heldout = Dataset.from_list([{**ROW, "instruction": text, "output": "other"} for text in ("one?", "Two ?")])
-    kept, shared = drop_shared(train, heldout)
-    assert (kept["instruction"][:], shared) == (["Three?"], 2)
-    with pytest.raises(AlpacaError, match="Every question to train on is held out"):
-        drop_shared(train.select([0]), heldout)
+    kept = drop_shared(DatasetDict(train=train, heldout=heldout))
+    assert kept["train"]["instruction"][:] == ["Three?"] and len(kept["heldout"]) == 2
+    with pytest.raises(AlpacaError, match="0 of 1 rows are left to train on, and 2 are held out"):
+        drop_shared(DatasetDict(train=train.select([0]), heldout=heldout))

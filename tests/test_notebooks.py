@@ -1,6 +1,7 @@
 """The committed notebooks: hygiene, and that what nbval checks means something."""
 
 import ast
+import inspect
 import json
 import re
 
@@ -8,6 +9,7 @@ import nbformat
 import pytest
 from conftest import PROJECT
 
+from alpaca_helpers import training
 from alpaca_helpers.series import NOTEBOOKS
 
 IGNORED = "nbval-ignore-output"
@@ -84,6 +86,121 @@ def test_cells_are_short(notebook):
 
     sizes = sorted(map(lines, code_cells(notebook)[1:]))
     assert sizes[-1] <= 15 and sizes[len(sizes) // 2] <= 5
+
+
+# What a reader of the document types, by the section that it stands in: the part of a call that a cell has to hold.
+CALLS = {
+    "01": {
+        "# 1.": [
+            "AutoTokenizer.from_pretrained(model_path)",
+            "tokenizer.pad_token = tokenizer.eos_token",
+            "AutoModelForCausalLM.from_pretrained(model_path)",
+            "base_model.eval()",
+            "base_model.to(device)",
+            'pipeline("text-generation", model=base_model, tokenizer=tokenizer, device=device)',
+            "generator(format_prompt(instruction), max_new_tokens=max_new_tokens",
+        ]
+    },
+    "02": {
+        "## 2.1": ["load_dataset(", ".column_names", "def is_simple(example):", "rows.filter(is_simple"],
+        "## 2.2": ["AutoTokenizer.from_pretrained(", "tokenizer.pad_token =", "split.map(tokenize", "save_to_disk("],
+    },
+    "03": {
+        "## 3.2": [
+            "AutoModelForCausalLM.from_pretrained(model_path",
+            "LoraConfig(\n    r=lora_rank,\n    lora_alpha=lora_alpha,\n    target_modules=target_modules,",
+            'lora_dropout=lora_dropout,\n    bias="none",\n    task_type=TaskType.CAUSAL_LM,',
+            "get_peft_model(base_model, config)",
+        ],
+        "## 3.3": [
+            "TrainingArguments(\n    output_dir=",
+            "DataCollatorForLanguageModeling(tokenizer=tokenizer, mlm=False)",
+            "trainer = AnswerTrainer(",
+            "trainer.train(",
+            "model.save_pretrained(",
+            "tokenizer.save_pretrained(",
+            "PeftModel.from_pretrained(",
+        ],
+    },
+    "04": {
+        "## 4.1": [
+            "AutoTokenizer.from_pretrained(model_path)",
+            "AutoModelForCausalLM.from_pretrained(model_path)",
+            "PeftModel.from_pretrained(base_model, adapter_path)",
+            'pipeline("text-generation", model=model, tokenizer=tokenizer, device=device)',
+            "temperature=0.7,\n    top_p=0.9,\n    top_k=50,\n    eos_token_id=tokenizer.eos_token_id,",
+        ],
+        "## 4.2": [
+            "pipe_base(prompt, **sampling)",
+            "pipe(prompt, **sampling)",
+            '"do_sample": True, "temperature": 0.7',
+        ],
+        "## 4.3": ["while True:", 'in ["exit", "quit"]', "break", "pipe(prompt, max_new_tokens=100", "ChatBox("],
+    },
+}
+
+
+def sections(notebook) -> dict[str, str]:
+    """The code of each numbered section, cell after cell."""
+    code, heading = {}, ""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            for line in cell.source.splitlines():
+                if numbered := re.match(r"#+ \d[\d.]*", line):
+                    heading = numbered[0]
+        else:
+            code[heading] = code.get(heading, "") + cell.source + "\n\n"
+    return code
+
+
+def test_each_call_of_the_document_stands_in_its_section(notebook):
+    code = sections(notebook)
+    for heading, calls in CALLS[notebook.name[:2]].items():
+        missing = [call for call in calls if call not in code[heading]]
+        assert not missing, f"{heading}: {missing}"
+
+
+def test_what_stands_in_the_cells_is_what_trains(notebook):
+    """The arguments that notebook 03 types are those that `torchrun` trains with, and so are its parameters."""
+    if notebook.name[:2] != "03":
+        return
+    tree = ast.parse(re.sub(r"^( *)%.*$", r"\1pass", sections(notebook)["## 3.3"], flags=re.MULTILINE))
+    helper = ast.parse(inspect.getsource(training.make_trainer))
+
+    def arguments(tree, name):
+        call = next(node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == name)
+        return {word.arg: ast.unparse(word.value) for word in call.keywords}
+
+    typed, made = arguments(tree, "TrainingArguments"), arguments(helper, "TrainingArguments")
+    names = {"rows_at_once": "rows", "num_train_epochs": "epochs", "base_model.dtype": "dtype"}
+    names |= {"learning_rate": "prepared['learning_rate'] if learning_rate is None else learning_rate"}
+    names |= {
+        "4 * rows_at_once": "4 * rows",
+        "device == 'cuda' and base_model.dtype == torch.float32": (
+            "torch.cuda.is_available() and dtype == torch.float32"
+        ),
+    }
+    assert {key: names.get(value, value) for key, value in typed.items()} == made
+    typed, made = arguments(tree, "AnswerTrainer"), arguments(helper, "AnswerTrainer")
+    assert typed.keys() == made.keys() and typed["train_dataset"] == made["train_dataset"]
+    parameters = {
+        node.target.id: ast.literal_eval(node.value) for node in ast.parse(code_cells(notebook)[0].source).body
+    }
+    signature = inspect.signature(training.make_trainer).parameters
+    for name in signature.keys() - {"folder"}:
+        default = signature[name].default
+        assert parameters[name] == (list(default) if isinstance(default, tuple) else default), name
+
+
+def test_no_long_source_is_shown_and_nothing_is_looked_up_by_name(notebook):
+    code = "\n".join(cell.source for cell in code_cells(notebook))
+    assert "getsource" not in code and "globals()" not in code and "importlib.import_module" not in code
+
+
+def test_the_opening_has_at_most_four_lines_of_python(notebook):
+    opening = code_cells(notebook)[1].source
+    python = [line for line in opening.splitlines() if line.strip() and not line.strip().startswith("%")]
+    assert "%pip install" in opening and len(python) <= 4
 
 
 def test_the_template_is_spelled_in_one_module():

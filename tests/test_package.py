@@ -62,8 +62,7 @@ def imported(path: Path) -> set[str]:
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
             found.add(str(node.module).split(".")[0])
-    in_place = {"google", "packaging"} if path.name == "colab.py" else set()  # Colab has them
-    found -= set(sys.stdlib_module_names) | in_place
+    found -= set(sys.stdlib_module_names)
     return names([KNOWN.get(name, [name])[0] for name in found])
 
 

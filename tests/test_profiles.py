@@ -1,3 +1,4 @@
+import inspect
 import os
 
 import pytest
@@ -5,7 +6,9 @@ import torch
 from conftest import PROJECT
 
 from alpaca_helpers import AlpacaError
+from alpaca_helpers.data import drop_reason, tokenize
 from alpaca_helpers.profiles import PROFILES, choose_profile
+from alpaca_helpers.training import make_trainer
 
 
 def test_auto_follows_the_gpu(monkeypatch):
@@ -15,15 +18,18 @@ def test_auto_follows_the_gpu(monkeypatch):
 
 
 def test_the_documents_settings_on_gpt2_medium():
-    p = PROFILES["gpt2-medium"]
-    assert (p.lora_rank, p.lora_alpha, p.lora_dropout, p.target_modules) == (8, 16, 0.1, ("c_attn",))
-    assert (p.learning_rate, p.num_train_epochs, p.batch_size, p.max_words, p.max_length) == (3e-4, 2, 16, 80, 128)
+    p, trained = PROFILES["gpt2-medium"], inspect.signature(make_trainer).parameters
+    assert (p.learning_rate, p.num_train_epochs) == (3e-4, 2)
+    defaults = {"lora_rank": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": ("c_attn",), "batch_size": 16}
+    assert {name: trained[name].default for name in defaults} == defaults
+    assert inspect.signature(drop_reason).parameters["max_words"].default == 80
+    assert inspect.signature(tokenize).parameters["max_length"].default == 128
     assert len(p.model_revision) == len(p.dataset_revision) == 40
 
 
 def test_changes_and_what_they_unpin(tmp_path):
-    changed = choose_profile("gpt2-medium", model="openai-community/gpt2-large", seed=3, learning_rate=None)
-    assert (changed.model_revision, changed.seed, changed.learning_rate) == (None, 3, 3e-4)
+    changed = choose_profile("gpt2-medium", model="openai-community/gpt2-large", heldout_rows=3)
+    assert (changed.model_revision, changed.heldout_rows, changed.learning_rate) == (None, 3, 3e-4)
     assert changed.dataset_revision == PROFILES["gpt2-medium"].dataset_revision
     changed = choose_profile("pocket", dataset=str(PROJECT / "mine.json"))
     assert (changed.dataset, changed.heldout) == ("mine.json", None)  # no path of this machine in a manifest
@@ -43,5 +49,3 @@ def test_a_path_is_recorded_as_seen_from_the_project(tmp_path, monkeypatch):
 def test_unknown_names():
     with pytest.raises(AlpacaError, match="no profile 'big': choose auto, pocket or gpt2-medium"):
         choose_profile("big")
-    with pytest.raises(AlpacaError, match="no setting 'lr'"):
-        choose_profile("pocket", lr=1)

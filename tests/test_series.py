@@ -6,6 +6,7 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from alpaca_helpers import AlpacaError, series
 from alpaca_helpers.runs import read_manifest
+from tools import notebooks as authors
 
 FIRST = 'word: str = "a"  # a word\nrun: str = ""  # the run\nfail: bool = False  # whether to fail'
 SECOND = "open(run + '/seen', 'a').write(word)\nif fail:\n    raise ValueError('the bread is burnt')\nprint(word)"
@@ -23,7 +24,8 @@ def notebooks(tmp_path, monkeypatch):
     paths = [tmp_path / "01_one.ipynb", tmp_path / "02_two.ipynb"]
     for path in paths:
         write(path, FIRST, SECOND)
-    monkeypatch.setattr(series, "NOTEBOOKS", paths)
+    for module in (series, authors):
+        monkeypatch.setattr(module, "NOTEBOOKS", paths)
     return paths
 
 
@@ -95,7 +97,7 @@ def test_clean_drops_what_belongs_to_one_execution():
     ]
     injected = new_code_cell("run = '/x'", metadata={"tags": ["injected-parameters"]})
     notebook = new_notebook(cells=[injected, cell], metadata={"widgets": {}, "papermill": {}, "accelerator": "GPU"})
-    cleaned = series.clean(notebook)
+    cleaned = authors.clean(notebook)
     assert [c.source for c in cleaned.cells] == ["1"]
     assert cleaned.cells[0].metadata == {"tags": ["x"]}
     assert [(o.output_type, o.execution_count) for o in cleaned.cells[0].outputs] == [("execute_result", 1)]
@@ -106,7 +108,7 @@ def test_prepared_copies_hold_outputs_and_parameters(notebooks, tmp_path):
     notebook = nbformat.read(notebooks[0], as_version=4)
     notebook.cells[1].outputs = [new_output("stream", text="a\n")]
     nbformat.write(notebook, notebooks[0])
-    series.prepare(tmp_path / "copies", {"word": "b", "run": "r", "profile": "pocket"})
+    authors.write_for_nbval(tmp_path / "copies", {"word": "b", "run": "r", "profile": "pocket"})
     copy = nbformat.read(tmp_path / "copies" / "01_one.ipynb", as_version=4)
     assert copy.cells[1].metadata.tags == ["injected-parameters"] and 'word = "b"' in copy.cells[1].source
     assert copy.cells[2].outputs[0].text == "a\n"
@@ -117,7 +119,7 @@ def test_of_another_profile_only_the_independent_cells_are_compared(notebooks, t
     notebook.cells.append(new_code_cell("2 + 2", metadata={"tags": ["every-profile"]}))
     notebook.cells.append(new_code_cell("3 + 3", metadata={"tags": ["nbval-ignore-output"]}))
     nbformat.write(notebook, notebooks[0])
-    series.prepare(tmp_path / "copies", {"profile": "gpt2-medium"})
+    authors.write_for_nbval(tmp_path / "copies", {"profile": "gpt2-medium"})
     copy = nbformat.read(tmp_path / "copies" / "01_one.ipynb", as_version=4)
     compared = [cell.source for cell in copy.cells if "nbval-ignore-output" not in cell.metadata.tags]
     assert compared == ["2 + 2"]

@@ -18,6 +18,7 @@ TREES = {str(path.relative_to(PROJECT)): ast.parse(path.read_text(encoding="utf-
 for notebook in NOTEBOOKS:
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    code = re.sub(r"^( *)%.*$", r"\1pass", code, flags=re.MULTILINE)  # IPython's own commands
     TREES[str(notebook.relative_to(PROJECT))] = ast.parse(code)
 
 

@@ -9,11 +9,11 @@ import sys
 import pexpect
 import pytest
 from conftest import PROJECT
+from tiny_run import save_adapter
 
 from alpaca_helpers import AlpacaError
 from alpaca_helpers.chat.conversation import Conversation, Reply
 from alpaca_helpers.chat.terminal import print_answer
-from alpaca_helpers.lora import save_adapter
 from alpaca_helpers.runs import write_record
 
 IMPORTS = (ast.Import, ast.ImportFrom)

@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from alpaca_helpers.data import fingerprint, tokenize
+from alpaca_helpers.lora import adapter_folder
 from alpaca_helpers.profiles import choose_profile
 from alpaca_helpers.runs import write_record
 
@@ -39,6 +40,13 @@ def random_rows(number: int, seed: int = 0) -> Dataset:
 
     rows = [{"instruction": words(5), "input": words(3), "output": words(6), "fact": ""} for _ in range(number)]
     return Dataset.from_list(rows)
+
+
+def save_adapter(model, tokenizer, folder: Path) -> None:
+    """Save the adapter as notebook 03's cell does."""
+    with adapter_folder(folder, model, model.get_base_model().name_or_path or "base") as part:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
 
 
 def prepare_run(folder: Path, rows: int = 44, recipe: str = "answers", **changes) -> dict:

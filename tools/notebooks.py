@@ -12,7 +12,7 @@ import nbformat
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
-from alpaca_helpers import project_folder
+from alpaca_helpers import AlpacaError
 from alpaca_helpers.profiles import choose_profile
 from alpaca_helpers.series import NOTEBOOKS, notebook_parameters, run_series
 
@@ -22,6 +22,9 @@ def write_for_nbval(folder: Path, parameters: dict[str, object]) -> None:
 
     The stored outputs are the pocket's: for another profile only cells tagged `every-profile` are to be compared.
     """
+    strange = {path.name for path in folder.glob("*")} - {"run", *(notebook.name for notebook in NOTEBOOKS)}
+    if strange:
+        raise AlpacaError(f"{folder} holds {min(strange)}, which was not made here: name another folder.", "not-ours")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for notebook in NOTEBOOKS:
@@ -53,9 +56,7 @@ def clean_all() -> None:
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
                 if cell.id not in prose:
-                    print(
-                        f"{french.relative_to(project_folder())}: the cell {cell.id} is still in English: translate it there."
-                    )
+                    print(f"fr/{path.name}: the cell {cell.id} is still in English: translate it there.")
                 cell.source = prose.get(cell.id, cell.source)
         nbformat.write(notebook, french)
 
