@@ -20,14 +20,7 @@ from transformers.utils import logging
 from . import AlpacaError, locate
 from .hub import cached_folder, fetch, first_line
 
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "vocab.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-)
+TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens*", "added_tokens*", "chat_template*")
 WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json", *TOKENIZER_FILES, *WEIGHT_FILES)
 FOLDER_ONLY = {"local_files_only": True, "trust_remote_code": False}  # no code of the model's
@@ -77,10 +70,8 @@ def check_weights(model: PreTrainedModel) -> None:
     """Raise AlpacaError with the first parameter that holds NaN or infinity."""
     for name, value in model.named_parameters():
         if not value.isfinite().all():
-            raise AlpacaError(
-                f"The model {model.name_or_path} holds NaN or infinity in {name}: use another copy of it.",
-                "model-broken",
-            )
+            what = f"The model {model.name_or_path} holds NaN or infinity in {name}: use another copy of it."
+            raise AlpacaError(what, "model-broken")
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
