@@ -9,7 +9,7 @@ from .. import AlpacaError
 from ..lora import load_adapter
 from ..models import load_base, load_tokenizer
 from ..runs import artifact, read_record, run_folder
-from .conversation import DEFAULTS, SIDES, Conversation, Exchange, is_exit
+from .conversation import DEFAULTS, Conversation, Exchange, is_exit
 from .rendering import notes, visible
 
 
@@ -76,16 +76,15 @@ def main() -> None:
     for key, value in DEFAULTS.items():
         parser.add_argument(f"--{key.replace('_', '-')}", type=type(value), default=value, help=f"({value})")
     settings = vars(parser.parse_args())
-    run, compare, once, text = (settings.pop(key) for key in ("run", "compare", "once", "input"))
+    run, once, text = (settings.pop(key) for key in ("run", "once", "input"))
     for stream in (sys.stdin, sys.stdout, sys.stderr):  # whatever bytes come in or cannot go out
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        conversation = Conversation(*open_run(run), sides=SIDES[0] if compare else SIDES[1], **settings)
-        if once is None:
-            print("The assistant of this run. Type exit to leave.\n")
-            talk(conversation)
-        else:
-            print_answer(conversation, conversation.add(once, text), with_notes=False)
+        conversation = Conversation(*open_run(run), **settings)
+        if once is not None:
+            return print_answer(conversation, conversation.add(once, text), with_notes=False)
+        print("The assistant of this run. Type exit to leave.\n")
+        talk(conversation)
     except AlpacaError as error:
         sys.exit(str(error))
