@@ -165,8 +165,7 @@ def _sentence(error: Exception) -> str:
     if isinstance(error, AlpacaError):
         return str(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error):
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # nothing where there is no GPU
         return "The model ran out of memory on this message: shorten it, or lower the length."
     reason = " ".join(str(error).split())[:200]
     return f"The model could not answer ({type(error).__name__}: {reason}): change the message or the settings."

@@ -1,13 +1,7 @@
 """How a conversation reads, as text, Markdown and HTML: what users and models write is never markup in them."""
 
-from __future__ import annotations
-
 import html
 import re
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # for the annotations alone: conversation.py imports this module
-    from .conversation import Exchange, Reply
 
 SHOWN = 4000  # characters of one message on screen; a saved conversation has them all
 PICTURES = (  # of control characters, and of those that override the direction of text
@@ -24,7 +18,7 @@ STYLE = """<style>
 .alpaca-chat .replies {display: flex; flex-wrap: wrap; gap: 8px 10px}
 .alpaca-chat .reply {flex: 1 1 240px; min-width: 0}
 .alpaca-chat .bubble.bubble {font: inherit; color: inherit; background: #8883; white-space: pre-wrap;
-  overflow-wrap: anywhere; text-align: start; width: fit-content; max-width: 100%; min-height: 37px;
+  word-break: normal; overflow-wrap: anywhere; text-align: start; width: fit-content; max-width: 100%; min-height: 37px;
   box-sizing: border-box; margin: 2px 0; padding: 8px 13px; border: 0; border-radius: 14px}
 .alpaca-chat .you .bubble.bubble {background: #1b62b5; color: #fff}
 .alpaca-chat .input.bubble.bubble {background: none; color: inherit; border: 1px dashed #888a}
@@ -40,7 +34,7 @@ def visible(text: str) -> str:
     return text.translate(PICTURES)
 
 
-def notes(reply: Reply, speed: bool = True) -> str:
+def notes(reply, speed: bool = True) -> str:
     """Return the line under a reply: how it ended, how long it is, how fast it came, what was cut."""
     parts = [
         reply.ending.value if reply.ending else "",
@@ -51,20 +45,20 @@ def notes(reply: Reply, speed: bool = True) -> str:
     return " · ".join(filter(None, parts))
 
 
-def _said(exchange: Exchange, speed: bool) -> list[tuple[str, str, str]]:
+def _said(exchange, speed: bool) -> list[tuple[str, str, str]]:
     """Return who says what in an exchange, each with the line under it."""
     replies = [(reply.side, reply.text, notes(reply, speed)) for reply in exchange.replies]
     said = [("You", exchange.instruction, ""), ("Input", exchange.input, ""), *replies, ("Error", exchange.error, "")]
     return [(who, text, note) for who, text, note in said if text or note]
 
 
-def as_text(exchange: Exchange) -> str:
+def as_text(exchange) -> str:
     """Return an exchange as plain text, without speeds."""
     said = _said(exchange, speed=False)
     return "\n".join(f"{who}: {visible(text)}" + (f" [{note}]" if note else "") for who, text, note in said)
 
 
-def as_markdown(exchanges: list[Exchange]) -> str:
+def as_markdown(exchanges) -> str:
     """Return the exchanges and their settings as Markdown, texts in fences longer than any run of backticks within."""
     parts = ["# Conversation"]
     for number, exchange in enumerate(exchanges, 1):
@@ -75,7 +69,7 @@ def as_markdown(exchanges: list[Exchange]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def as_html(exchange: Exchange, speed: bool = True) -> str:
+def as_html(exchange, speed: bool = True) -> str:
     """Return an exchange as HTML, without `STYLE`; without speeds it is the same on every run."""
     asked = _bubble(exchange.instruction) + (_bubble(exchange.input, "input") if exchange.input else "")
     parts = [f'<div class="you"><b>You</b>{asked}</div><div class="replies">']

@@ -54,15 +54,6 @@ def print_answer(conversation: Conversation, exchange: Exchange, with_notes: boo
         raise AlpacaError(visible(exchange.error), "no-answer")
 
 
-def open_run(run: str):
-    """Return the tuned model and the tokenizer of a run; raise AlpacaError that says which notebook is missing."""
-    folder = run_folder(run, make=False)
-    adapter, training = artifact(folder, "adapter"), read_record(folder, "training")
-    name, revision = training["model"], training["model_revision"]
-    print(f"Loading {name} and {adapter} …", file=sys.stderr, flush=True)
-    return load_adapter(load_base(name, revision), adapter), load_tokenizer(name, revision)
-
-
 def main() -> None:
     """Talk as the command line says; exit with a sentence where there is no run, or no answer to `--once`."""
     parser = argparse.ArgumentParser(
@@ -81,7 +72,12 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        conversation = Conversation(*open_run(run), **settings)
+        folder = run_folder(run, make=False)
+        adapter, training = artifact(folder, "adapter"), read_record(folder, "training")
+        name, revision = training["model"], training["model_revision"]
+        print(f"Loading {name} and {adapter} …", file=sys.stderr, flush=True)
+        model = load_adapter(load_base(name, revision), adapter)
+        conversation = Conversation(model, load_tokenizer(name, revision), **settings)
         if once is not None:
             return print_answer(conversation, conversation.add(once, text), with_notes=False)
         print("The assistant of this run. Type exit to leave.\n")
