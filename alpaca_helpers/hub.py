@@ -40,9 +40,6 @@ def fetch(name: str, revision: str | None, kind: str, patterns: Sequence[str]) -
     def ask():
         return HfApi().repo_info(name, repo_type=kind, revision=revision, files_metadata=True, timeout=PATIENCE)
 
-    def download() -> str:
-        return snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=list(patterns))
-
     try:
         info = _while_busy(lambda: _in_time(ask))
         files = [file for file in info.siblings if any(fnmatch(file.rfilename, pattern) for pattern in patterns)]
@@ -51,7 +48,7 @@ def fetch(name: str, revision: str | None, kind: str, patterns: Sequence[str]) -
         if new := [f for f in files if not try_to_load_from_cache(name, f.rfilename, None, info.sha, kind)]:
             size, names = readable_size(sum(file.size or 0 for file in new)), ", ".join(file.rfilename for file in new)
             print(f"Downloading {name} from the Hub, {size}, once: {names}", flush=True)
-        folder = Path(_while_busy(download))
+        folder = _while_busy(lambda: _snapshot(name, revision, kind, patterns))
         if not all((folder / file.rfilename).exists() for file in files):  # where it broke off early, no error comes
             raise ConnectionError("not all files came")
         return folder
@@ -64,14 +61,11 @@ def fetch(name: str, revision: str | None, kind: str, patterns: Sequence[str]) -
 def cached_folder(name: str, revision: str | None, kind: str, patterns: Sequence[str]) -> Path | None:
     """Return the cache's folder of `name` without asking the Hub; None if there is none.
 
-    None also if a file of `patterns` is known to be missing: known it is of what `fetch` began, not of what a loader
-    fetched file by file.
+    None also if a file of `patterns` is known to be missing: of what `fetch` began it is known, of what a loader
+    fetched file by file it is not.
     """
     with suppress(LocalEntryNotFoundError, HFValidationError):
-        allowed = list(patterns)
-        return Path(
-            snapshot_download(name, repo_type=kind, revision=revision, local_files_only=True, allow_patterns=allowed)
-        )
+        return _snapshot(name, revision, kind, patterns, local_files_only=True)
     return None
 
 
@@ -83,6 +77,11 @@ def first_line(error: BaseException) -> str:
 def readable_size(size: float) -> str:
     """Return a number of bytes in MB or GB."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def _snapshot(name: str, revision: str | None, kind: str, patterns: Sequence[str], **settings) -> Path:
+    wanted = list(patterns)
+    return Path(snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=wanted, **settings))
 
 
 def _in_time(ask: Callable):
@@ -131,9 +130,8 @@ def _explained(error: Exception, name: str, revision: str | None, kind: str) -> 
     at = f"{name} at {revision[:8]}" if revision else name
     what = f"The {kind} {at} is not (wholly) in the cache {constants.HF_HUB_CACHE}"
     if isinstance(error, OfflineModeIsEnabled):
-        return AlpacaError(
-            f"{what} and HF_HUB_OFFLINE forbids to fetch it: unset it once, {OFFLINE_WAY}.", "hub-offline"
-        )
+        what += " and HF_HUB_OFFLINE forbids to fetch it"
+        return AlpacaError(f"{what}: unset it once, {OFFLINE_WAY}.", "hub-offline")
     cause = first_line(error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error)
     what += f" and could not be fetched from {constants.ENDPOINT} ({cause})"
     return AlpacaError(f"{what}: try again later, {OFFLINE_WAY}.", "hub-unreachable")

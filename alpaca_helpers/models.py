@@ -20,14 +20,7 @@ from transformers.utils import logging
 from . import AlpacaError, locate
 from .hub import cached_folder, fetch, first_line
 
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "vocab.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-)
+TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens*", "added_tokens*", "chat_template*")
 WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json", *TOKENIZER_FILES, *WEIGHT_FILES)
 FOLDER_ONLY = {"local_files_only": True, "trust_remote_code": False}  # no code of the model's
@@ -77,10 +70,8 @@ def check_weights(model: PreTrainedModel) -> None:
     """Raise AlpacaError with the first parameter that holds NaN or infinity."""
     for name, value in model.named_parameters():
         if not value.isfinite().all():
-            raise AlpacaError(
-                f"The model {model.name_or_path} holds NaN or infinity in {name}: use another copy of it.",
-                "model-broken",
-            )
+            what = f"The model {model.name_or_path} holds NaN or infinity in {name}: use another copy of it."
+            raise AlpacaError(what, "model-broken")
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -108,31 +99,32 @@ def load_base(name: str, revision: str | None = None, dtype: torch.dtype = torch
 def _checked(folder: Path) -> Path:
     """Return `folder`; raise AlpacaError if `from_pretrained` would fail there, or make up what is missing."""
     if (folder / "adapter_config.json").exists():  # from_pretrained would ask the Hub for its base
-        what = f"{folder} holds an adapter: pass the base model that its adapter_config.json names."
+        what = f"The model in {folder} is an adapter: pass the base model that its adapter_config.json names."
         raise AlpacaError(what, "model-unsuited")
-    fault = ""
+    part = "config"
     try:
         config = AutoConfig.from_pretrained(folder, **FOLDER_ONLY)
         encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-        if encoder or config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            what = f"The model in {folder} ({config.model_type}) does not continue text: choose a decoder-only one."
-            raise AlpacaError(what, "model-unsuited")
-        tokenizer = AutoTokenizer.from_pretrained(folder, **FOLDER_ONLY)
-        if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
-            fault = "has no tokenizer.json"  # the loader makes an empty tokenizer in silence
-        settings = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        with _silent():  # on the meta device, the files' headers are compared with the model, and no weight is read
-            _, info = AutoModelForCausalLM.from_pretrained(folder, device_map="meta", **settings, **FOLDER_ONLY)
-        if missing := sorted(info["missing_keys"]) or sorted(key for key, *_ in info["mismatched_keys"]):
-            fault = f"has no {missing[0]} of the shape in config.json"
-    except AlpacaError:
-        raise
+        suited = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not (encoder or config.is_encoder_decoder)
+        if suited:
+            part = "tokenizer"
+            tokenizer = AutoTokenizer.from_pretrained(folder, **FOLDER_ONLY)
+            if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # the loader makes an empty one in silence
+                raise ValueError("tokenizer.json is missing")
+            part = "weights"
+            settings = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+            with _silent():  # on the meta device it compares the files' headers with the model, and reads no weight
+                _, info = AutoModelForCausalLM.from_pretrained(folder, device_map="meta", **settings, **FOLDER_ONLY)
+            if wrong := sorted(info["missing_keys"]) or sorted(name for name, *_ in info["mismatched_keys"]):
+                raise ValueError(f"there is no {wrong[0]} of the shape that config.json says")
     except Exception as error:  # anything: it depends on where a file is broken
-        fault = f"cannot be loaded ({first_line(error)})"
-    if fault:
         cached = folder.is_relative_to(Path(constants.HF_HUB_CACHE).resolve())
         remedy = f"delete {folder.parents[1]} and run again" if cached else "put it right"
-        raise AlpacaError(f"The model in {folder} {fault}: {remedy}.", "model-broken")
+        what = f"The {part} of the model in {folder} cannot be loaded ({first_line(error)}): {remedy}."
+        raise AlpacaError(what, "model-broken") from error
+    if not suited:
+        what = f"The model in {folder} ({config.model_type}) does not continue text: choose a decoder-only one."
+        raise AlpacaError(what, "model-unsuited")
     return folder
 
 

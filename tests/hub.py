@@ -29,6 +29,7 @@ class Fault:
     pattern: str
     times: int = 10**9
     status: int = 0  # answer this instead
+    reason: str = ""  # with this error code of the Hub's
     cut_at: int = -1  # close the connection after so many bytes of the body
     delay: float = 0  # seconds before the answer
     rate: float = 0  # bytes a second of the body; 0: as fast as it goes
@@ -69,7 +70,7 @@ class Hub:
         self.server.shutdown()
         self.server.server_close()
 
-    def verify_checksums(self, request: str) -> Fault | None:
+    def next_fault(self, request: str) -> Fault | None:
         for fault in self.faults:
             if fault.times > 0 and fnmatch(request, fault.pattern):
                 fault.times -= 1
@@ -112,10 +113,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, body: str = "") -> None:
         address = urlsplit(self.path)
         path, query = unquote(address.path).strip("/"), parse_qs(address.query)
-        self.fault = self.hub.verify_checksums(f"{self.command} {path}") or Fault("")
+        self.fault = self.hub.next_fault(f"{self.command} {path}") or Fault("")
         time.sleep(self.fault.delay)
         if self.fault.status:
-            return self._send(self.fault.status, b'{"error": "out of order"}')
+            reason = {"X-Error-Code": self.fault.reason} if self.fault.reason else {}
+            return self._send(self.fault.status, b'{"error": "out of order"}', reason)
         if path.startswith("cdn/"):
             return self._send_file(self._by_hash(path.removeprefix("cdn/")))
         if path.startswith("api/"):

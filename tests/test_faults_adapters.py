@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import socket
+import time
 import warnings
 
 import pytest
@@ -11,12 +12,22 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_run import save_adapter
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BartConfig,
+    BertConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    ViTConfig,
+)
+from transformers.utils import logging
 
-from alpaca_helpers import AlpacaError
+from alpaca_helpers import AlpacaError, pocket
 from alpaca_helpers.generation import generate
 from alpaca_helpers.lora import BASE, PICKLE, WEIGHTS, base_hash, load_adapter, lora_config
-from alpaca_helpers.models import load_base, load_tokenizer
+from alpaca_helpers.models import best_device, check_weights, fetch_model, load_base, load_tokenizer
 from alpaca_helpers.runs import CHECKSUMS, write_checksums
 
 CONFIG = "adapter_config.json"
@@ -220,29 +231,38 @@ def base_folder(tiny_base, pocket_tokenizer, tmp_path):
     return tmp_path / "base"
 
 
+def refused_base(folder, code, sentence):
+    """Check that the folder is refused in one sentence that names it."""
+    with pytest.raises(AlpacaError, match=sentence) as raised:
+        fetch_model(str(folder))
+    assert raised.value.code == code and str(folder) in str(raised.value) and "\n" not in str(raised.value)
+    assert "delete" not in str(raised.value)  # it is the reader's own
+
+
 def test_a_base_that_is_a_pickle_is_refused_unread(base_folder, tmp_path):
     (base_folder / "model.safetensors").unlink()
     torch.save({"wte": Canary(tmp_path / "sang")}, base_folder / "pytorch_model.bin")
-    with pytest.raises(AlpacaError, match="cannot be loaded"):
-        load_base(str(base_folder))
+    refused_base(base_folder, "model-broken", "safetensors")
     assert not (tmp_path / "sang").exists()
 
 
+PART = {"config.json": "config", "tokenizer.json": "tokenizer", "model.safetensors": "weights"}
+
+
 @pytest.mark.parametrize("fault", ["missing", "empty", "truncated", "zeroed"])
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("name", PART)
 def test_a_broken_base_is_one_sentence(fault, name, base_folder):
     FAULTS[fault](base_folder / name)
-    with pytest.raises(AlpacaError, match="cannot be loaded") as raised:
-        load_base(str(base_folder))
-    assert str(base_folder) in str(raised.value) and "\n" not in str(raised.value)
+    refused_base(base_folder, "model-broken", f"The {PART[name]} of the model .* cannot be loaded")
 
 
-@pytest.mark.parametrize("fault", ["missing", "empty", "truncated", "zeroed"])
-def test_a_broken_tokenizer_is_one_sentence(fault, base_folder):
-    FAULTS[fault](base_folder / "tokenizer.json")
-    with pytest.raises(AlpacaError, match="cannot be loaded|has no tokenizer") as raised:
-        load_tokenizer(str(base_folder))
-    assert str(base_folder) in str(raised.value) and "\n" not in str(raised.value)
+@pytest.mark.parametrize("fault", ["missing", "truncated"])
+def test_a_broken_part_of_the_weights_is_one_sentence(fault, base_folder, tiny_base):
+    (base_folder / "model.safetensors").unlink()
+    tiny_base.save_pretrained(base_folder, max_shard_size="50KB")
+    assert fetch_model(str(base_folder)) == base_folder
+    FAULTS[fault](min(base_folder.glob("model-*-of-*")))
+    refused_base(base_folder, "model-broken", "cannot be loaded")
 
 
 @pytest.mark.parametrize("name", ["transformer.h.1.mlp.c_fc.weight", "transformer.wpe.weight"])
@@ -251,17 +271,63 @@ def test_a_base_that_lacks_a_tensor_is_refused(name, base_folder):
     weights = load_file(path)
     weights.pop(name if name in weights else name.removeprefix("transformer."))
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(AlpacaError, match=name):
-        load_base(str(base_folder))
+    refused_base(base_folder, "model-broken", f"there is no {name}")
 
 
-def test_a_base_with_a_number_that_is_none_is_refused(base_folder):
+def test_a_base_of_another_shape_than_its_config_is_refused(base_folder):
+    config = json.loads((base_folder / "config.json").read_text())
+    (base_folder / "config.json").write_text(json.dumps(config | {"n_embd": 64}))
+    refused_base(base_folder, "model-broken", "there is no transformer.* of the shape")
+
+
+def test_weights_without_a_prefix_and_without_the_tied_head_are_whole(base_folder):
+    weights = load_file(base_folder / "model.safetensors")
+    bare = {name.removeprefix("transformer."): value for name, value in weights.items() if name != "lm_head.weight"}
+    save_file(bare, base_folder / "model.safetensors", metadata={"format": "pt"})
+    assert fetch_model(str(base_folder)) == base_folder
+
+
+@pytest.mark.parametrize("config", [BertConfig(), T5Config(), BartConfig(), ViTConfig()])
+def test_a_model_that_does_not_continue_text_is_refused(config, base_folder):
+    config.save_pretrained(base_folder)
+    refused_base(base_folder, "model-unsuited", f"{config.model_type}.*decoder-only")
+
+
+def test_an_adapters_folder_is_no_base(adapter):
+    refused_base(adapter, "model-unsuited", "is an adapter.*pass the base model")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_weights_with_nan_or_infinity_are_named(number, base_folder):
     path = base_folder / "model.safetensors"
     weights = load_file(path)
-    next(value for key, value in weights.items() if "c_fc.weight" in key)[3, 3] = float("nan")
+    name = next(name for name in weights if "h.1.mlp.c_fc.weight" in name)
+    weights[name][3, 3] = number
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(AlpacaError, match="NaN"):
+    with pytest.raises(AlpacaError, match="NaN or infinity in transformer.h.1.mlp.c_fc.weight") as raised:
         load_base(str(base_folder))
+    assert raised.value.code == "model-broken"
+    check_weights(tiny_model := AutoModelForCausalLM.from_pretrained(pocket.MODEL))
+    assert tiny_model.name_or_path == str(pocket.MODEL)
+
+
+def test_the_check_of_a_folder_is_quick_quiet_and_leaves_no_trace(capfd):
+    random_state, spent = torch.get_rng_state(), []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert fetch_model(str(pocket.MODEL)) == pocket.MODEL
+        spent.append(time.perf_counter() - start)
+    assert min(spent) < 1
+    assert capfd.readouterr() == ("", "") and torch.equal(random_state, torch.get_rng_state())
+    assert logging.is_progress_bar_enabled()
+
+
+def test_the_device_is_the_gpu_that_torch_has(monkeypatch):
+    assert best_device() == "cpu"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert best_device() == "mps"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert best_device() == "cuda"
 
 
 @pytest.fixture
@@ -296,8 +362,9 @@ def test_no_path_is_looked_up_on_the_hub(no_network, base_folder, pocket_tokeniz
     for wrong in (folder, tmp_path / "run" / "adaptor", "run/adaptor", "adaptor"):
         with pytest.raises(AlpacaError):
             load_adapter(load_base("base"), wrong)
-    for wrong in ("./base2", str(tmp_path / "base2"), "~/base2", "some/where/base2"):
-        for load in (load_base, load_tokenizer):
-            with pytest.raises(AlpacaError, match="no model folder"):
-                load(wrong)
+    for wrong in ("./base2", str(tmp_path / "base2"), "~/base2", "some/where/base2", "base/config.json"):
+        with pytest.raises(AlpacaError, match="no model folder") as raised:
+            fetch_model(wrong)
+        assert raised.value.code == "model-missing"
+    AutoTokenizer.from_pretrained(fetch_model("base")), AutoModelForCausalLM.from_pretrained(fetch_model("base"))
     assert no_network == []
