@@ -111,6 +111,7 @@ class AnswerTrainer(Trainer):
         """
         trained = sum(value.numel() for value in self.model.parameters() if value.requires_grad)
         checkpoint = 3 * 4 * trained + 1_000_000  # bytes: float32 weights and AdamW's two averages; the small files
+        self.since_log.zero_()
         try:  # two checkpoints are kept while one is being written
             with check_disk_space(Path(self.args.output_dir), needed=3 * checkpoint), faster_training(self.model):
                 return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **named)
@@ -148,7 +149,7 @@ class ProgressLines(TrainerCallback):
         )
 
 
-def measure_step(trainer: AnswerTrainer) -> tuple[float, int]:
+def measure_step(trainer: Trainer) -> tuple[float, int]:
     """Return the seconds that a training step takes on the longest rows, and the bytes in use at its peak.
 
     Forward and backward are run for real, twice; weights, gradients and random state stay as they were. On a CPU the
@@ -174,7 +175,6 @@ def measure_step(trainer: AnswerTrainer) -> tuple[float, int]:
             seconds = time.perf_counter() - begun
             model.zero_grad()
     model.train(training)
-    trainer.since_log.zero_()
     return seconds * args.gradient_accumulation_steps, peak
 
 
