@@ -72,14 +72,14 @@ class AnswerTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the cross entropy of the learned labels, as the plain model does, but with logits for them only.
 
-        The projection onto the whole vocabulary sees no other position. The sum is divided by `num_items_in_batch`: a
-        number of labels in a whole batch, that is in all its micro-batches, whose gradients add up, on all devices,
-        whose gradients are averaged. Without it, it is divided by the labels at hand.
+        The sum is divided by `num_items_in_batch`, the labels of a batch in all its micro-batches, whose gradients add
+        up, on all devices, whose gradients are averaged; without it by the labels at hand.
         """
         learned, labels = inputs.pop("learned"), inputs.pop("labels").flatten()
         before = learned - 1  # the token that predicts a label
         head = self.model.get_output_embeddings()
-        # index_select: for the gradient of a choice by mask torch sorts the positions on a GPU
+        # A hook, since logits_to_keep takes the same positions for all rows: 1.46 times the work on real rows.
+        # index_select, since for the gradient of a boolean mask torch sorts the positions on a GPU.
         with head.register_forward_pre_hook(lambda head, hidden: hidden[0].flatten(0, 1).index_select(0, before)):
             outputs = model(**inputs, use_cache=False)
         loss = F.cross_entropy(outputs.logits.float(), labels.index_select(0, learned), reduction="sum")
