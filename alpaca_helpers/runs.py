@@ -28,12 +28,12 @@ CHECKSUMS = "checksums.json"  # in a checkpoint and an adapter: the SHA-256 of e
 
 
 def run_folder(run: str, make: bool = True) -> Path:
-    """Return the run's folder, made if needed (unless `make` is False): `runs/<run>`, or the path that `run` is."""
+    """Return the run's folder: `runs/<run>`, or the path that `run` is; made with its `pictures` if `make`."""
     path = Path(run).expanduser()
     folder = path.resolve() if len(path.parts) > 1 else project_folder() / "runs" / run
     if make:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "pictures").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise AlpacaError(
                 f"The folder {folder} cannot be made ({error.strerror}): take another `run`.", "run-unwritable"

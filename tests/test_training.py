@@ -153,6 +153,7 @@ def test_each_patch_changes_something_and_is_undone_however_training_ends(patch,
     assert state(model) == before
 
 
+@pytest.mark.slow
 def test_importing_registers_nothing():
     code = (
         "from transformers import AttentionInterface; before = set(AttentionInterface()); "
@@ -327,6 +328,7 @@ def test_a_cpu_holds_the_base_in_bfloat16_if_it_has_the_units(units, monkeypatch
     assert models.base_dtype() == (torch.bfloat16 if units else torch.float32)
 
 
+@pytest.mark.slow
 def test_over_a_bfloat16_base_the_trained_weights_are_float32_and_learn_as_well(tmp_path):
     rows, final = tokens(random_rows(32)), {}
     settings = {"num_train_epochs": 6, "learning_rate": 2e-2}
