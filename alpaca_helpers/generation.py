@@ -2,9 +2,9 @@
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -44,10 +44,8 @@ def generate(
     answers: dict[int, Answer] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        decoding = _Decoding(model, tokenizer, [prompts[i] for i in chosen], [side] * len(chosen), **settings)
-        for _ in decoding.steps():
-            pass
-        answers.update(zip(chosen, decoding.answers(final=True)))
+        *_, rows = _decode(model, tokenizer, [prompts[i] for i in chosen], [side] * len(chosen), **settings)
+        answers.update(zip(chosen, _answers(tokenizer, rows)))
     return [answers[index] for index in range(len(prompts))]
 
 
@@ -56,100 +54,99 @@ def stream(
 ) -> Iterator[list[Answer]]:
     """Yield the answers so far, one a prompt, after each step; the last yield is the final one.
 
-    All prompts are decoded in one batch, base and tuned rows side by side.
-
     Args:
-        sides: `base` or `tuned`, one a prompt.
+        sides: `base` or `tuned`, one a prompt; all are decoded in one batch.
         stop: set it to end the answers where they are.
         settings: `max_new_tokens` (80); `temperature` (0: greedy); `top_k` (0: all) and `top_p` (1: all), what a
             sample is drawn from; `seed` (the same prompt, settings and seed give the same answer, in any batch).
 
     Raises AlpacaError for a setting out of range.
     """
-    decoding = _Decoding(model, tokenizer, prompts, sides, **settings)
-    for _ in decoding.steps():
+    for rows in _decode(model, tokenizer, prompts, sides, **settings):
         if stop is not None and stop.is_set():
             break
-        yield decoding.answers(final=False)
-    yield decoding.answers(final=True)
+        yield _answers(tokenizer, rows, final=False)
+    yield _answers(tokenizer, rows)
 
 
-class _Decoding:
-    """A batch of prompts being answered: what `generate` and `stream` share."""
+@dataclass
+class _Row:
+    """A prompt being answered."""
 
-    def __init__(self, model, tokenizer, prompts, sides, *, max_new_tokens=80, seed=0, **sampling):
-        positions = model.config.n_positions
-        for name, value in {"max_new_tokens": max_new_tokens, "seed": seed, "top_k": sampling.get("top_k", 0)}.items():
-            if not isinstance(value, int) or abs(value) >= 2**63:
-                raise AlpacaError(f"{name} is {value}: choose a whole number, of 18 digits at most.")
-        if not 1 <= max_new_tokens < positions:
-            raise AlpacaError(
-                f"max_new_tokens is {max_new_tokens}: choose 1 to {positions - 1}, the model's positions."
-            )
-        if unknown := set(sides) - {"base", "tuned"}:
-            raise AlpacaError(f"There is no side {sorted(unknown)[0]!r} of a model: choose base or tuned.")
-        self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
-        self.eos = tokenizer.eos_token_id
-        ids = encode(list(prompts), tokenizer)
-        room = positions - max_new_tokens
-        self.prompts = [row[-room:] or [self.eos] for row in ids]
-        self.prompt_cut = [max(0, len(row) - room) for row in ids]
-        self.sides, self.adapters = list(sides), adapter_scalings(model)
-        self.choose = _sampler(seed, len(ids), **sampling)
-        with _FORWARD:  # which may have changed the number for a while
-            self.threads = torch.get_num_threads()
-        if model.num_parameters() * len(ids) < _SMALL:
-            self.threads = 1
-        self.written: list[list[int]] = [[] for _ in ids]
-        self.stopped = [False] * len(ids)
+    side: str
+    prompt_cut: int
+    random: torch.Generator  # on the CPU, one a row: a draw depends neither on the batch nor on the device
+    written: list[int] = field(default_factory=list)
+    stopped: bool = False
 
-    def answers(self, final: bool) -> list[Answer]:
-        texts = [parse_answer(text) for text in self.tokenizer.batch_decode(self.written)]
-        if not final:  # a character may span two tokens: show it when it is whole
-            texts = [text.rstrip("\ufffd") for text in texts]
-        counts = map(len, self.written)
-        return [Answer(t.strip(), *rest) for t, *rest in zip(texts, counts, self.stopped, self.prompt_cut)]
 
-    def steps(self) -> Iterator[None]:
-        """Add a token to every unfinished answer, once a step."""
-        device, width = self.model.device, max(map(len, self.prompts))
-        tokens = torch.tensor([[self.eos] * (width - len(row)) + row for row in self.prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in self.prompts], device=device)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        cache, rows = DynamicCache(config=self.model.config), list(range(len(self.prompts)))
-        for _ in range(self.max_new_tokens):
-            logits = self._forward(rows, tokens, mask, positions, cache)
-            if logits.isnan().any():
-                raise AlpacaError("The model's output is not a number: load it in float32, or train its adapter again.")
-            chosen = self.choose(rows, logits)
-            going = [token != self.eos for token in chosen]
-            for row, token, goes in zip(rows, chosen, going):
-                self.written[row] += [token] if goes else []
-                self.stopped[row] = not goes
-            yield
-            if not any(going):
-                return
-            if not all(going):  # finished rows leave the batch
-                left = torch.tensor([index for index, goes in enumerate(going) if goes], device=device)
-                cache.batch_select_indices(left)
-                mask, positions = mask[left], positions[left]
-                rows = [row for row, goes in zip(rows, going) if goes]
-            tokens = torch.tensor([[self.written[row][-1]] for row in rows], device=device)
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            positions = positions[:, -1:] + 1
-
-    def _forward(self, rows, tokens, mask, positions, cache) -> torch.Tensor:
-        """Return the logits of each row's next token, float32, (rows, vocabulary)."""
-        with only_forward(self.model, self.adapters, [self.sides[row] for row in rows]), _threads(self.threads):
-            output = self.model(
+def _decode(
+    model, tokenizer, prompts, sides, *, max_new_tokens=80, seed=0, temperature=0.0, top_k=0, top_p=1.0
+) -> Iterator[list[_Row]]:
+    """Yield all rows after each step, in which every unfinished one gets a token."""
+    positions, eos, device = model.config.max_position_embeddings, tokenizer.eos_token_id, model.device
+    _check(positions, sides, max_new_tokens, seed, temperature, top_k, top_p)
+    ids, room = encode(list(prompts), tokenizer), positions - max_new_tokens
+    kept = [row[-room:] or [eos] for row in ids]
+    cuts = [max(0, len(row) - room) for row in ids]
+    rows = [_Row(side, cut, torch.Generator().manual_seed(seed)) for side, cut in zip(sides, cuts, strict=True)]
+    width = max(map(len, kept))
+    tokens = torch.tensor([[eos] * (width - len(row)) + row for row in kept], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in kept], device=device)
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    adapters, one_thread = adapter_scalings(model), model.num_parameters() * len(rows) < _SMALL
+    cache, left = DynamicCache(config=model.config), rows
+    for _ in range(max_new_tokens):
+        with only_forward(model, adapters, [row.side for row in left], one_thread):
+            output = model(
                 input_ids=tokens,
                 attention_mask=mask,
-                position_ids=positions,
+                position_ids=places,
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
             )
-        return output.logits[:, -1].float()
+        logits = output.logits[:, -1].float()
+        if logits.isnan().any():
+            raise AlpacaError("The model's output is not a number: load it in float32, or train its adapter again.")
+        for row, token in zip(left, _next_tokens(logits, [row.random for row in left], temperature, top_k, top_p)):
+            row.stopped = token == eos
+            if not row.stopped:
+                row.written.append(token)
+        yield rows
+        going = [index for index, row in enumerate(left) if not row.stopped]
+        if not going:
+            return
+        if len(going) < len(left):  # finished rows leave the batch
+            chosen = torch.tensor(going, device=device)
+            cache.batch_select_indices(chosen)
+            left, mask, places = [left[index] for index in going], mask[chosen], places[chosen]
+        tokens = torch.tensor([row.written[-1:] for row in left], device=device)
+        mask = torch.cat([mask, mask.new_ones(len(left), 1)], dim=1)
+        places = places[:, -1:] + 1
+
+
+def _check(positions, sides, max_new_tokens, seed, temperature, top_k, top_p) -> None:
+    """Raise AlpacaError for a setting out of range."""
+    large = range(2**63)
+    whole = {"max_new_tokens": (max_new_tokens, range(1, positions)), "top_k": (top_k, large), "seed": (seed, large)}
+    for name, (value, allowed) in whole.items():
+        if not isinstance(value, int) or value not in allowed:
+            words = f"a whole number from {allowed[0]} to {allowed[-1]}"
+            raise AlpacaError(f"{name} is {value}: choose {words}.", "bad-setting")
+    if not (temperature == 0 or 0.01 <= temperature < math.inf):  # logits over less would overflow
+        raise AlpacaError(f"temperature is {temperature}: choose 0 (greedy), or 0.01 or more.", "bad-setting")
+    if not 0 < top_p <= 1:
+        raise AlpacaError(f"top_p is {top_p}: choose more than 0, up to 1 (all).", "bad-setting")
+    if unknown := set(sides) - {"base", "tuned"}:
+        raise AlpacaError(f"There is no side {sorted(unknown)[0]!r} of a model: choose base or tuned.", "bad-setting")
+
+
+def _answers(tokenizer, rows: Sequence[_Row], final: bool = True) -> list[Answer]:
+    texts = [parse_answer(text) for text in tokenizer.batch_decode([row.written for row in rows])]
+    if not final:  # a character may span two tokens: show it when it is whole
+        texts = [text.rstrip("\ufffd") for text in texts]
+    return [Answer(t.strip(), len(row.written), row.stopped, row.prompt_cut) for t, row in zip(texts, rows)]
 
 
 def adapter_scalings(model) -> list[dict[str, float]]:
@@ -158,7 +155,7 @@ def adapter_scalings(model) -> list[dict[str, float]]:
 
 
 @contextmanager
-def only_forward(model, adapters: Sequence[dict], sides: Sequence[str]) -> Iterator[None]:
+def only_forward(model, adapters: Sequence[dict], sides: Sequence[str], one_thread: bool = False) -> Iterator[None]:
     """Run a forward of `model` in the block on rows of these `sides`, in evaluation mode, while no other thread does.
 
     In the rows of the base what an adapter adds is scaled by zero. A model without adapter is the base on both
@@ -166,12 +163,14 @@ def only_forward(model, adapters: Sequence[dict], sides: Sequence[str]) -> Itera
 
     Args:
         adapters: the model's `adapter_scalings`, found once and not at each token.
+        one_thread: torch shares nothing among threads in the block.
     """
     with _FORWARD, torch.inference_mode():
-        training, scalings = model.training, [dict(scaling) for scaling in adapters]
+        training, scalings, threads = model.training, [dict(scaling) for scaling in adapters], torch.get_num_threads()
         try:
             if training:
                 model.eval()
+            torch.set_num_threads(1 if one_thread else threads)
             if "base" in sides:
                 tuned = torch.tensor([[[float(side == "tuned")]] for side in sides], device=model.device)
                 for scaling in adapters:
@@ -180,53 +179,25 @@ def only_forward(model, adapters: Sequence[dict], sides: Sequence[str]) -> Itera
         finally:
             for scaling, before in zip(adapters, scalings):
                 scaling.update(before)
+            torch.set_num_threads(threads)
             if training:
                 model.train()
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Let torch use `count` threads in the block."""
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(count)
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _sampler(
-    seed: int, rows: int, *, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0
-) -> Callable[[list[int], torch.Tensor], list[int]]:
-    """Return the function that picks each row's next token id from its logits."""
-    if not (temperature == 0 or 0.01 <= temperature < math.inf):  # logits over less would overflow
-        raise AlpacaError(f"temperature is {temperature}: choose 0 (greedy), or 0.01 or more.")
-    if not 0 < top_p <= 1:
-        raise AlpacaError(f"top_p is {top_p}: choose more than 0, up to 1 (all).")
-    if top_k < 0:
-        raise AlpacaError(f"top_k is {top_k}: choose 0 (all) or more.")
-    if not 0 <= seed < 2**63:
-        raise AlpacaError(f"seed is {seed}: choose 0 to 2**63 - 1.")
+def _next_tokens(logits: torch.Tensor, generators, temperature, top_k, top_p) -> list[int]:
+    """Return each row's next token id, from its logits, (rows, vocabulary)."""
     if temperature == 0:
-        return lambda _, logits: logits.argmax(-1).tolist()
-    # a generator a row, on the CPU: the draw depends neither on the batch nor on the device
-    generators = [torch.Generator().manual_seed(seed) for _ in range(rows)]
-
-    def sample(chosen: list[int], logits: torch.Tensor) -> list[int]:
-        odds = (logits / float(temperature)).softmax(-1).double()
-        if top_k or top_p < 1:
-            odds = odds * (odds >= _least(odds, top_k, top_p))
-        up_to = odds.cumsum(-1)
-        draws = torch.cat([1 - torch.rand(1, generator=generators[row]) for row in chosen])  # above 0, up to 1
-        return torch.searchsorted(up_to, draws.to(odds.device)[:, None] * up_to[:, -1:])[:, 0].tolist()
-
-    return sample
+        return logits.argmax(-1).tolist()
+    odds = (logits / float(temperature)).softmax(-1).double()
+    if top_k or top_p < 1:
+        odds = odds * (odds >= _least(odds, top_k, top_p))
+    up_to = odds.cumsum(-1)
+    draws = torch.stack([1 - torch.rand(1, generator=random) for random in generators])  # above 0, up to 1
+    return torch.searchsorted(up_to, draws.to(odds.device) * up_to[:, -1:])[:, 0].tolist()
 
 
 def _least(odds: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """Return how likely a token must be to be drawn, (rows, 1): as likely as the least of the `top_k` likeliest, and of
-    the fewest of these that make up `top_p` of their sum.
-    """
+    """Return the least odds, (rows, 1), among the `top_k` likeliest, and the fewest of these that sum up to `top_p`."""
     ranked = odds.topk(min(top_k or 256, odds.shape[-1])).values
     if not top_k and (ranked.sum(-1) < top_p).any():  # seldom, and sorting a vocabulary takes long
         ranked = odds.sort(descending=True).values

@@ -71,8 +71,8 @@ def test_samples_are_drawn_as_transformers_odds_have_it(size, top_k, top_p):
     logits = 2 * torch.randn(3, size, generator=torch.Generator().manual_seed(0))
     warpers = [TemperatureLogitsWarper(0.7), TopKLogitsWarper(top_k or size), TopPLogitsWarper(top_p)]
     odds = LogitsProcessorList(warpers)(None, logits).softmax(-1)
-    sample = generation._sampler(0, 3, temperature=0.7, top_p=top_p, top_k=top_k)
-    drawn = torch.stack([torch.tensor(sample([0, 1, 2], logits)) for _ in range(4000)])
+    generators = [torch.Generator().manual_seed(0) for _ in range(3)]
+    drawn = torch.tensor([generation._next_tokens(logits, generators, 0.7, top_k, top_p) for _ in range(4000)])
     shares = torch.stack([(drawn == token).float().mean(0) for token in range(size)], dim=-1)
     assert not (shares[odds == 0]).any()
     torch.testing.assert_close(shares, odds, atol=0.03, rtol=0)  # four standard errors
@@ -151,8 +151,9 @@ def test_training_mode_and_gradients_are_left_as_they_were(tiny_model, pocket_to
     ],
 )
 def test_a_setting_out_of_range_is_one_sentence(tiny_model, pocket_tokenizer, setting, value):
-    with pytest.raises(AlpacaError, match=f"{setting} is .*: choose"):
+    with pytest.raises(AlpacaError, match=f"{setting} is .*: choose") as raised:
         generate(tiny_model, pocket_tokenizer, PROMPTS, **{setting: value})
+    assert raised.value.code == "bad-setting"
 
 
 def test_no_prompts_no_answers(tiny_model, pocket_tokenizer):
