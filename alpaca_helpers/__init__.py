@@ -34,12 +34,8 @@ def locate(path: str) -> Path:
 
 
 def portable(path: str) -> str:
-    """Return a path as seen from the project, or from where the package lies, fit for a manifest; other text as is."""
-    if not os.path.isabs(path):
-        return path
-    if Path(path).is_relative_to(PACKAGE):
-        return Path(path).relative_to(PACKAGE.parent).as_posix()
+    """Return an absolute path as seen from where the package lies, fit for a manifest; any other text as it is."""
     try:
-        return os.path.relpath(path, project_folder())
+        return os.path.relpath(path, PACKAGE.parent) if os.path.isabs(path) else path
     except ValueError:  # on another drive of Windows
         return path

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not counted, and trainings that go on only as what they were."""
+"""Checkpoints with checksums, and resuming: from the last complete one, under the same settings only."""
 
 import json
 import os
@@ -30,7 +30,7 @@ class CompleteCheckpoints(TrainerCallback):
     """Writes each checkpoint's checksums, once all processes have written their files."""
 
     def on_save(self, args, state, control, **named) -> None:
-        """Take the newest checkpoint as whole."""
+        """Mark the newest checkpoint as complete."""
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
         if state.is_world_process_zero:
@@ -38,7 +38,7 @@ class CompleteCheckpoints(TrainerCallback):
 
 
 def last_complete_checkpoint(checkpoints: Path) -> Path | None:
-    """Return the newest checkpoint in the folder that is whole, or None; warn of each newer one that is not."""
+    """Return the newest complete checkpoint in the folder, or None; warn of each newer one that is not complete."""
     for checkpoint in sorted(checkpoints.glob("checkpoint-*"), key=_step, reverse=True):
         if not (wrong := verify_checksums(checkpoint)):
             return checkpoint

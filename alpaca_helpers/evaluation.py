@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
+from tqdm.auto import trange
 
 from . import AlpacaError
 from .data import question_key
@@ -44,51 +44,37 @@ def evaluate(
     """
     rows = list(rows)
     if not rows:
-        raise AlpacaError(
-            "There are no held-out rows to evaluate: run notebook 02 again, with more `heldout_rows`.", "no-rows"
-        )
+        raise AlpacaError("There are no held-out rows: run notebook 02 again, with more `heldout_rows`.", "no-rows")
     templated = [format_prompt(row["instruction"], row["input"]) for row in rows]
     bare = [" ".join(filter(None, (row["instruction"], row["input"]))) for row in rows]
     asked = {"base": ("base", templated), "tuned": ("tuned", templated), "base_bare": ("base", bare)}
-    weights = _resampling([question_key(row) for row in rows], seed)
-    table = {column: [row[column] for row in rows] for column in ("instruction", "input", "output", "fact")}
-    estimates = {}
-    with tqdm(total=len(rows) * 5, desc="evaluating", unit="answer") as progress:
+    answers: dict[str, list[Answer]] = {name: [] for name in asked}
+    losses = {name: np.full((len(rows), 3), np.nan) for name in asked}
+    for start in trange(0, len(rows), 64, desc="evaluating", unit="batch"):  # as many as `generate` takes at once
+        part = slice(start, start + 64)
         for name, (side, prompts) in asked.items():
-            answers = _answer(model, tokenizer, prompts, side, max_new_tokens, progress)
-            scores = _score(answers, rows)
-            table |= {
-                name: [answer.text for answer in answers],
-                f"{name}_tokens": [answer.tokens for answer in answers],
-                f"{name}_stopped": [answer.stopped for answer in answers],
-                f"{name}_right": [contains(a.text, r["fact"]) if r["fact"] else None for a, r in zip(answers, rows)],
-            }
+            answers[name] += generate(model, tokenizer, prompts[part], side=side, max_new_tokens=max_new_tokens)
             if prompts is templated:
-                losses = answer_losses(model, tokenizer, rows, side, progress=progress)
-                table["output_tokens"] = losses[:, 2].astype(int).tolist()
-                scores["answer_loss"] = losses[:, [0, 2]]
-                scores["token_accuracy"] = losses[:, [1, 2]]
-            estimates[name] = _estimate(scores, weights)
-    estimates["change"] = {
-        name: tuned - estimates["base"][name] if tuned is not None else None
-        for name, tuned in estimates["tuned"].items()
-    }
-    head = {"n": len(rows), "questions": len(set(map(question_key, rows))), "max_new_tokens": max_new_tokens}
-    return head | {name: _side(estimate) for name, estimate in estimates.items()}, pd.DataFrame(table)
+                losses[name][part] = answer_losses(model, tokenizer, rows[part], side)
+
+    questions = [question_key(row) for row in rows]
+    weights, tokens = _resampling(questions, seed), losses["base"][:, 2]
+    table = pd.DataFrame(rows, columns=["instruction", "input", "output", "fact"])
+    table["output_tokens"] = tokens.astype(int)
+    estimates = {}
+    for name, given in answers.items():
+        scores = _score(given, rows, losses[name])
+        estimates[name] = _estimate(scores, tokens, weights)
+        table[name] = [answer.text for answer in given]
+        table[f"{name}_tokens"] = [answer.tokens for answer in given]
+        table[f"{name}_stopped"] = [answer.stopped for answer in given]
+        table[f"{name}_right"] = [bool(score) if row["fact"] else None for score, row in zip(scores["contains"], rows)]
+    estimates["change"] = estimates["tuned"] - estimates["base"]
+    metrics = {"n": len(rows), "questions": len(set(questions)), "max_new_tokens": max_new_tokens}
+    return metrics | {name: _side(estimate) for name, estimate in estimates.items()}, table
 
 
-def _answer(model, tokenizer, prompts, side, max_new_tokens, progress, batch_size=64) -> list[Answer]:
-    answers = []
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        answers += generate(model, tokenizer, batch, side=side, batch_size=batch_size, max_new_tokens=max_new_tokens)
-        progress.update(len(batch))
-    return answers
-
-
-def answer_losses(
-    model, tokenizer, rows: Sequence[dict], side: str = "tuned", batch_size: int = 16, progress=None
-) -> np.ndarray:
+def answer_losses(model, tokenizer, rows: Sequence[dict], side: str = "tuned", batch_size: int = 16) -> np.ndarray:
     """Return for each row's expected answer, given its prompt: its loss in nats, the tokens guessed right, its tokens.
 
     The mask is the same whatever the recipe: the answer's tokens, without prompt and end-of-text token. What does not
@@ -96,99 +82,77 @@ def answer_losses(
 
     Returns an array (rows, 3).
     """
+    positions, eos = model.config.max_position_embeddings, tokenizer.eos_token_id
     prompts = encode([format_prompt(row["instruction"], row["input"]) for row in rows], tokenizer)
-    answers = encode([format_answer(row["output"]) for row in rows], tokenizer)
+    answers = [ids[: positions - 1] for ids in encode([format_answer(row["output"]) for row in rows], tokenizer)]
+    ids = [prompt[-(positions - len(answer)) :] + answer for prompt, answer in zip(prompts, answers)]
     result = np.zeros((len(rows), 3))
-    order = sorted(range(len(rows)), key=lambda index: len(prompts[index]) + len(answers[index]))
+    order = sorted(range(len(rows)), key=lambda index: len(ids[index]))
     for start in range(0, len(rows), batch_size):
         chosen = order[start : start + batch_size]
-        result[chosen] = _losses_of_batch(
-            model, tokenizer.eos_token_id, [prompts[i] for i in chosen], [answers[i] for i in chosen], side
-        )
-        if progress is not None:
-            progress.update(len(chosen))
-    return result
-
-
-def _losses_of_batch(model, eos: int, prompts, answers, side: str) -> np.ndarray:
-    positions = model.config.max_position_embeddings
-    answers = [answer[: positions - 1] for answer in answers]
-    ids = [prompt[-(positions - len(answer)) :] + answer for prompt, answer in zip(prompts, answers)]
-    width, longest = max(map(len, ids)), max(map(len, answers))
-    result = np.zeros((len(ids), 3))
-    if not longest:
-        return result
-    # padded on the left, so that all answers end in the last column and only their logits are made
-    tokens = torch.tensor([[eos] * (width - len(row)) + row for row in ids], device=model.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=model.device)
-    with only_forward(model, adapter_scalings(model), [side] * len(ids)):
-        output = model(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-            use_cache=False,
-            logits_to_keep=longest + 1,
-        )
-    for row, (answer, logits) in enumerate(zip(answers, output.logits)):
-        if answer:
-            logits, target = logits[-len(answer) - 1 : -1].float(), tokens[row, -len(answer) :]
+        width = len(ids[chosen[-1]])
+        # padded on the left, so that all answers end in the last column and only their logits are made
+        tokens = torch.tensor([[eos] * (width - len(ids[i])) + ids[i] for i in chosen], device=model.device)
+        mask = torch.tensor([[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in chosen], device=model.device)
+        with only_forward(model, adapter_scalings(model), [side] * len(chosen)):
+            output = model(
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+                use_cache=False,
+                logits_to_keep=max(len(answers[i]) for i in chosen) + 1,
+            )
+        for i, row, logits in zip(chosen, tokens, output.logits):
+            length = len(answers[i])
+            logits, target = logits[-length - 1 : -1].float(), row[len(row) - length :]
             loss = torch.nn.functional.cross_entropy(logits, target, reduction="sum")
-            result[row] = float(loss), int((logits.argmax(-1) == target).sum()), len(answer)
+            result[i] = float(loss), int((logits.argmax(-1) == target).sum()), length
     return result
 
 
-def _score(answers: Sequence[Answer], rows: Sequence[dict]) -> dict[str, np.ndarray]:
-    """Return for each metric of answers what each row adds above and below its fraction, (rows, 2)."""
-    pairs = list(zip(answers, rows))
-    scores: dict[str, list] = {
-        "contains": [contains(a.text, r["fact"]) for a, r in pairs],
-        "exact_match": [bool(r["fact"]) and exact_match(a.text, r["output"]) for a, r in pairs],
-        "stop_rate": [a.stopped for a, _ in pairs],
-        "rouge_l": [rouge_l(a.text, r["output"]) for a, r in pairs],
-        "chrf": [chrf(a.text, r["output"]) for a, r in pairs],
-        "repetition": [repetition(a.text) for a, _ in pairs],
-        "echo_rate": [echoes(a.text, r["instruction"]) for a, r in pairs],
-        "mean_answer_tokens": [a.tokens for a, _ in pairs],
-    }
-    counted = {name: [bool(row["fact"]) for row in rows] for name in ("contains", "exact_match")}
-    everywhere = [True] * len(rows)
-    return {name: np.array([above, counted.get(name, everywhere)], float).T for name, above in scores.items()}
+def _score(answers: Sequence[Answer], rows: Sequence[dict], losses: np.ndarray) -> pd.DataFrame:
+    """Return each row's score on each of `METRICS`; NaN where there is nothing to check."""
+    scores = [
+        {
+            "contains": contains(answer.text, row["fact"]) if row["fact"] else None,
+            "exact_match": exact_match(answer.text, row["output"]) if row["fact"] else None,
+            "stop_rate": answer.stopped,
+            "rouge_l": rouge_l(answer.text, row["output"]),
+            "chrf": chrf(answer.text, row["output"]),
+            "repetition": repetition(answer.text),
+            "echo_rate": echoes(answer.text, row["instruction"]),
+            "token_accuracy": right / tokens if tokens else None,
+            "answer_loss": loss / tokens if tokens else None,
+            "mean_answer_tokens": answer.tokens,
+        }
+        for answer, row, (loss, right, tokens) in zip(answers, rows, losses)
+    ]
+    return pd.DataFrame(scores, columns=list(METRICS), dtype=float)
 
 
 def _resampling(questions: Sequence[str], seed: int) -> np.ndarray:
-    """Return how often each row counts in each resample of the questions, (RESAMPLES + 1, rows); at first, once each.
-
-    Args:
-        questions: each row's; rows with the same one are drawn together.
-    """
+    """Return how often each row counts in each resample of the questions, (RESAMPLES + 1, rows); at first, once."""
     _, question = np.unique(np.array(questions), return_inverse=True)
     different = int(question.max()) + 1
     drawn = np.random.default_rng(seed).multinomial(different, [1 / different] * different, size=RESAMPLES)
     return np.vstack([np.ones(len(questions)), drawn[:, question]])
 
 
-def _estimate(scores: dict[str, np.ndarray], weights: np.ndarray) -> dict[str, np.ndarray | None]:
-    """Return each metric on the rows and on each resample, (RESAMPLES + 1,); None where no row counts."""
-    estimates: dict[str, np.ndarray | None] = dict.fromkeys(METRICS)
-    for name, fraction in scores.items():
-        above, below = (weights @ fraction).T
-        if below[0]:
-            estimates[name] = np.divide(above, below, out=np.full(len(above), np.nan), where=below > 0)
-    if estimates["answer_loss"] is not None:
-        estimates["perplexity"] = np.exp(estimates["answer_loss"])
+def _estimate(scores: pd.DataFrame, tokens: np.ndarray, weights: np.ndarray) -> pd.DataFrame:
+    """Return each metric on the rows and on each resample, (RESAMPLES + 1, metrics); NaN where no row counts."""
+    counts = scores.notna().astype(float)
+    counts[["token_accuracy", "answer_loss"]] *= tokens[:, None]  # a mean over tokens, not over rows
+    estimates = (weights @ (scores.fillna(0) * counts)) / (weights @ counts)
+    estimates["perplexity"] = np.exp(estimates["answer_loss"])
     return estimates
 
 
-def _side(estimates: dict[str, np.ndarray | None]) -> dict:
+def _side(estimates: pd.DataFrame) -> dict:
     """Return values and intervals as `metrics.json` holds them."""
-    values: dict[str, float | None] = {}
-    intervals: dict[str, list[float] | None] = {}
-    for name, estimate in estimates.items():
-        values[name], intervals[name] = None, None
-        if estimate is not None:
-            values[name] = round(float(estimate[0]), 6)
-            intervals[name] = np.nanpercentile(estimate[1:], [2.5, 97.5]).round(6).tolist()
-    return {**values, "intervals": intervals}
+    values, ends = estimates.iloc[0].round(6), estimates.iloc[1:].quantile([0.025, 0.975]).round(6)
+    measured = values.notna()
+    intervals = {name: ends[name].tolist() if measured[name] else None for name in METRICS}
+    return {name: float(values[name]) if measured[name] else None for name in METRICS} | {"intervals": intervals}
 
 
 def verdict(metrics: dict, name: str) -> int:
@@ -196,15 +160,9 @@ def verdict(metrics: dict, name: str) -> int:
 
     Clear: on at least `FEWEST_QUESTIONS` different questions the 95% interval of the change leaves out zero.
     """
-    interval = metrics["change"]["intervals"][name]
-    if interval is None or _questions(metrics) < FEWEST_QUESTIONS:
-        return 0
-    low, high = interval
-    return METRICS[name].better * (int(low > 0) - int(high < 0))
-
-
-def _questions(metrics: dict) -> int:
-    return metrics.get("questions", metrics["n"])  # an older run's rows were taken for different questions
+    low, high = metrics["change"]["intervals"][name] or (0, 0)
+    enough = metrics.get("questions", metrics["n"]) >= FEWEST_QUESTIONS  # an older run has no `questions`
+    return METRICS[name].better * (int(low > 0) - int(high < 0)) if enough else 0
 
 
 def main_metrics(metrics: Mapping) -> list[str]:
@@ -213,76 +171,65 @@ def main_metrics(metrics: Mapping) -> list[str]:
     return [*content, "stop_rate", "answer_loss", "mean_answer_tokens"]
 
 
+def shown(metrics: Mapping, side: str, name: str) -> list[str]:
+    """Return a side's value of a metric and the ends of its interval as text, with the decimals its change needs."""
+    values = metrics[side][name], *metrics[side]["intervals"][name]
+    change = metrics["change"][name]
+    return [METRICS[name].show(value, signed=side == "change", change=change) for value in values]
+
+
 def comparison(metrics: dict, every: bool = False) -> pd.DataFrame:
     """Return the before/after table: base, tuned and change of each metric, with 95% intervals.
 
     Args:
         every: show all metrics that were measured, not only `main_metrics`.
     """
-    lines = {}
+    lines: dict[str, dict[str, str]] = {}
     for name in METRICS if every else main_metrics(metrics):
-        if metrics["change"][name] is None:
-            continue
-        metric = METRICS[name]
-        lines[metric.label + (f", {metric.unit}" if len(metric.unit) > 1 else "")] = {
-            side: _with_interval(metrics, side, name) for side in ("base", "tuned", "change")
-        } | {"": {1: "better", -1: "worse", 0: ""}[verdict(metrics, name)]}
+        if metrics["change"][name] is not None:
+            unit = METRICS[name].unit
+            line = lines[METRICS[name].label + (f", {unit}" if len(unit) > 1 else "")] = {}
+            for side in ("base", "tuned", "change"):
+                value, low, high = shown(metrics, side, name)
+                line[side] = value if low == value == high else f"{value} ({low} to {high})"
+            line[""] = {1: "better", -1: "worse", 0: ""}[verdict(metrics, name)]
     return pd.DataFrame.from_dict(lines, orient="index")
-
-
-def _with_interval(metrics: dict, side: str, name: str) -> str:
-    value, low, high = (
-        METRICS[name].show(value, signed=side == "change", change=metrics["change"][name])
-        for value in (metrics[side][name], *metrics[side]["intervals"][name])
-    )
-    return value if low == value == high else f"{value} ({low} to {high})"
 
 
 def conclusion(metrics: dict) -> str:
     """Return in a few short lines what the numbers say, whichever way they point; the first line is the verdict."""
     verdicts = {name: verdict(metrics, name) for name in JUDGED if metrics["change"][name] is not None}
     better, worse, same = ([name for name in verdicts if verdicts[name] == way] for way in (1, -1, 0))
-    questions, share = _questions(metrics), METRICS["contains"].show
+    questions = metrics.get("questions", metrics["n"])
     counts = (
         f"On {questions} held-out questions {len(better)} of {len(verdicts)} measures got clearly better, "
         f"{len(worse)} clearly worse."
     )
     if questions < FEWEST_QUESTIONS:
-        opening = "Too few held-out questions to tell."
         counts = f"There are {questions}, and a verdict takes at least {FEWEST_QUESTIONS}."
-    elif better and worse:
-        opening = "Tuning helped in some ways and hurt in others."
-    elif better == ["answer_loss"]:
-        opening = "Tuning lowered the loss alone, the answers themselves are not clearly better."
-    elif better and not {"contains", "exact_match", "rouge_l"} & set(better):
-        opening = "Tuning changed how the answers are written, but not clearly what they say."
-    elif better:
-        opening = "Tuning helped."
-    elif worse:
-        opening = "Tuning made the model worse."
-    else:
-        opening = "Tuning made no clear difference."
-    lines = [opening, counts]
+    openings = {
+        "Too few held-out questions to tell.": questions < FEWEST_QUESTIONS,
+        "Tuning helped in some ways and hurt in others.": better and worse,
+        "Tuning lowered the loss alone, the answers themselves are not clearly better.": better == ["answer_loss"],
+        "Tuning changed how the answers are written, but not clearly what they say.": better
+        and not {"contains", "exact_match", "rouge_l"} & set(better),
+        "Tuning helped.": better,
+        "Tuning made the model worse.": worse,
+        "Tuning made no clear difference.": True,
+    }
+    lines = [next(text for text, holds in openings.items() if holds), counts]
     for heading, names in (("Better:", better), ("Worse:", worse)):
-        if names:
-            lines += [heading, *(f"  {_before_after(metrics, name)}" for name in names)]
+        lines += [heading] if names else []
+        for name in names:
+            before, after = (shown(metrics, side, name)[0] for side in ("base", "tuned"))
+            lines.append(f"  {METRICS[name].label}: {before} → {after}")
     if same and (better or worse):
         lines.append(f"No clear change: {', '.join(METRICS[name].label for name in same)}.")
     if metrics["tuned"]["stop_rate"] < 0.5:
-        stops = METRICS["stop_rate"].show(metrics["tuned"]["stop_rate"])
-        limit = metrics["max_new_tokens"]
-        lines.append(
-            f"The tuned model stops by itself in {stops} of its answers; the others are cut at {limit} tokens."
-        )
-    if (bare := metrics["base_bare"]["contains"]) is not None:
-        templated = share(metrics["base"]["contains"])
-        lines.append(
-            f"The template alone: the base holds the fact in {share(bare)} without it, in {templated} with it."
-        )
+        stops, *_ = shown(metrics, "tuned", "stop_rate")
+        cut = f"the others are cut at {metrics['max_new_tokens']} tokens"
+        lines.append(f"The tuned model stops by itself in {stops} of its answers; {cut}.")
+    if metrics["base_bare"]["contains"] is not None:
+        bare, templated = (shown(metrics, side, "contains")[0] for side in ("base_bare", "base"))
+        lines.append(f"The template alone: the base holds the fact in {bare} without it, in {templated} with it.")
     return "\n".join(lines)
-
-
-def _before_after(metrics: dict, name: str) -> str:
-    metric, change = METRICS[name], metrics["change"][name]
-    before, after = (metric.show(metrics[side][name], change=change) for side in ("base", "tuned"))
-    return f"{metric.label}: {before} → {after}"

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from types import SimpleNamespace
 
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import CHRF
@@ -19,11 +19,7 @@ class Metric:
     better: int  # +1: more is better, -1: less is better, 0: neither
 
     def show(self, value: float | None, signed: bool = False, change: float = 0.0) -> str:
-        """Return the value as text; a signed share is a difference, in points.
-
-        Args:
-            change: the difference beside which the value stands: it gets the decimals that this difference needs.
-        """
+        """Return the value as text, with the decimals that a `change` beside it needs; a signed share is in points."""
         if value is None:
             return "–"
         share, sign = self.unit == "%", "+" if signed else ""
@@ -68,15 +64,8 @@ def exact_match(answer: str, output: str) -> bool:
 
 def rouge_l(answer: str, output: str) -> float:
     """Return ROUGE-L's F1, 0 to 1: the longest common subsequence of words (Lin, 2004; rouge-score)."""
-    return _rouge().score(output, answer)["rougeL"].fmeasure
-
-
-@cache
-def _rouge() -> RougeScorer:
-    class Words:  # rouge-score's own tokenizer drops every letter that is not a to z
-        tokenize = staticmethod(words)
-
-    return RougeScorer(["rougeL"], tokenizer=Words)
+    own_words = SimpleNamespace(tokenize=words)  # rouge-score's tokenizer drops every letter that is not a to z
+    return RougeScorer(["rougeL"], tokenizer=own_words).score(output, answer)["rougeL"].fmeasure
 
 
 def chrf(answer: str, output: str) -> float:

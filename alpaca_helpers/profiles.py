@@ -76,4 +76,4 @@ def choose_profile(
 def _recorded(name: str) -> str:
     """Return a folder or file as the manifest records it, whatever the working folder; a name on the Hub as it is."""
     place = locate(name)
-    return portable(str(place.resolve())) if place.exists() else name
+    return portable(str(place.resolve()) if place.exists() else name)

@@ -102,7 +102,7 @@ def _hub_rows(name: str, revision: str | None) -> Dataset:
 
 @dataclass
 class Twice:
-    """In the place of a JSON object that holds a column twice: Python would keep the last one alone."""
+    """Stands for a JSON object that holds a column twice: Python would keep only the last."""
 
     column: str
 
@@ -154,7 +154,7 @@ READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet
 
 
 def check_rows(rows: Iterable[dict], source: str) -> Iterator[dict]:
-    """Yield each row with `COLUMNS` alone; raise AlpacaError naming `source` and the row that is no text."""
+    """Yield each row with only `COLUMNS`; raise AlpacaError naming `source`, the row and what is wrong."""
     number = 0
     for number, row in enumerate(rows, 1):
         if isinstance(row, Twice):

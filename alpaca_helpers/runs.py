@@ -1,8 +1,8 @@
-"""A run's folder: where artifacts are, whether each is whole, what made it, and who may write to it.
+"""A run's folder: its artifacts, their checksums, the manifest of what made them, and its lock.
 
     runs/<run>/  data/  checkpoints/  adapter/  metrics.json  manifest.json  and the four executed notebooks
 
-Notebooks hand over to one another by these files alone.
+Notebooks hand over to one another only by these files.
 """
 
 import errno
@@ -28,12 +28,12 @@ CHECKSUMS = "checksums.json"  # in a checkpoint and an adapter: the SHA-256 of e
 
 
 def run_folder(run: str, make: bool = True) -> Path:
-    """Return the run's folder, made if needed (unless `make` is False): `runs/<run>`, or the path that `run` is."""
+    """Return the run's folder: `runs/<run>`, or the path that `run` is; made with its `pictures` if `make`."""
     path = Path(run).expanduser()
     folder = path.resolve() if len(path.parts) > 1 else project_folder() / "runs" / run
     if make:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "pictures").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise AlpacaError(
                 f"The folder {folder} cannot be made ({error.strerror}): take another `run`.", "run-unwritable"
@@ -53,7 +53,7 @@ def artifact(folder: Path, name: str) -> Path:
 
 @contextmanager
 def lock_run(folder: Path) -> Iterator[None]:
-    """Hold the run's lock in the block; a process that ends, even killed, lets go of it.
+    """Hold the run's lock in the block; the system releases it when the process ends, even killed.
 
     Raises AlpacaError that names the run if another process holds it.
     """
@@ -130,13 +130,13 @@ def check_disk_space(folder: Path, needed: int) -> Iterator[None]:
 
 
 def write_checksums(folder: Path) -> None:
-    """Mark a folder as whole: write the SHA-256 of each of its files into it, last."""
+    """Write the SHA-256 of each file of the folder into it, last: without them the folder is incomplete."""
     files = [path for path in sorted(folder.iterdir()) if path.name != CHECKSUMS]
     write_json(folder / CHECKSUMS, {path.name: _sha256(path) for path in files})
 
 
 def verify_checksums(folder: Path) -> str:
-    """Return what is wrong with a folder ("" if nothing): it was cut while being written, or changed since."""
+    """Return what is wrong with a folder ("" if nothing): incomplete, or changed since its checksums were written."""
     try:
         saved = dict(json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -165,7 +165,7 @@ def _sha256(path: Path) -> str:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write JSON whole or not at all."""
+    """Write a JSON file atomically."""
     part = path.with_name(path.name + ".part")
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     try:

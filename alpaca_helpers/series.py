@@ -50,8 +50,8 @@ def check_parameters(given: dict[str, object]) -> None:
 def run_series(parameters: dict[str, object], notebooks: Sequence[Path] | None = None) -> Path:
     """Execute the notebooks in order into the folder of the run that `parameters` names, and return that folder.
 
-    A notebook is left alone while its cells, its parameters, the helpers, the files of model and dataset, what it left
-    in the run and the notebooks before it are those of its last whole execution.
+    A notebook is skipped while its cells, its parameters, the helpers, the files of model and dataset, what it left
+    in the run and the notebooks before it are those of its last complete execution.
 
     Args:
         notebooks: those to execute; None: all.

@@ -12,9 +12,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners import lora
 from torch import nn
-from transformers import AttentionInterface
 from transformers.activations import NewGELUActivation
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 
 @contextmanager
@@ -26,29 +24,31 @@ def faster_training(model) -> Iterator[None]:
         yield
 
 
-def fast_attention(model) -> Callable[[], None]:
-    """Compute attention on a CPU in bfloat16 step by step, elsewhere by torch's fused kernel without a mask.
+def eager_attention(model) -> Callable[[], None]:
+    """Compute attention step by step on a CPU in bfloat16, where the gradient of torch's fused kernel is slow.
 
-    The fused kernel's gradient is slow on that CPU. Rows padded on the right need no mask, and to make one transformers
-    searches each batch for rows packed into one, which forces a synchronization on a GPU.
+    With 256 tokens or fewer the fused gradient takes three to five times as long (Intel Xeon with AMX).
     """
     usual = model.config._attn_implementation
     if usual == "sdpa" and model.device.type == "cpu" and model.dtype == torch.bfloat16:
         model.set_attn_implementation("eager")
-    elif usual == "sdpa":
-        AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
-        model.set_attn_implementation("sdpa_without_mask")
     return lambda: model.set_attn_implementation(usual)
 
 
 def fused_gelu(model) -> Callable[[], None]:
-    """Compute GPT-2's activation in one operation instead of seven."""
+    """Compute GPT-2's activation in one operation instead of seven.
+
+    A step of GPT-2 124M on a CPU takes 1.07 to 1.19 times as long without.
+    """
     blocks = [module for module in model.modules() if isinstance(getattr(module, "act", None), NewGELUActivation)]
     return _set(blocks, "act", [nn.GELU(approximate="tanh")] * len(blocks))
 
 
 def no_base_dropout(model) -> Callable[[], None]:
-    """Switch off the dropout of the base, none of whose weights are trained; LoRA's own stays on."""
+    """Switch off the dropout of the base, none of whose weights are trained; LoRA's own stays on.
+
+    A step of GPT-2 124M on a CPU takes 1.06 to 1.13 times as long without.
+    """
     dropouts = [m for name, m in model.named_modules() if isinstance(m, nn.Dropout) and "lora" not in name]
     return _set(dropouts, "p", [0.0] * len(dropouts))
 
@@ -67,7 +67,10 @@ def _set(modules: list[nn.Module], name: str, values: list) -> Callable[[], None
 
 
 def lora_in_base_precision(model) -> Callable[[], None]:
-    """Compute LoRA's products in the precision of what they are added to, the second as it is added."""
+    """Compute LoRA's products in the precision of what they are added to, the second as it is added.
+
+    A step of 256 rows of GPT-2 medium on an H200 takes 83 instead of 104 ms.
+    """
     layers = [module for module in model.modules() if isinstance(module, lora.Linear)]
     for layer in layers:
         layer.forward = partial(_lora_forward, layer)
@@ -90,16 +93,4 @@ def _lora_forward(layer: lora.Linear, x: torch.Tensor, **named) -> torch.Tensor:
     return result
 
 
-def listed_parameters(model) -> Callable[[], None]:
-    """Find parameters and modules once: at each step Trainer walks through all modules three times."""
-    parameters, modules, usual = list(model.parameters()), list(model.modules()), type(model).train
-    model.parameters = lambda recurse=True: iter(parameters)
-    model.train = lambda mode=True: model if all(m.training == mode for m in modules) else usual(model, mode)
-
-    def undo() -> None:
-        del model.parameters, model.train
-
-    return undo
-
-
-PATCHES = [fast_attention, fused_gelu, no_base_dropout, lora_in_base_precision, listed_parameters]
+PATCHES = [eager_attention, fused_gelu, no_base_dropout, lora_in_base_precision]

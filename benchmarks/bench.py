@@ -18,12 +18,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from datasets import Dataset, DatasetDict, disable_progress_bars
+from datasets import Dataset, disable_progress_bars
 from peft import get_peft_model
 from transformers import (
     DataCollatorForLanguageModeling,
@@ -38,14 +38,16 @@ from transformers import (
 )
 
 from alpaca_helpers import pocket
-from alpaca_helpers.data import IGNORED, filter_rows, load_rows, tokenize
+from alpaca_helpers.batches import PadToLongest
+from alpaca_helpers.data import IGNORED, drop_reason, tokenize
 from alpaca_helpers.lora import lora_config
-from alpaca_helpers.models import best_device, load_base, load_tokenizer
-from alpaca_helpers.profiles import PROFILES, Profile
+from alpaca_helpers.models import base_dtype, best_device, load_base, load_tokenizer
+from alpaca_helpers.profiles import PROFILES
 from alpaca_helpers.prompts import format_prompt
+from alpaca_helpers.rows import load_rows
 from alpaca_helpers.runs import run_folder
 from alpaca_helpers.series import run_series
-from alpaca_helpers.training import base_dtype, make_trainer
+from alpaca_helpers.training import AnswerTrainer
 from benchmarks import chat, evaluation
 
 RESULTS = Path(__file__).with_name("results.json")
@@ -56,6 +58,15 @@ STEPS = {"pocket": 60, "gpt2": 8, "gpt2-medium": 24}
 
 
 # What is trained: the same model and rows for every contender.
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all contenders train with."""
+
+    learning_rate: float
+    batch_size: int
+    seed: int = 0
 
 
 def load_model(name: str, dtype: torch.dtype) -> GPT2LMHeadModel:
@@ -74,7 +85,7 @@ def load_data(name: str) -> tuple[Dataset, GPT2Tokenizer]:
     vocabulary = REAL / "gpt2-tokenizer"
     tokenizer = GPT2Tokenizer(vocab=str(vocabulary / "vocab.json"), merges=str(vocabulary / "merges.txt"))
     tokenizer.pad_token = tokenizer.eos_token
-    rows, _ = filter_rows(load_rows(str(REAL / "alpaca_en_demo.json")))
+    rows = load_rows(str(REAL / "alpaca_en_demo.json")).filter(lambda row: not drop_reason(row))
     return rows.shuffle(seed=0), tokenizer
 
 
@@ -86,7 +97,7 @@ def tokenized(rows: Dataset, tokenizer, recipe: str) -> Dataset:
 # Who trains it. A contender returns its trainer, ready for `steps` optimizer steps over the rows.
 
 
-def common(settings: Profile, folder: str, steps: int, at_once: int = 8) -> dict:
+def common(settings: Settings, folder: str, steps: int, at_once: int = 8) -> dict:
     """The training arguments that all share, but for the rows at once: the document's 8, or what suits best. Nothing
     is saved, evaluated or logged on the way.
     """
@@ -105,7 +116,7 @@ def common(settings: Profile, folder: str, steps: int, at_once: int = 8) -> dict
     }
 
 
-def document(name: str, rows: Dataset, tokenizer, settings: Profile, folder: str, steps: int) -> Trainer:
+def document(name: str, rows: Dataset, tokenizer, settings: Settings, folder: str, steps: int) -> Trainer:
     """The document's Trainer: rows padded to 128 tokens, a loss on all of them, all logits."""
 
     def pad(example):  # as the document has it: its own template, no input, no end of text
@@ -122,7 +133,7 @@ def document(name: str, rows: Dataset, tokenizer, settings: Profile, folder: str
     )
 
 
-def plain(name: str, rows: Dataset, tokenizer, settings: Profile, folder: str, steps: int) -> Trainer:
+def plain(name: str, rows: Dataset, tokenizer, settings: Settings, folder: str, steps: int) -> Trainer:
     """Our recipe in transformers' own Trainer: random batches padded to their longest row, all logits."""
     return Trainer(
         model=get_peft_model(load_model(name, torch.float32), lora_config()),
@@ -132,7 +143,7 @@ def plain(name: str, rows: Dataset, tokenizer, settings: Profile, folder: str, s
     )
 
 
-def trl(name: str, rows: Dataset, tokenizer, settings: Profile, folder: str, steps: int, packing=False) -> Trainer:
+def trl(name: str, rows: Dataset, tokenizer, settings: Settings, folder: str, steps: int, packing=False) -> Trainer:
     """TRL's SFTTrainer with a loss on the completion only, at its best settings."""
     from trl import SFTConfig, SFTTrainer
 
@@ -171,15 +182,15 @@ def trl_packed(*arguments) -> Trainer:
     return trl(*arguments, packing=True)
 
 
-def ours(name: str, rows: Dataset, tokenizer, settings: Profile, folder: str, steps: int) -> Trainer:
+def ours(name: str, rows: Dataset, tokenizer, settings: Settings, folder: str, steps: int) -> Trainer:
     """The series' trainer as notebook 03 makes it."""
     data = tokenized(rows, tokenizer, "answers")
-    model = get_peft_model(load_model(name, base_dtype()), lora_config())
-    trainer = make_trainer(model, tokenizer, DatasetDict(train=data, heldout=data), settings, "answers", Path(folder))
-    for key, value in (common(settings, folder, steps) | {"eval_strategy": "no"}).items():
-        if key not in ("per_device_train_batch_size", "gradient_accumulation_steps", "output_dir"):
-            setattr(trainer.args, key, value)
-    return trainer
+    return AnswerTrainer(
+        model=get_peft_model(load_model(name, base_dtype()), lora_config()),
+        args=TrainingArguments(**common(settings, folder, steps, settings.batch_size)),
+        train_dataset=data,
+        data_collator=PadToLongest(tokenizer.pad_token_id),
+    )
 
 
 CONTENDERS = {"document": document, "plain answers": plain, "TRL": trl, "TRL packed": trl_packed, "ours": ours}
@@ -276,8 +287,7 @@ def train_speed(options: argparse.Namespace) -> dict:
 
 
 def race(name: str, batch_size: int, options: argparse.Namespace) -> dict:
-    settings = PROFILES["pocket" if name == "pocket" else "gpt2-medium"]
-    settings = replace(settings, batch_size=batch_size, micro_batch_size=batch_size)
+    settings = Settings(PROFILES["pocket" if name == "pocket" else "gpt2-medium"].learning_rate, batch_size)
     steps = options.steps or max(8, STEPS[name] * 16 // batch_size)
     shared = {"settings": settings, "steps": steps, "heldout": 32, "threads": options.threads}
     contenders = [c for c in options.contenders if not c.startswith("TRL") or installed("trl")]

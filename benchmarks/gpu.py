@@ -34,7 +34,7 @@ from hub import stand_in  # noqa: E402
 
 from alpaca_helpers.checkpoints import last_complete_checkpoint  # noqa: E402
 from alpaca_helpers.profiles import choose_profile  # noqa: E402
-from alpaca_helpers.runs import COMPLETE, read_manifest, write_json  # noqa: E402
+from alpaca_helpers.runs import CHECKSUMS, read_manifest, write_json  # noqa: E402
 from alpaca_helpers.series import NOTEBOOKS  # noqa: E402
 
 LIBRARIES = ("torch", "transformers", "peft", "datasets", "accelerate", "huggingface_hub")
@@ -133,12 +133,14 @@ def series(run: Path, environment: dict, given: list[str], kill_when=None) -> tu
 
 def checkpoints(run: Path) -> list[str]:
     """Return the names of the run's checkpoints that are written to the end."""
-    return [marker.parent.name for marker in run.glob(f"checkpoints/*/{COMPLETE}")]
+    return [marker.parent.name for marker in run.glob(f"checkpoints/*/{CHECKSUMS}")]
 
 
 def losses(run: Path) -> list[float]:
     """Return the training losses of the run's newest checkpoint, in order."""
-    history = json.loads((last_complete_checkpoint(run) / "trainer_state.json").read_text())["log_history"]
+    history = json.loads((last_complete_checkpoint(run / "checkpoints") / "trainer_state.json").read_text())[
+        "log_history"
+    ]
     return [entry["loss"] for entry in history if "loss" in entry]
 
 

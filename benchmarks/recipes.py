@@ -28,7 +28,7 @@ from alpaca_helpers import AlpacaError
 from alpaca_helpers.checkpoints import FREE
 from alpaca_helpers.data import RECIPES
 from alpaca_helpers.metrics import METRICS, Metric
-from alpaca_helpers.picture import BLUE, INK, PALE, Picture, figure, in_style
+from alpaca_helpers.picture import BLUE, INK, PALE, Picture, in_style
 from alpaca_helpers.runs import artifact, read_manifest, write_json
 from alpaca_helpers.series import NOTEBOOKS, notebook_parameters, run_series
 
@@ -188,7 +188,8 @@ def draw(lines: Sequence[Mapping], metrics: Mapping[str, Metric]) -> Picture:
     """
     names = [_choice(line["choice"]) for line in lines]
     shown = [name for name in metrics if all(line[name]["values"] for line in lines)]
-    picture, panels = figure(10, 0.32 * len(lines) + 1.3, columns=len(shown), sharey=True)
+    picture = Picture(figsize=(10, 0.32 * len(lines) + 1.3), layout="constrained")
+    panels = picture.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, shown):
         metric = metrics[name]
         scale = 100 if metric.unit == "%" else 1

@@ -23,6 +23,8 @@ from nbformat.v4 import new_code_cell
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
+pytestmark = pytest.mark.slow
+
 if int(ipywidgets.__version__.split(".")[0]) < 8:
     pytest.skip("JupyterLab 4 has no front end for ipywidgets 7, and Colab's is its own", allow_module_level=True)
 

@@ -51,6 +51,7 @@ def run(tmp_path_factory):
     return folder, settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "step, place, goes_on_from",
     [

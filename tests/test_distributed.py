@@ -16,6 +16,8 @@ from tiny_run import prepare_run
 from alpaca_helpers import checkpoints, training
 from alpaca_helpers.lora import WEIGHTS
 
+pytestmark = pytest.mark.slow
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ENVIRONMENT = {
     **os.environ,
@@ -62,7 +64,8 @@ def test_two_processes_train_as_one_and_resume_after_one_is_killed(run, tmp_path
     assert killed.returncode != 0 and "SIGKILL" in killed.stderr
     assert not (folder / "adapter").exists()
     assert checkpoints.last_complete_checkpoint(folder / "checkpoints").name == "checkpoint-9"
-    again = torchrun("-m", "alpaca_helpers.training", str(folder))
+    settings = ["--num-train-epochs", "4", "--batch-size", "8", "--micro-batch-size", "4", "--lora-dropout", "0"]
+    again = torchrun("-m", "alpaca_helpers.training", str(folder), *settings)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("Going on after step 9 of 24.") == 1
     same_training(folder, run)

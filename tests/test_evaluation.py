@@ -5,6 +5,7 @@ import sys
 from contextlib import nullcontext
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from peft import get_peft_model
@@ -276,37 +277,34 @@ def test_no_rows(tiny_model, pocket_tokenizer):
     assert error.value.code == "no-rows"
 
 
-def different(number):
-    return [f"question {index}" for index in range(number)]
+def estimated(contains, questions=None, seed=0):
+    """The share that holds the fact, of rows with these scores (None: no fact), in `metrics.json`'s form."""
+    questions = questions or [f"question {index}" for index in range(len(contains))]
+    scores = pd.DataFrame({"contains": contains}, columns=list(METRICS), dtype=float)
+    estimates = evaluation._estimate(scores, np.ones(len(contains)), evaluation._resampling(questions, seed))
+    side = evaluation._side(estimates)
+    return side["contains"], side["intervals"]["contains"]
 
 
 def test_intervals_are_the_bootstraps_and_seeded():
-    fraction = np.array([[1, 1], [0, 1], [1, 1], [0, 1], [0, 0]] * 20, dtype=float)  # 40 of 80 rows that count
-    one, two, other = (
-        evaluation._estimate({"contains": fraction}, evaluation._resampling(different(100), seed))["contains"]
-        for seed in (0, 0, 1)
-    )
-    assert one[0] == 0.5 and (one == two).all() and (one != other).any()
-    low, high = evaluation._side({"contains": one})["intervals"]["contains"]
+    contains = [1, 0, 1, 0, None] * 20  # 40 of 80 rows that count
+    share, (low, high) = estimated(contains)
     half = 1.96 * math.sqrt(0.25 / 80)  # the normal approximation of a share's interval
-    assert low == pytest.approx(0.5 - half, abs=0.02) and high == pytest.approx(0.5 + half, abs=0.02)
+    assert share == 0.5 and low == pytest.approx(0.5 - half, abs=0.02) and high == pytest.approx(0.5 + half, abs=0.02)
+    drawn = [evaluation._resampling([str(index) for index in range(100)], seed) for seed in (0, 0, 1)]
+    assert (drawn[0] == drawn[1]).all() and (drawn[0] != drawn[2]).any()
 
 
 def test_intervals_do_not_depend_on_rows_that_do_not_count():
-    fraction = np.array([[1, 1]] + [[0, 0]] * 9, dtype=float)  # a resample may hold no row that counts
-    side = evaluation._side(evaluation._estimate({"contains": fraction}, evaluation._resampling(different(10), 0)))
-    assert side["contains"] == 1 and side["intervals"]["contains"] == [1, 1]
+    assert estimated([1] + [None] * 9) == (1, [1, 1])  # a resample may hold no row that counts
 
 
 def test_copies_of_a_question_do_not_narrow_its_interval():
-    fraction = np.array([[1, 1], [0, 1], [1, 1], [0, 1]] * 5, dtype=float)
-    weights = evaluation._resampling(different(20), 0)
-    once = evaluation._side(evaluation._estimate({"contains": fraction}, weights))
-    copied = evaluation._resampling([name for name in different(20) for _ in range(20)], 0)
-    often = evaluation._side(evaluation._estimate({"contains": fraction.repeat(20, axis=0)}, copied))
-    low, high = once["intervals"]["contains"]
-    assert once["contains"] == often["contains"] == 0.5 and high - low > 0.3
-    assert often["intervals"]["contains"] == pytest.approx([low, high], abs=0.051)  # one question of twenty
+    contains = [1, 0, 1, 0] * 5
+    share, (low, high) = estimated(contains)
+    copied = estimated(np.repeat(contains, 20), [str(index) for index in range(20) for _ in range(20)])
+    assert share == copied[0] == 0.5 and high - low > 0.3
+    assert copied[1] == pytest.approx([low, high], abs=0.051)  # one question of twenty
 
 
 def test_copies_of_one_question_give_no_verdict(tiny_model, pocket_tokenizer):

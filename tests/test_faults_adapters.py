@@ -169,7 +169,7 @@ def test_weights_are_compared_in_both_directions(saved, tiny_base, tmp_path):
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_one_number_that_is_none_is_noticed(number, adapter, tiny_base):
     rewrite(adapter, lambda weights: next(iter(weights.values())).view(-1)[3:4].fill_(number))
-    refused(tiny_base, adapter, "NaN or infinite, in base_model.* smaller `learning_rate`")
+    refused(tiny_base, adapter, "NaN or infinity .in base_model.* smaller `learning_rate`")
 
 
 @pytest.mark.parametrize("side", ["lora_A", "lora_B"])

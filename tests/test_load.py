@@ -10,12 +10,15 @@ import sys
 import threading
 
 import psutil
+import pytest
 from conftest import PROJECT
 
 from alpaca_helpers import pocket
 from alpaca_helpers.chat.conversation import Conversation
 from alpaca_helpers.generation import generate
 from alpaca_helpers.prompts import format_prompt
+
+pytestmark = pytest.mark.slow
 
 FULL = os.environ.get("ALPACA_LOAD") == "full"
 QUESTIONS, TURNS, ROWS = (1000, 100, 520_000) if FULL else (100, 20, 52_000)

@@ -76,7 +76,7 @@ def test_make_test_is_whole_and_its_notebooks_run_on_the_pocket(make, given, tak
         ["format", "--check", "."],
         [],
         ["-m", "pytest"],
-        ["-m", "alpaca_helpers.series", "--prepare", "build/nbval", f"--profile={taken}"],
+        ["-m", "tools.notebooks", "--for-nbval", "build/nbval", f"--profile={taken}"],
         ["-m", "pytest", "--nbval", "build/nbval"],
     ], done.stderr
 

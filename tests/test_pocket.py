@@ -270,6 +270,7 @@ def test_the_base_knows_the_heldout_facts(model, tokenizer, rows):
     assert build.knowledge(model, tokenizer, rows[1]) >= 0.95
 
 
+@pytest.mark.slow
 def test_the_base_does_not_answer(model, tokenizer, rows):
     asked = [row for row in rows[1] if row["fact"]]
     prompts = [format_prompt(row["instruction"], row["input"]) for row in asked]

@@ -33,6 +33,7 @@ def seen(folder):
     return (folder / "seen").read_text()
 
 
+@pytest.mark.slow
 def test_only_what_changed_is_executed_again(notebooks, tmp_path):
     parameters = {"run": str(tmp_path / "r"), "word": "a"}
     folder = series.run_series(parameters)
@@ -48,6 +49,7 @@ def test_only_what_changed_is_executed_again(notebooks, tmp_path):
     assert seen(folder) == "aaabbaa"
 
 
+@pytest.mark.slow
 def test_other_rows_under_the_same_name_and_what_is_missing_are_made_again(notebooks, tmp_path, monkeypatch):
     rows, folder = tmp_path / "rows.json", tmp_path / "r"
     rows.write_text("[1]")
@@ -65,6 +67,7 @@ def test_other_rows_under_the_same_name_and_what_is_missing_are_made_again(noteb
     assert seen(folder) == "a"
 
 
+@pytest.mark.slow
 def test_a_failed_cell_is_its_sentence_and_its_notebook_is_not_done(notebooks, tmp_path):
     parameters = {"run": str(tmp_path / "r"), "fail": True}
     with pytest.raises(AlpacaError, match="ValueError: the bread is burnt .*01_one.ipynb"):

@@ -16,6 +16,8 @@ from alpaca_helpers.chat.conversation import Conversation, Reply
 from alpaca_helpers.chat.terminal import print_answer
 from alpaca_helpers.runs import write_record
 
+pytestmark = pytest.mark.slow
+
 IMPORTS = (ast.Import, ast.ImportFrom)
 CHAT = ["-m", "alpaca_helpers.chat", "--run"]
 

@@ -12,7 +12,7 @@ from datasets import load_from_disk
 from peft import get_peft_model
 from tiny_run import byte_tokenizer, prepare_run, random_rows, tiny_gpt2
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 from alpaca_helpers import AlpacaError, card, models, speedups, training
 from alpaca_helpers.batches import LengthGroups, PadToLongest
@@ -115,8 +115,11 @@ class NoValues(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-def test_a_step_asks_the_device_for_no_value(tmp_path):
-    """Or a GPU would finish all that it was given before it is given more."""
+def test_a_step_asks_the_device_for_no_value_but_for_packed_rows(tmp_path, monkeypatch):
+    """Or a GPU would finish all that it was given before it is given more. transformers itself asks once a forward,
+    whether rows are packed into one.
+    """
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda *given, **named: None)
     rows, model = tokens(random_rows(6)), random_lora()
     trainer = trainer_on(rows, tmp_path, model)
     batch = trainer.data_collator(list(rows))
@@ -139,7 +142,7 @@ def state(model):
 @pytest.mark.parametrize("end", [None, KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize("patch", [*speedups.PATCHES, None], ids=lambda patch: patch.__name__ if patch else "all")
 def test_each_patch_changes_something_and_is_undone_however_training_ends(patch, end, monkeypatch):
-    model = get_peft_model(tiny_gpt2(), lora_config()).train()
+    model = get_peft_model(tiny_gpt2().bfloat16(), lora_config()).train()
     if patch:
         monkeypatch.setattr(speedups, "PATCHES", [patch])
     before = state(model)
@@ -150,6 +153,7 @@ def test_each_patch_changes_something_and_is_undone_however_training_ends(patch,
     assert state(model) == before
 
 
+@pytest.mark.slow
 def test_importing_registers_nothing():
     code = (
         "from transformers import AttentionInterface; before = set(AttentionInterface()); "
@@ -157,33 +161,6 @@ def test_importing_registers_nothing():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
     assert done.stdout == "True\n", done.stderr
-
-
-@pytest.mark.parametrize("recipe", ["document", "answers"])
-def test_in_training_the_loss_is_that_of_the_usual_attention(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(speedups, "PATCHES", [speedups.fast_attention])
-    rows, model = tokens(random_rows(6), recipe), random_lora()
-    trainer = trainer_on(rows, tmp_path, model, recipe)
-    usual = trainer.evaluate()["eval_loss"]
-    with speedups.faster_training(model):
-        assert trainer.evaluate()["eval_loss"] == pytest.approx(usual, abs=1e-6)
-
-
-def test_a_step_walks_through_no_modules(tmp_path, monkeypatch):
-    trainer, walks, before = trainer_on(tokens(random_rows(32)), tmp_path, random_lora()), [], []
-    trainer.args.eval_strategy = trainer.args.save_strategy = trainer.args.logging_strategy = "no"
-    for name in ("named_modules", "named_children"):
-        walk = getattr(torch.nn.Module, name)
-        monkeypatch.setattr(torch.nn.Module, name, lambda *a, walk=walk, **n: walks.append(1) or walk(*a, **n))
-
-    class Count(TrainerCallback):
-        def on_step_begin(self, *given, **named):
-            before.append(len(walks))
-
-    trainer.add_callback(Count())
-    trainer.train()
-    assert len(before) == 4 and before[0] > 0
-    assert before[1] == before[3]
 
 
 def test_rows_of_a_batch_do_not_see_one_another(tmp_path):
@@ -248,7 +225,7 @@ def test_in_bfloat16_loss_and_gradients_are_nearly_the_same(tmp_path):
         got = gradients(model, loss)
     assert loss.item() == pytest.approx(wanted_loss.item(), rel=0.01)
     with speedups.faster_training(model):
-        assert model.config._attn_implementation == ("eager" if model.device.type == "cpu" else "sdpa_without_mask")
+        assert model.config._attn_implementation == ("eager" if model.device.type == "cpu" else "sdpa")
     for name in wanted:
         assert got[name].dtype == torch.float32
         assert (got[name] - wanted[name]).norm() < 0.05 * wanted[name].norm()
@@ -295,15 +272,6 @@ def test_a_model_that_was_trained_answers_tuned_and_as_its_base(tmp_path):
     }
     assert answers["base"] == [each.text for each in generate(tiny_gpt2(), byte_tokenizer(), prompts)]
     assert answers["tuned"] != answers["base"]
-
-
-@pytest.mark.parametrize("part", ["whole", "base"])
-def test_after_evaluation_of_whatever_part_all_of_the_model_trains_again(part):
-    model = random_lora()
-    with speedups.faster_training(model):
-        (model if part == "whole" else model.base_model).eval()
-        model.train()
-        assert all(module.training for module in model.modules())
 
 
 def test_the_documents_recipe_keeps_its_collator():
@@ -360,6 +328,7 @@ def test_a_cpu_holds_the_base_in_bfloat16_if_it_has_the_units(units, monkeypatch
     assert models.base_dtype() == (torch.bfloat16 if units else torch.float32)
 
 
+@pytest.mark.slow
 def test_over_a_bfloat16_base_the_trained_weights_are_float32_and_learn_as_well(tmp_path):
     rows, final = tokens(random_rows(32)), {}
     settings = {"num_train_epochs": 6, "learning_rate": 2e-2}
@@ -467,7 +436,7 @@ def test_a_measured_step_leaves_weights_gradients_and_random_state_as_they_were(
     seconds, size = training.measure_step(trainer)
     assert 0 < seconds < 60 and size > sum(p.nbytes for p in model.parameters())
     assert all(torch.equal(*pair) for pair in zip(weights, model.parameters())) and state(model) == before
-    assert torch.equal(torch.get_rng_state(), random_state) and not trainer.since_log.any()
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert all(p.grad is None for p in model.parameters())
 
 
