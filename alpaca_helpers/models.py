@@ -1,20 +1,12 @@
 """The base model and its tokenizer: a folder ready for `from_pretrained`, and the device they run on."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from huggingface_hub import constants
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 from transformers.utils import logging
 
 from . import AlpacaError, locate
@@ -22,7 +14,7 @@ from .hub import cached_folder, fetch, first_line
 
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens*", "added_tokens*", "chat_template*")
 WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
-MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json", *TOKENIZER_FILES, *WEIGHT_FILES)
+MODEL_FILES = ["config.json", "generation_config.json", "adapter_config.json", *TOKENIZER_FILES, *WEIGHT_FILES]
 FOLDER_ONLY = {"local_files_only": True, "trust_remote_code": False}  # no code of the model's
 
 
@@ -113,7 +105,13 @@ def _checked(folder: Path) -> Path:
                 raise ValueError("tokenizer.json is missing")
             part = "weights"
             settings = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-            with _silent():  # on the meta device it compares the files' headers with the model, and reads no weight
+            with ExitStack() as after:  # without the loader's progress bar and its report
+                after.callback(logging.set_verbosity, logging.get_verbosity())
+                if logging.is_progress_bar_enabled():
+                    after.callback(logging.enable_progress_bar)
+                logging.set_verbosity(logging.CRITICAL)
+                logging.disable_progress_bar()
+                # on the meta device it compares the files' headers with the model, and reads no weight
                 _, info = AutoModelForCausalLM.from_pretrained(folder, device_map="meta", **settings, **FOLDER_ONLY)
             if wrong := sorted(info["missing_keys"]) or sorted(name for name, *_ in info["mismatched_keys"]):
                 raise ValueError(f"there is no {wrong[0]} of the shape that config.json says")
@@ -126,17 +124,3 @@ def _checked(folder: Path) -> Path:
         what = f"The model in {folder} ({config.model_type}) does not continue text: choose a decoder-only one."
         raise AlpacaError(what, "model-unsuited")
     return folder
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keep the loader's progress bar and its report off the screen."""
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
