@@ -96,16 +96,16 @@ def _while_busy(ask: Callable, *given, **named):
 
 def _explained(error: Exception, name: str, revision: str | None, kind: str) -> AlpacaError:
     """Return what is missing, why, and what to do."""
+    what = f"The {kind} {name}"
     if isinstance(error, errors.GatedRepoError):
-        return AlpacaError(f"The {kind} {name} wants its terms accepted: do so there, then `hf auth login`.", "hub-gated")
+        return AlpacaError(f"{what} wants its terms accepted: do so on its page, then `hf auth login`.", "hub-gated")
     if isinstance(error, errors.RevisionNotFoundError):
-        what = f"The {kind} {name} has no revision {revision} on the Hub"
-        return AlpacaError(f"{what}: check the revision, {OFFLINE_WAY}.", "hub-unknown")
+        return AlpacaError(f"{what} has no revision {revision} on the Hub: check it, {OFFLINE_WAY}.", "hub-unknown")
     if isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
         what = f"There is no {kind} {name}, neither a path here nor on the Hub ({constants.ENDPOINT}), or it is private"
         return AlpacaError(f"{what}: check the parameter `{kind}`, {OFFLINE_WAY}.", "hub-unknown")
-    at = f"{name} at {revision[:8]}" if revision else name
-    what = f"The {kind} {at} is not (wholly) in the cache {constants.HF_HUB_CACHE}"
+    what += f" at {revision[:8]}" if revision else ""
+    what += f" is not (wholly) in the cache {constants.HF_HUB_CACHE}"
     if isinstance(error, errors.OfflineModeIsEnabled):
         what += " and HF_HUB_OFFLINE forbids to fetch it"
         return AlpacaError(f"{what}: unset it once, {OFFLINE_WAY}.", "hub-offline")
