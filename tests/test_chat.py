@@ -17,25 +17,15 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from alpaca_helpers import AlpacaError
 from alpaca_helpers.chat import conversation
-from alpaca_helpers.chat.box import WIDGET, ChatBox
+from alpaca_helpers.chat.box import ChatBox
 from alpaca_helpers.chat.conversation import DEFAULTS, Ending, well_formed
-from alpaca_helpers.chat.rendering import (
-    SHOWN,
-    WORDS,
-    Transcript,
-    as_html,
-    as_json,
-    as_markdown,
-    as_text,
-    exchange_html,
-    notes,
-    visible,
-)
-from alpaca_helpers.generation import generate
+from alpaca_helpers.chat.rendering import SHOWN, as_html, as_markdown, as_text, notes, visible
+from alpaca_helpers.generation import Answer, generate
 from alpaca_helpers.lora import lora_config
 from alpaca_helpers.prompts import encode, format_prompt
 from tools.notebooks import clean
 
+WIDGET = "application/vnd.jupyter.widget-view+json"
 HOSTILE = {
     "tag": "<img src=x onerror=alert(1)>",
     "script": "</pre><script>alert(1)</script>",
@@ -156,7 +146,7 @@ def test_enter_sends_and_both_answers_are_those_of_generate(box, tiny_model, poc
             tiny_model, pocket_tokenizer, [format_prompt("What is it?")], side=reply.side, max_new_tokens=12
         )
         assert (reply.text, reply.tokens) == (answer.text, answer.tokens)
-        assert reply.ending is Ending.CUT and reply.speed > 0
+        assert reply.ending is Ending.CUT and reply.seconds > 0
     (view,) = box.messages.children
     shown = Text(view.value).text
     assert all(visible(reply.text) in shown and notes(reply) in shown for reply in exchange.replies)
@@ -300,7 +290,7 @@ def test_input_and_settings_reach_the_model_as_in_training(box, monkeypatch):
 
     def stream(model, tokenizer, prompts, *, sides, stop, **settings):
         given.append((prompts, sides, settings))
-        return iter([[conversation.Answer("a", 1, True, 0)] * len(prompts)])
+        return iter([[Answer("a", 1, True, 0)] * len(prompts)])
 
     monkeypatch.setattr(conversation, "stream", stream)
     values = {"temperature": 0.35, "top_p": 0.5, "top_k": 7, "max_new_tokens": 9, "seed": 42}
@@ -312,7 +302,7 @@ def test_input_and_settings_reach_the_model_as_in_training(box, monkeypatch):
     enter(box, "Translate")
     wait(box)
     prompt = format_prompt("Translate", "le chat\nle chien")
-    assert given == [([prompt, prompt], ("base", "tuned"), values)]
+    assert given == [([prompt, prompt], ["base", "tuned"], values)]
     type_in(box.with_input, False)
     enter(box, "Translate")
     wait(box)
@@ -329,10 +319,10 @@ def test_hostile_text_is_only_ever_text(box, text, monkeypatch):
     wait(box, seconds=60)
     (exchange,) = exchanges(box)
     assert exchange.state == "done" and not exchange.error
-    exchange.replies = tuple(
+    exchange.replies = [
         conversation.Reply("tuned", well_formed(said), 3, Ending.INTERRUPTED) for said in (text, "fine")
-    )
-    for source in (exchange_html(exchange), as_html([exchange]).partition("</style>")[2]):
+    ]
+    for source in (as_html(exchange), exchange._repr_html_().partition("</style>")[2]):
         page = Text(source)
         assert page.tags <= {"div", "b", "pre", "bdi", "small"} and page.attributes <= {"class", "dir", "role"}
         if len(text) <= SHOWN:
@@ -340,7 +330,6 @@ def test_hostile_text_is_only_ever_text(box, text, monkeypatch):
         else:
             assert len(page.text) < 3 * SHOWN and "characters not shown" in page.text
     json.dumps(box.messages.children[0].value).encode()  # what goes over the wire
-    assert json.loads(as_json([exchange]))[0]["instruction"] == well_formed(text)
     assert f"\n{well_formed(text)}\n" in as_markdown([exchange])
     assert not set(visible(text)) & {chr(code) for code in (*range(9), *range(11, 32), *range(127, 160))}
     enter(box, "next")
@@ -385,7 +374,7 @@ def test_prompt_and_answer_stay_within_the_positions(gpt2_positions, pocket_toke
     cut = max(0, tokens + limit - 1024)
     assert [reply.prompt_cut for reply in exchange.replies] == [cut, cut]
     assert [reply.tokens for reply in exchange.replies] == [limit, limit]
-    assert (f"its first {cut} tokens were not read" in exchange_html(exchange)) == bool(cut)
+    assert (f"its first {cut} tokens were not read" in as_html(exchange)) == bool(cut)
 
 
 @pytest.mark.parametrize("text", ["", "  ", "\n\t"])
@@ -448,11 +437,15 @@ def test_a_bad_setting_is_a_sentence(box, settings):
     assert box.ask("Hi").replies[0].tokens == 12
 
 
-def test_settings_and_sides_that_do_not_exist_are_refused(tiny_model, pocket_tokenizer):
-    for wrong, named in (({"temprature": 1}, "'temprature'"), ({"sides": ["tuned", "fine"]}, "('tuned', 'fine')")):
+def test_a_setting_that_does_not_exist_is_refused(box, tiny_model, pocket_tokenizer):
+    for refuse in (
+        lambda **wrong: ChatBox(tiny_model, pocket_tokenizer, **wrong),
+        lambda **wrong: box.ask("Hi", **wrong),
+    ):
         with pytest.raises(AlpacaError) as raised:
-            ChatBox(tiny_model, pocket_tokenizer, **wrong)
-        assert raised.value.code == "bad-setting" and named in str(raised.value)
+            refuse(temprature=1)
+        assert raised.value.code == "bad-setting" and "'temprature'" in str(raised.value)
+    assert exchanges(box) == []
 
 
 def test_an_interrupted_cell_leaves_a_box_that_works(box, monkeypatch):
@@ -469,27 +462,29 @@ def test_an_interrupted_cell_leaves_a_box_that_works(box, monkeypatch):
 # What is kept
 
 
-def test_transcripts_are_saved_whole_and_read_back(box, tmp_path):
-    box.ask("Hi", "some input")
-    type_in(box.path, str(tmp_path / "talk.json"))
+def test_a_conversation_is_saved_whole_with_its_settings(box, tmp_path):
+    exchange = box.ask("Hi", "some input")
+    type_in(box.path, str(tmp_path / "talk.md"))
     click(box.save)
     assert "Saved to" in box.status.value
-    (saved,) = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))
-    assert (saved["instruction"], saved["input"], saved["settings"]["max_new_tokens"]) == ("Hi", "some input", 12)
-    assert [reply["side"] for reply in saved["replies"]] == ["base", "tuned"] and saved["replies"][0]["tokens"] == 12
-    box.conversation.save(tmp_path / "talk.md")
-    assert "tokens/s" in (tmp_path / "talk.md").read_text(encoding="utf-8")
-    for bad in (f"{tmp_path}/talk.txt", f"{tmp_path}/nowhere/talk.md", f"{tmp_path}/talk.md/in.md", "~no-one/talk.md"):
+    saved = (tmp_path / "talk.md").read_text(encoding="utf-8")
+    assert all(f"{name} {value}" in saved for name, value in (DEFAULTS | {"max_new_tokens": 12}).items())
+    assert "\nHi\n" in saved and "\nsome input\n" in saved and saved.count(" · 12 tokens · ") == 2
+    for reply in exchange.replies:
+        assert f"**{reply.side}** ({notes(reply)})\n\n```text\n{reply.text}\n```" in saved and "tokens/s" in notes(
+            reply
+        )
+    for bad in (f"{tmp_path}/talk.json", f"{tmp_path}/nowhere/talk.md", f"{tmp_path}/talk.md/in.md", "~no-one/talk.md"):
         type_in(box.path, bad)
         click(box.save)
         assert "Saved" not in box.status.value and "choose" in box.status.value and bad[-7:] in box.status.value
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["talk.json", "talk.md"]
+    assert [path.name for path in tmp_path.iterdir()] == ["talk.md"]
 
 
 def test_save_replaces_only_what_this_chat_has_saved(box, tiny_model, pocket_tokenizer, tmp_path):
     mine, path = tmp_path / "notes.md", tmp_path / "talk.md"
     mine.write_text("my own notes", encoding="utf-8")
-    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "folder.md").mkdir()
 
     def save(to, by=box):
         type_in(by.path, str(to))
@@ -497,47 +492,46 @@ def test_save_replaces_only_what_this_chat_has_saved(box, tiny_model, pocket_tok
         return by.status.value
 
     box.ask("One")
-    for taken in (mine, tmp_path / "folder.json"):
+    for taken in (mine, tmp_path / "folder.md"):
         said = save(taken)
         assert str(taken) in said and "exists" in said and "choose another name" in said
     assert mine.read_text(encoding="utf-8") == "my own notes"
     with pytest.raises(AlpacaError) as raised:
         box.conversation.save(mine)
-    assert raised.value.code == "file-exists"
+    assert raised.value.code == "unwritable"
     assert "Saved to" in save(path)
     box.ask("Two")
     assert "Saved to" in save(path)  # its own, which has grown
     assert path.read_text(encoding="utf-8") == as_markdown(exchanges(box))
     other = ChatBox(tiny_model, pocket_tokenizer)
     assert "choose another name" in save(path, by=other)
-    assert "## 2. You" in path.read_text(encoding="utf-8")
+    assert "## 2 (" in path.read_text(encoding="utf-8")
     with path.open("a", encoding="utf-8") as file:
         file.write("a remark")
     assert "choose another name" in save(path) and path.read_text(encoding="utf-8").endswith("a remark")
     path.unlink()
     assert "Saved to" in save(path) and "Saved to" in save(tmp_path / "other.md", by=other)
     names = sorted(file.name for file in tmp_path.iterdir())
-    assert names == ["folder.json", "notes.md", "other.md", "talk.md"]
+    assert names == ["folder.md", "notes.md", "other.md", "talk.md"]
 
 
 def test_every_ending_reads_as_words_everywhere(box):
-    assert set(WORDS) == {ending.name for ending in Ending}
     box.ask("Hi")
     (exchange,) = exchanges(box)
     for ending in Ending:
-        exchange.replies = (conversation.Reply("tuned", "an answer", 2, ending),)
-        for reads in (as_text, as_json, as_markdown, as_html):
-            assert WORDS[ending.name] in reads([exchange])
+        exchange.replies = [conversation.Reply("tuned", "an answer", 2, ending)]
+        for reads in (as_text(exchange), as_html(exchange), as_markdown([exchange])):
+            assert ending.value in reads
     assert notes(conversation.Reply("tuned")) == "0 tokens"  # it goes on
 
 
 def test_the_transcript_is_static_and_the_same_whatever_the_speed(box):
-    box.ask("Hi <there>")
-    bundle = box.transcript()._repr_mimebundle_()
-    assert set(bundle) == {"text/html", "text/plain"} and "Hi &lt;there&gt;" in bundle["text/html"]
-    assert "tokens/s" not in bundle["text/html"] + bundle["text/plain"] and "<script" not in bundle["text/html"]
-    folded = Transcript(exchanges(box), "What was said")._repr_mimebundle_()["text/html"]
-    assert "What was said</small></summary>" in folded and bundle["text/html"] in folded
+    exchange, other = box.ask("Hi <there>"), box.ask("And <again>")
+    source, text = box.transcript()._repr_html_(), repr(box.transcript())
+    for asked in (exchange, other):
+        assert html.escape(asked.instruction) in source and f"You: {asked.instruction}\n" in text
+        assert asked._repr_html_().partition("</style>")[2] in source and repr(asked) in text
+    assert "tokens/s" not in source + text and "<script" not in source and source.count("<style>") == 1
 
 
 def test_in_a_batch_the_box_does_no_harm_and_the_notebook_keeps_the_transcript(tmp_path):

@@ -6,16 +6,14 @@ import time
 from collections.abc import Callable
 
 import ipywidgets as widgets
-from IPython.display import display
+from IPython.display import HTML, display
 
 from .. import AlpacaError
-from .conversation import SIDES, Conversation, Exchange, is_exit, well_formed
-from .rendering import STYLE, Transcript, exchange_html
+from .conversation import Conversation, Exchange, is_exit, well_formed
+from .rendering import STYLE, as_html
 
 TICK = 0.05  # seconds between two looks at what the model has written
 PLAYING = "playing" if widgets.Play.class_traits().get("playing") else "_playing"  # ipywidgets 8, 7
-HELLO = '<div class="alpaca-chat hello">Ask something, as you would in a message. “exit” closes the chat.</div>'
-WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 class _WellFormed:
@@ -48,13 +46,10 @@ class ChatBox:
         self.conversation = Conversation(model, tokenizer, **settings)
         self._lock = threading.RLock()  # JupyterLab may run callbacks beside the cell that runs `ask`
         self._live: list[tuple[Exchange, widgets.HTML]] = []  # messages that are not final, and where they are shown
-        self._thread: threading.Thread | None = None
         self._entered = 0  # ticks to wait for the text of an Enter
-        self._ticked = 0.0
+        self._shown = 0.0  # when `_show` last ran
         self._kept = None  # the handle of the static text under the box
         self.widget = self._build()
-
-    # In a script
 
     def ask(self, instruction: str, input: str = "", **settings) -> Exchange:
         """Return the exchange with the model's answer, also shown in the box; `settings` hold for this message.
@@ -63,54 +58,41 @@ class ChatBox:
         """
         with self._lock:
             exchange = self._append(instruction, input, **settings)
-        shown = 0.0
         for _ in self.conversation.answer(exchange):
-            if time.monotonic() - shown > TICK:
+            if time.monotonic() - self._shown > TICK:
                 self._show()
-                shown = time.monotonic()
         self._show()
         self._keep()
         if exchange.error:
             raise AlpacaError(exchange.error, "no-answer")
         return exchange
 
-    def transcript(self) -> Transcript:
-        """Return what was said, to be shown as static text."""
-        return Transcript(self.conversation.exchanges)
-
-    def __repr__(self) -> str:
-        return f"ChatBox with {len(self.conversation.exchanges)} exchanges: run the cell to open it"
+    def transcript(self) -> Conversation:
+        """Return the conversation, which a cell shows as static text."""
+        return self.conversation
 
     def _ipython_display_(self, **_) -> None:
         _switch(self.composer, True)  # shown again, a closed chat is open
         self._say("")
-        view = {"version_major": 2, "version_minor": 0, "model_id": self.widget.model_id}
-        display({WIDGET: view, "text/plain": repr(self)}, raw=True)
-        self._kept = display(self._folded(), display_id=True)
-
-    # The widgets
+        display(self.widget)
+        self._kept = display(HTML(), display_id=True)
+        self._keep()
 
     def _build(self) -> widgets.VBox:
         settings = self.conversation.settings
         limit = self.conversation.model.config.max_position_embeddings - 1
         wide, hidden = {"width": "100%"}, {"width": "100%", "display": "none"}
-        stretch = {"flex": "1 1 auto", "width": "auto"}
-        line = {"style": {"description_width": "90px"}, "layout": widgets.Layout(**stretch)}
-        button = {"layout": widgets.Layout(width="auto")}
-        # the front end keeps a reversed column at its end, so the newest message stays in sight without a script
-        self.messages = widgets.VBox(layout={"flex": "0 0 auto", "overflow": "visible"})
-        scroll = {"flex_flow": "column-reverse", "overflow": "auto", "height": "420px", **wide}
-        self.hello = widgets.HTML(HELLO)
-        self.status = widgets.HTML()
-        self.field = _Text(continuous_update=False, placeholder="Type an instruction, Enter sends it", layout=stretch)
-        self.send = widgets.Button(description="Send", button_style="primary", **button)
-        self.stop = widgets.Button(description="Stop", disabled=True, tooltip="End this answer here", **button)
-        self.compare = widgets.ToggleButton(settings["sides"] == SIDES[0], description="Compare with base", **button)
+        stretch, fit = {"flex": "1 1 auto", "width": "auto"}, {"layout": {"width": "auto"}}
+        line = {"style": {"description_width": "90px"}, "layout": stretch}
+        self.field = _Text(continuous_update=False, layout=stretch)
+        self.field.placeholder = "Type an instruction, Enter sends it; exit closes the chat"
+        self.send = widgets.Button(description="Send", button_style="primary", **fit)
+        self.stop = widgets.Button(description="Stop", disabled=True, tooltip="End this answer here", **fit)
+        self.compare = widgets.ToggleButton(settings["compare"], description="Compare with base", **fit)
         self.compare.disabled = not hasattr(self.conversation.model, "peft_config")
-        self.with_input = widgets.ToggleButton(description="Input", **button)
-        self.with_input.tooltip = "A text that the instruction is about"
-        self.with_settings = widgets.ToggleButton(description="Settings", **button)
-        self.clear = widgets.Button(description="Clear", tooltip="Forget the conversation", **button)
+        self.with_input = widgets.ToggleButton(description="Input", **fit)
+        self.with_settings = widgets.ToggleButton(description="Settings", **fit)
+        self.clear = widgets.Button(description="Clear", tooltip="Forget the conversation", **fit)
         self.input = _Textarea(continuous_update=False, rows=3, layout=hidden)
         self.input.placeholder = "Optional input: the text that the instruction is about"
         self.knobs = {
@@ -122,39 +104,36 @@ class ChatBox:
         }
         for key, knob in self.knobs.items():
             knob.value = settings[key]
-        self.path = _Text(value="chat.md", description="save as", tooltip=".md or .json", **line)
-        self.save = widgets.Button(description="Save", **button)
-        self.panel = widgets.VBox([*self.knobs.values(), widgets.HBox([self.path, self.save])], layout=hidden)
+        self.path = _Text(value="chat.md", description="save as", **line)
+        self.save = widgets.Button(description="Save", **fit)
         self.play = widgets.Play(min=0, max=2**31 - 1, interval=int(TICK * 1000), layout={"display": "none"})
 
-        self.field.on_msg(self._on_field_message)
-        self.field.observe(self._on_field_text, "value")
-        self.play.observe(self._tick, "value")
+        self.field.on_msg(lambda *_: self._do(self._enter))  # the only one that it sends
+        self.field.observe(lambda _: self._do(self._submit) if self._entered else None, "value")
+        self.play.observe(lambda _: self._do(self._tick), "value")
         actions = {self.send: self._submit, self.stop: self._stop, self.clear: self._clear, self.save: self._save}
-        for pressed, action in actions.items():
-            pressed.on_click(lambda _, action=action: self._do(action))
-        for switch, part in ((self.with_input, self.input), (self.with_settings, self.panel)):
+        for button, action in actions.items():
+            button.on_click(lambda _, action=action: self._do(action))
+        panel = widgets.VBox([*self.knobs.values(), widgets.HBox([self.path, self.save])], layout=hidden)
+        for switch, part in ((self.with_input, self.input), (self.with_settings, panel)):
             switch.observe(lambda change, part=part: _switch(part, change["new"]), "value")
+
+        # the front end keeps a reversed column at its end, so the newest message stays in sight without a script
+        scroll = {"flex_flow": "column-reverse", "overflow": "auto", "height": "420px", **wide}
+        self.messages = widgets.VBox(layout={"flex": "0 0 auto", "overflow": "visible"})
+        self.status = widgets.HTML()
         entry = widgets.HBox([self.field, self.send, self.stop], layout=wide)
         buttons = widgets.HBox([self.compare, self.with_input, self.with_settings, self.clear])
         buttons.layout = {"flex_flow": "row wrap", **wide}
-        self.composer = widgets.VBox([self.input, entry, buttons, self.panel])
-        said = widgets.Box([self.messages, self.hello], layout=scroll)
+        self.composer = widgets.VBox([self.input, entry, buttons, panel])
+        said = widgets.Box([self.messages], layout=scroll)
         parts = [widgets.HTML(STYLE), said, self.status, self.composer, self.play]
         return widgets.VBox(parts, layout={"max_width": "1000px", **wide}).add_class("alpaca-box")
 
-    # Messages in
-
-    def _on_field_message(self, _, content, __) -> None:
+    def _enter(self) -> None:
         """Take Enter, which comes just before the text, or without it where the text came when the field lost focus."""
-        if content.get("event") == "submit":
-            with self._lock:
-                self._entered = 2
-                self._play()
-
-    def _on_field_text(self, _) -> None:
-        if self._entered:
-            self._do(self._submit)
+        self._entered = 2
+        self._play()
 
     def _do(self, action: Callable[[], None]) -> None:
         """Do what the user wants, or say why it cannot be done."""
@@ -166,65 +145,54 @@ class ChatBox:
 
     def _submit(self) -> None:
         self._entered = 0
-        text = self.field.value
+        text, input = self.field.value, self.input.value if self.with_input.value else ""
         if is_exit(text):
             self.field.value = ""
-            return self._close()
+            self._stop(waiting=True)
+            _switch(self.composer, False)
+            return self._say("The chat is closed: run its cell again to open it.")
         settings = {key: knob.value for key, knob in self.knobs.items()}
-        settings["sides"] = SIDES[0] if self.compare.value else SIDES[1]
-        self._append(text, self.input.value if self.with_input.value else "", **settings)
+        self._append(text, input, compare=self.compare.value, **settings)
         self.field.value = ""
-        self._show()
+        threading.Thread(target=self._answer, daemon=True).start()
         self._play()
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, daemon=True)
-            self._thread.start()
+        self._show()
 
     def _append(self, instruction: str, input: str, **settings) -> Exchange:
         exchange = self.conversation.add(instruction, input, **settings)
-        view = widgets.HTML(exchange_html(exchange))
+        view = widgets.HTML(as_html(exchange))
         self._live.append((exchange, view))
         self.messages.children = [*self.messages.children, view]
-        _switch(self.hello, False)
         self._say("")
         return exchange
 
-    def _work(self) -> None:
-        while True:
-            with self._lock:
-                waiting = [exchange for exchange in self.conversation.exchanges if exchange.state == "waiting"]
-                if not waiting:
-                    self._thread = None
-                    return
-            for _ in self.conversation.answer(waiting[0]):
+    def _answer(self) -> None:
+        for exchange in list(self.conversation.exchanges):  # in order: what another thread answers is waited for
+            for _ in self.conversation.answer(exchange):
                 pass
-
-    # News out
 
     def _play(self) -> None:
         """Have the front end ask for news, anew if it has not asked lately: its page may have been reloaded."""
-        if time.monotonic() - self._ticked > 1:
+        if time.monotonic() - self._shown > 1:
             setattr(self.play, PLAYING, False)
         setattr(self.play, PLAYING, True)
 
-    def _tick(self, _) -> None:
-        with self._lock:
-            self._ticked = time.monotonic()
-            if self._entered:
-                self._entered -= 1
-                if not self._entered:
-                    self._do(self._submit)
-            self._show()
-            if not self._entered and not self._live:
-                setattr(self.play, PLAYING, False)
-                self._keep()
+    def _tick(self) -> None:
+        self._show()
+        if self._entered == 1:
+            self._submit()
+        self._entered -= self._entered > 0
+        if not self._entered and not self._live:
+            setattr(self.play, PLAYING, False)
+            self._keep()
 
     def _show(self) -> None:
         """Bring the messages that are not final up to date."""
         with self._lock:
+            self._shown = time.monotonic()
             for exchange, view in list(self._live):
                 done = exchange.state == "done"  # looked at first: what is shown after is then final
-                view.value = exchange_html(exchange)
+                view.value = as_html(exchange)
                 if done:
                     self._live.remove((exchange, view))
             self.stop.disabled = not self._live
@@ -235,13 +203,9 @@ class ChatBox:
     def _keep(self) -> None:
         """Write the conversation into the cell's output as static text, which a saved notebook keeps."""
         if self._kept is not None:
-            self._kept.update(self._folded())
-
-    def _folded(self) -> Transcript:
-        exchanges = self.conversation.exchanges
-        return Transcript(exchanges, f"Transcript ({len(exchanges)}), as the saved notebook keeps it")
-
-    # Buttons
+            title = f"Transcript ({len(self.conversation.exchanges)}), as the saved notebook keeps it"
+            said = f"<details><summary><small>{title}</small></summary>{self.conversation._repr_html_()}</details>"
+            self._kept.update(HTML(said))
 
     def _stop(self, waiting: bool = False) -> None:
         """End the answer under way, and with `waiting` the others before they begin."""
@@ -255,17 +219,10 @@ class ChatBox:
         self._live.clear()
         self.conversation.exchanges = []
         views, self.messages.children = self.messages.children, ()
-        _switch(self.hello, True)
         for view in views:
             view.close()
         self._say("")
         self._keep()
-
-    def _close(self) -> None:
-        """Leave the conversation as it is and take no more messages."""
-        self._stop(waiting=True)
-        _switch(self.composer, False)
-        self._say("The chat is closed: run its cell again to open it.")
 
     def _save(self) -> None:
         self._say(f"Saved to {self.conversation.save(self.path.value)}")

@@ -1,35 +1,32 @@
 """A conversation with a model: what was asked, with which settings, and what base and tuned answered."""
 
-import os
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from enum import Enum, auto
+from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
-from secrets import token_hex
 
 import torch
 
 from .. import AlpacaError
-from ..generation import Answer, stream
+from ..generation import stream
 from ..prompts import format_prompt
-from .rendering import as_html, as_json, as_markdown, as_text
+from .rendering import STYLE, as_html, as_markdown, as_text
 
 DEFAULTS = {"max_new_tokens": 100, "temperature": 0.7, "top_p": 0.9, "top_k": 0, "seed": 0}  # the document's
-SIDES = (("base", "tuned"), ("tuned",))
 
 
 class Ending(Enum):
-    """How an answer ended."""
+    """How an answer ended; the value is what users read."""
 
-    STOPPED = auto()  # by itself: the model wrote its end-of-text token
-    CUT = auto()  # at max_new_tokens
-    INTERRUPTED = auto()  # by the user
-    FAILED = auto()  # by an error
+    STOPPED = "ended by itself"  # the model wrote its end-of-text token
+    CUT = "cut at the limit"  # max_new_tokens
+    INTERRUPTED = "stopped"  # by the user
+    FAILED = "broken off"  # by an error
 
 
-@dataclass(frozen=True)
+@dataclass
 class Reply:
     """What one side has answered, in the end or so far."""
 
@@ -40,11 +37,6 @@ class Reply:
     prompt_cut: int = 0  # tokens that the model did not read, from the front of the prompt
     seconds: float = 0.0  # from the prompt to the last token
 
-    @property
-    def speed(self) -> float:
-        """Tokens a second, the first one's wait included."""
-        return self.tokens / self.seconds if self.seconds else 0.0
-
 
 @dataclass
 class Exchange:
@@ -52,25 +44,25 @@ class Exchange:
 
     instruction: str
     input: str
-    settings: dict
-    replies: tuple[Reply, ...]
+    settings: dict  # of `generation.stream`
+    replies: list[Reply]
     state: str = "waiting"  # then answering, then done
     error: str = ""  # why there is no answer, one sentence
     stop: threading.Event = field(default_factory=threading.Event)  # set it to end the answers where they are
 
     def __repr__(self) -> str:
-        return as_text([self])
+        return as_text(self)
 
     def _repr_html_(self) -> str:
-        return as_html([self])
+        return STYLE + as_html(self, speed=False)
 
 
 class Conversation:
-    """Messages to one model in memory and its replies, one after the other.
+    """Messages to one model in memory and its replies, one after the other; it shows itself as static text.
 
     Args:
-        settings: `sides` (by default base and tuned where the model has an adapter, else tuned alone) and those of
-            `generation.stream`, where they differ from `DEFAULTS`.
+        settings: `compare` (base and tuned on the same question; by default where the model has an adapter) and those
+            of `generation.stream`, where they differ from `DEFAULTS`.
 
     Raises AlpacaError for a setting that does not exist.
     """
@@ -78,21 +70,33 @@ class Conversation:
     def __init__(self, model, tokenizer, **settings):
         self.model, self.tokenizer = model, tokenizer
         self.exchanges: list[Exchange] = []
-        self.settings = DEFAULTS | {"sides": SIDES[0] if hasattr(model, "peft_config") else SIDES[1]}
-        self.settings = self._checked(settings)
+        self.settings = DEFAULTS | {"compare": hasattr(model, "peft_config")}
+        self.settings = self._with(settings)
         self._turn = threading.Lock()  # never two generations at once
         self._saved: dict[Path, bytes] = {}  # what `save` has written
+
+    def __repr__(self) -> str:
+        return "\n".join(map(as_text, self.exchanges))
+
+    def _repr_html_(self) -> str:
+        return "".join([STYLE, *(as_html(exchange, speed=False) for exchange in self.exchanges)])
+
+    def _with(self, given: dict) -> dict:
+        if unknown := sorted(set(given) - set(self.settings)):
+            known = ", ".join(self.settings)
+            raise AlpacaError(f"The chat has no setting {unknown[0]!r}: choose among {known}.", "bad-setting")
+        return self.settings | given
 
     def add(self, instruction: str, input: str = "", **settings) -> Exchange:
         """Return the new exchange at the end of the conversation, waiting for its answer.
 
         Raises AlpacaError for a blank message, or a setting that does not exist.
         """
-        instruction, input = well_formed(instruction), well_formed(input)
         if not instruction.strip():
             raise AlpacaError("The message is blank: type an instruction.", "blank-message")
-        settings = self._checked(settings)
-        exchange = Exchange(instruction, input, settings, tuple(Reply(side) for side in settings["sides"]))
+        settings = self._with(settings)
+        replies = [Reply("base"), Reply("tuned")] if settings.pop("compare") else [Reply("tuned")]
+        exchange = Exchange(well_formed(instruction), well_formed(input), settings, replies)
         self.exchanges.append(exchange)
         return exchange
 
@@ -105,64 +109,46 @@ class Conversation:
             if exchange.state != "waiting":
                 return
             exchange.state = "answering"
-            settings = dict(exchange.settings)
-            sides, limit = settings.pop("sides"), settings["max_new_tokens"]
+            sides = [reply.side for reply in exchange.replies]
             prompts = [format_prompt(exchange.instruction, exchange.input)] * len(sides)
-            start = time.perf_counter()
+            settings, start = {"sides": sides, "stop": exchange.stop, **exchange.settings}, time.perf_counter()
             try:
                 if exchange.stop.is_set():
                     return
-                for answers in stream(self.model, self.tokenizer, prompts, sides=sides, stop=exchange.stop, **settings):
-                    seconds = time.perf_counter() - start
-                    exchange.replies = tuple(_reply(*pair, seconds, limit) for pair in zip(exchange.replies, answers))
+                for answers in stream(self.model, self.tokenizer, prompts, **settings):
+                    for reply, new in zip(exchange.replies, answers):
+                        if not reply.ending:
+                            reply.seconds = time.perf_counter() - start
+                            reply.text, reply.tokens, reply.prompt_cut = new.text, new.tokens, new.prompt_cut
+                            cut = Ending.CUT if new.tokens == settings["max_new_tokens"] else None
+                            reply.ending = Ending.STOPPED if new.stopped else cut
                     yield exchange
             except Exception as error:  # whatever it is, the next message must work
                 exchange.error = _sentence(error)
             finally:
-                ended = Ending.FAILED if exchange.error else Ending.INTERRUPTED
-                exchange.replies = tuple(replace(reply, ending=reply.ending or ended) for reply in exchange.replies)
+                for reply in exchange.replies:
+                    reply.ending = reply.ending or (Ending.FAILED if exchange.error else Ending.INTERRUPTED)
                 exchange.state = "done"
 
     def save(self, path: str | Path) -> Path:
-        """Write the conversation as Markdown or JSON, by the suffix of `path`, and return where it is.
+        """Write the conversation as Markdown, and return where it is.
 
-        Raises AlpacaError for another suffix, a place that cannot be written to, and a file that is there already,
-        unless it is as this conversation was last saved to it.
+        Raises AlpacaError for a suffix other than .md, a place that cannot be written to, and a file that is there
+        already, unless it is as this conversation was last saved to it.
         """
         try:
             path = Path(path).expanduser().resolve()
-            write = {".md": as_markdown, ".json": as_json}.get(path.suffix)
-            if write is None:
-                raise AlpacaError(f"{path.name} is neither .md nor .json: choose one of these suffixes.", "bad-suffix")
-            content = write(self.exchanges).encode()
-            part = path.with_name(f".{token_hex(8)}.part")
-            try:
-                part.write_bytes(content)
-                if not (path in self._saved and path.is_file() and path.read_bytes() == self._saved[path]):
-                    path.touch(exist_ok=False)  # fails if it exists, also if another program has just made it
-                os.replace(part, path)
-            finally:
-                part.unlink(missing_ok=True)
-        except FileExistsError as error:
-            raise AlpacaError(
-                f"{path} exists and is not as this chat saved it, so it is kept: choose another name.", "file-exists"
-            ) from error
+            if path.suffix != ".md":
+                raise AlpacaError(f"{path.name} is not a name for Markdown: choose one that ends in .md.", "bad-suffix")
+            content = as_markdown(self.exchanges).encode()
+            mine = path.is_file() and path.read_bytes() == self._saved.get(path)
+            with path.open("wb" if mine else "xb") as file:  # x fails where there is a file
+                file.write(content)
         except (OSError, RuntimeError, ValueError) as error:  # such as a home folder of nobody, a null byte
             reason = getattr(error, "strerror", None) or error
-            raise AlpacaError(f"{path} cannot be written ({reason}): choose another place.", "unwritable") from error
+            raise AlpacaError(f"{path} cannot be written ({reason}): choose another name.", "unwritable") from error
         self._saved[path] = content
         return path
-
-    def _checked(self, given: dict) -> dict:
-        if unknown := sorted(set(given) - set(self.settings)):
-            known = ", ".join(self.settings)
-            raise AlpacaError(f"The chat has no setting {unknown[0]!r}: choose among {known}.", "bad-setting")
-        settings = self.settings | given
-        settings["sides"] = tuple(settings["sides"])
-        if settings["sides"] not in SIDES:
-            known = " or ".join(map(str, SIDES))
-            raise AlpacaError(f"There are no sides {settings['sides']}: choose {known}.", "bad-setting")
-        return settings
 
 
 def is_exit(text: str) -> bool:
@@ -175,20 +161,11 @@ def well_formed(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _reply(old: Reply, new: Answer, seconds: float, limit: int) -> Reply:
-    """Return the reply with what the model has written by now; a finished one keeps its time."""
-    if old.ending:
-        return old
-    ending = Ending.STOPPED if new.stopped else Ending.CUT if new.tokens == limit else None
-    return Reply(old.side, new.text, new.tokens, ending, new.prompt_cut, seconds)
-
-
 def _sentence(error: Exception) -> str:
     if isinstance(error, AlpacaError):
         return str(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error):
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # nothing where there is no GPU
         return "The model ran out of memory on this message: shorten it, or lower the length."
     reason = " ".join(str(error).split())[:200]
     return f"The model could not answer ({type(error).__name__}: {reason}): change the message or the settings."

@@ -9,7 +9,7 @@ from .. import AlpacaError
 from ..lora import load_adapter
 from ..models import load_base, load_tokenizer
 from ..runs import artifact, read_record, run_folder
-from .conversation import DEFAULTS, SIDES, Conversation, Exchange, is_exit
+from .conversation import DEFAULTS, Conversation, Exchange, is_exit
 from .rendering import notes, visible
 
 
@@ -54,15 +54,6 @@ def print_answer(conversation: Conversation, exchange: Exchange, with_notes: boo
         raise AlpacaError(visible(exchange.error), "no-answer")
 
 
-def open_run(run: str):
-    """Return the tuned model and the tokenizer of a run; raise AlpacaError that says which notebook is missing."""
-    folder = run_folder(run, make=False)
-    adapter, training = artifact(folder, "adapter"), read_record(folder, "training")
-    name, revision = training["model"], training["model_revision"]
-    print(f"Loading {name} and {adapter} …", file=sys.stderr, flush=True)
-    return load_adapter(load_base(name, revision), adapter), load_tokenizer(name, revision)
-
-
 def main() -> None:
     """Talk as the command line says; exit with a sentence where there is no run, or no answer to `--once`."""
     parser = argparse.ArgumentParser(
@@ -76,16 +67,20 @@ def main() -> None:
     for key, value in DEFAULTS.items():
         parser.add_argument(f"--{key.replace('_', '-')}", type=type(value), default=value, help=f"({value})")
     settings = vars(parser.parse_args())
-    run, compare, once, text = (settings.pop(key) for key in ("run", "compare", "once", "input"))
+    run, once, text = (settings.pop(key) for key in ("run", "once", "input"))
     for stream in (sys.stdin, sys.stdout, sys.stderr):  # whatever bytes come in or cannot go out
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        conversation = Conversation(*open_run(run), sides=SIDES[0] if compare else SIDES[1], **settings)
-        if once is None:
-            print("The assistant of this run. Type exit to leave.\n")
-            talk(conversation)
-        else:
-            print_answer(conversation, conversation.add(once, text), with_notes=False)
+        folder = run_folder(run, make=False)
+        adapter, training = artifact(folder, "adapter"), read_record(folder, "training")
+        name, revision = training["model"], training["model_revision"]
+        print(f"Loading {name} and {adapter} …", file=sys.stderr, flush=True)
+        model = load_adapter(load_base(name, revision), adapter)
+        conversation = Conversation(model, load_tokenizer(name, revision), **settings)
+        if once is not None:
+            return print_answer(conversation, conversation.add(once, text), with_notes=False)
+        print("The assistant of this run. Type exit to leave.\n")
+        talk(conversation)
     except AlpacaError as error:
         sys.exit(str(error))
