@@ -158,7 +158,8 @@ def measure_step(trainer: Trainer) -> tuple[float, int]:
     args, model, rows = trainer.args, trainer.model, trainer.train_dataset
     lengths = [len(ids) for ids in rows["input_ids"]]
     longest = sorted(range(len(lengths)), key=lengths.__getitem__)[-args.train_batch_size :]
-    batch = trainer._prepare_inputs(trainer.data_collator(list(rows.select(longest))))
+    text = [name for name in rows.column_names if name not in ("input_ids", "attention_mask", "labels")]
+    batch = trainer._prepare_inputs(trainer.data_collator(list(rows.select(longest).remove_columns(text))))
     cuda, training = args.device.type == "cuda", model.training
     with torch.random.fork_rng(), faster_training(model.train()):
         for _ in range(2):  # kernels are loaded in the first

@@ -429,9 +429,10 @@ def test_a_push_that_the_hub_refuses_is_one_sentence(finished, monkeypatch):
         card.push_adapter(finished[0] / "adapter", "me/it")
 
 
-def test_a_measured_step_leaves_weights_gradients_and_random_state_as_they_were(tmp_path):
-    rows, model = tokens(random_rows(12)), random_lora()
-    trainer = trainer_on(rows, tmp_path, model)
+@pytest.mark.parametrize("recipe", ["document", "document+eos", "answers"])
+def test_a_measured_step_leaves_weights_gradients_and_random_state_as_they_were(recipe, tmp_path):
+    rows, model = tokens(random_rows(12), recipe), random_lora()  # with the columns of text
+    trainer = trainer_on(rows, tmp_path, model, recipe)
     weights, before, random_state = [p.clone() for p in model.parameters()], state(model), torch.get_rng_state()
     seconds, size = training.measure_step(trainer)
     assert 0 < seconds < 60 and size > sum(p.nbytes for p in model.parameters())
