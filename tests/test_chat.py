@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from html.parser import HTMLParser
+from pathlib import Path
 
 import ipywidgets as widgets
 import nbformat
@@ -479,6 +480,22 @@ def test_a_conversation_is_saved_whole_with_its_settings(box, tmp_path):
         click(box.save)
         assert "Saved" not in box.status.value and "choose" in box.status.value and bad[-7:] in box.status.value
     assert [path.name for path in tmp_path.iterdir()] == ["talk.md"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full, a disk that is always full")
+def test_a_full_disk_leaves_the_earlier_transcript_and_nothing_half(tiny_model, pocket_tokenizer, tmp_path):
+    talk, path = conversation.Conversation(tiny_model, pocket_tokenizer), tmp_path / "talk.md"
+    for there in (False, True):
+        if there:
+            talk.save(path)
+        before = path.read_bytes() if there else None
+        talk.add("Hi")
+        (tmp_path / "talk.md.part").symlink_to("/dev/full")
+        with pytest.raises(AlpacaError, match="No space left on device"):
+            talk.save(path)
+        assert [found.name for found in tmp_path.iterdir()] == (["talk.md"] if there else [])
+        assert not there or path.read_bytes() == before
+    assert talk.save(path).read_bytes() != before  # still its own, and it may grow
 
 
 def test_save_replaces_only_what_this_chat_has_saved(box, tiny_model, pocket_tokenizer, tmp_path):

@@ -1,5 +1,6 @@
 """A conversation with a model: what was asked, with which settings, and what base and tuned answered."""
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -142,8 +143,16 @@ class Conversation:
                 raise AlpacaError(f"{path.name} is not a name for Markdown: choose one that ends in .md.", "bad-suffix")
             content = as_markdown(self.exchanges).encode()
             mine = path.is_file() and path.read_bytes() == self._saved.get(path)
-            with path.open("wb" if mine else "xb") as file:  # x fails where there is a file
-                file.write(content)
+            if not mine:
+                path.open("xb").close()  # takes the name, or fails where there is a file
+            part = path.with_name(path.name + ".part")
+            try:
+                part.write_bytes(content)
+                os.replace(part, path)
+            except OSError:
+                for unfinished in (part, *([] if mine else [path])):
+                    unfinished.unlink(missing_ok=True)
+                raise
         except (OSError, RuntimeError, ValueError) as error:  # such as a home folder of nobody, a null byte
             reason = getattr(error, "strerror", None) or error
             raise AlpacaError(f"{path} cannot be written ({reason}): choose another name.", "unwritable") from error
