@@ -1,7 +1,6 @@
 """The adapter's model card, and the adapter on the Hub."""
 
 import json
-import os
 from pathlib import Path
 
 from huggingface_hub import create_repo, upload_folder
@@ -10,7 +9,7 @@ from . import AlpacaError
 from .data import RECIPES
 from .hub import first_line
 from .prompts import format_prompt
-from .runs import artifact, read_record
+from .runs import artifact, read_record, write_text
 
 SHOWN = (  # the settings that a card lists
     "lora_rank lora_alpha lora_dropout target_modules learning_rate num_train_epochs batch_size max_words max_length "
@@ -49,10 +48,7 @@ def write_card(folder: Path) -> None:
     """Write the model card of the run's adapter, from the run's manifest and, once they are there, its metrics."""
     metrics = folder / "metrics.json"
     measured = json.loads(metrics.read_text(encoding="utf-8")) if metrics.exists() else {}
-    card = artifact(folder, "adapter") / "README.md"
-    part = card.with_suffix(".part")
-    part.write_text(model_card(read_record(folder, "training"), measured), encoding="utf-8")
-    os.replace(part, card)
+    write_text(artifact(folder, "adapter") / "README.md", model_card(read_record(folder, "training"), measured))
 
 
 def model_card(training: dict, metrics: dict) -> str:

@@ -164,17 +164,30 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file atomically."""
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file atomically: where that fails, the earlier one stays and OSError is raised."""
     part = path.with_name(path.name + ".part")
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     try:
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(content)
         os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a run's file atomically; raise AlpacaError where it cannot be written."""
+    try:
+        replace_file(path, text.encode())
     except OSError as error:
         raise AlpacaError(
             f"{path} cannot be written ({error.strerror}): make room, or take another `run`.", "run-unwritable"
         ) from error
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a run's JSON file atomically; errors as in `write_text`."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_manifest(folder: Path) -> dict:

@@ -1,6 +1,5 @@
 """A conversation with a model: what was asked, with which settings, and what base and tuned answered."""
 
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import torch
 from .. import AlpacaError
 from ..generation import stream
 from ..prompts import format_prompt
+from ..runs import replace_file
 from .rendering import STYLE, as_html, as_markdown, as_text
 
 DEFAULTS = {"max_new_tokens": 100, "temperature": 0.7, "top_p": 0.9, "top_k": 0, "seed": 0}  # the document's
@@ -145,13 +145,11 @@ class Conversation:
             mine = path.is_file() and path.read_bytes() == self._saved.get(path)
             if not mine:
                 path.open("xb").close()  # takes the name, or fails where there is a file
-            part = path.with_name(path.name + ".part")
             try:
-                part.write_bytes(content)
-                os.replace(part, path)
+                replace_file(path, content)
             except OSError:
-                for unfinished in (part, *([] if mine else [path])):
-                    unfinished.unlink(missing_ok=True)
+                if not mine:
+                    path.unlink(missing_ok=True)
                 raise
         except (OSError, RuntimeError, ValueError) as error:  # such as a home folder of nobody, a null byte
             reason = getattr(error, "strerror", None) or error
