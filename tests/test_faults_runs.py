@@ -26,6 +26,8 @@ from alpaca_helpers.runs import (
     write_record,
 )
 
+pytestmark = pytest.mark.slow
+
 HOLD = """
 import sys, time
 from pathlib import Path

@@ -22,6 +22,8 @@ from alpaca_helpers.models import fetch_model, load_base, load_tokenizer
 from alpaca_helpers.rows import load_rows
 from alpaca_helpers.series import NOTEBOOKS
 
+pytestmark = pytest.mark.slow
+
 NAME, ALPACA = MODEL.removeprefix("models/"), DATASET.removeprefix("datasets/")
 QUESTION = "Instruction: What is the capital of France?\nRéponse:"
 FRANCE = [6310, 2762, 25, 1867, 318, 262, 3139, 286, 4881, 30, 198, 49, 2634, 79, 2591, 25]  # in GPT-2's vocabulary
@@ -132,7 +134,6 @@ def test_offline_works_from_the_cache_and_says_what_is_missing_without_it(server
     assert raised.value.code == "hub-offline"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("count", [52_002, 51_000])
 def test_alpaca_has_its_known_columns_and_rows(count, tmp_path, monkeypatch):
     write_dataset(tmp_path / "alpaca", [{"instruction": "a", "input": "", "output": "b"}], count)
@@ -164,7 +165,6 @@ def test_refused_is_one_sentence_at_once_and_the_next_run_works(part, server, tm
     LOADERS[part]()
 
 
-@pytest.mark.slow
 def test_a_hub_that_never_answers_is_one_sentence_within_five_seconds(server):
     server.faults.append(Fault("* api/*", delay=20))
     start = time.perf_counter()
@@ -258,13 +258,11 @@ def test_a_hub_that_goes_away_halfway_is_one_sentence(server, monkeypatch):
     assert raised.value.code == "hub-unreachable"
 
 
-@pytest.mark.slow
 def test_slow_is_waited_for(server):
     server.faults += [Fault("* api/*", delay=1.5), Fault("* cdn/*", rate=2e5)]
     assert len(load_rows(ALPACA, DATASET_COMMIT)) == ROWS
 
 
-@pytest.mark.slow
 def test_a_damaged_weight_file_is_never_loaded_and_after_the_advice_it_is_whole(server, tmp_path):
     weights = fetch_model(NAME, MODEL_COMMIT) / "model.safetensors"
     weights.resolve().write_bytes(weights.read_bytes()[:-100])
@@ -275,7 +273,6 @@ def test_a_damaged_weight_file_is_never_loaded_and_after_the_advice_it_is_whole(
     load_base(NAME, MODEL_COMMIT)
 
 
-@pytest.mark.slow
 def test_the_documents_own_lines_work_against_the_stand_in(server):
     assert encodes(AutoTokenizer.from_pretrained(NAME))
     assert AutoModelForCausalLM.from_pretrained(NAME, use_safetensors=True).config.n_layer == 2
@@ -283,7 +280,6 @@ def test_the_documents_own_lines_work_against_the_stand_in(server):
     assert any(ALPACA_FILE in line for line in server.log)
 
 
-@pytest.mark.slow
 def test_the_whole_series_from_the_stand_in(alpaca_like, tmp_path):
     """benchmarks/gpu.py at small size: four notebooks under `gpt2-medium` by papermill, killed in training, resumed."""
     figures = tmp_path / "figures.json"

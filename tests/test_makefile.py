@@ -11,6 +11,8 @@ from conftest import PROJECT
 
 from tools.address import repository, rewrite
 
+pytestmark = pytest.mark.slow
+
 RECORD = """#!/usr/bin/env python3
 import json, pathlib, sys
 with open(pathlib.Path(__file__).parent / "calls", "a") as calls:

@@ -231,6 +231,7 @@ def test_in_bfloat16_loss_and_gradients_are_nearly_the_same(tmp_path):
         assert (got[name] - wanted[name]).norm() < 0.05 * wanted[name].norm()
 
 
+@pytest.mark.slow
 def test_a_training_is_the_plain_trainers_on_the_same_batches(tmp_path):
     """Micro-batches, averaging over the learned tokens of a batch, clipping, AdamW: as transformers does them."""
     rows, one = tokens(random_rows(32)), {"rows_at_once": 8, "accumulation": 4, "num_train_epochs": 4}
