@@ -299,6 +299,10 @@ def main() -> None:
     options = vars(parser.parse_args())
     if not (run := options.pop("folder") or options.pop("run")):
         parser.error("which RUN? Give its name, or a path to its folder")
+    # Up to transformers 5.15, several processes without a GPU resume on the device "cpu:0", unknown to torch.load
+    torch.serialization.register_package(
+        15, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+    )
     try:
         folder = run_folder(run, make=False)
         artifact(folder, "data")
