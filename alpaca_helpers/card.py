@@ -1,15 +1,15 @@
 """The adapter's model card, and the adapter on the Hub."""
 
-import json
 from pathlib import Path
 
 from huggingface_hub import create_repo, upload_folder
 
-from . import AlpacaError
+from . import AlpacaError, locate
 from .data import RECIPES
+from .files import write_text
 from .hub import first_line
 from .prompts import format_prompt
-from .runs import artifact, read_record, write_text
+from .runs import read_metrics, read_record
 
 SHOWN = (  # the settings that a card lists
     "lora_rank lora_alpha lora_dropout target_modules learning_rate num_train_epochs batch_size max_words max_length "
@@ -45,17 +45,18 @@ def push_adapter(adapter: Path, repository: str) -> str:
 
 
 def write_card(folder: Path) -> None:
-    """Write the model card of the run's adapter, from the run's manifest and, once they are there, its metrics."""
-    metrics = folder / "metrics.json"
-    measured = json.loads(metrics.read_text(encoding="utf-8")) if metrics.exists() else {}
-    write_text(artifact(folder, "adapter") / "README.md", model_card(read_record(folder, "training"), measured))
+    """Write the model card of the run's adapter, from the run's manifest and this adapter's metrics, if any."""
+    made = read_record(folder, "adapter")
+    metrics = read_metrics(folder) if (folder / "metrics.json").exists() else {}
+    measured = metrics if metrics.get("adapter") == made["sha256"] else {}
+    write_text(folder / "adapter" / "README.md", model_card(made, measured))
 
 
 def model_card(training: dict, metrics: dict) -> str:
     """Return the model card in Markdown: what the adapter is, its prompt, what made it, what it reached, whose data.
 
     Args:
-        training: what the run's manifest has under that name.
+        training: what the run's manifest has of the adapter.
         metrics: the content of metrics.json, or nothing.
     """
     tag, licence = LICENCES.get(training["dataset"], UNKNOWN_LICENCE)
@@ -81,10 +82,27 @@ def model_card(training: dict, metrics: dict) -> str:
             + (", and ends with the end-of-text token." * ("eos" in features) or "."),
             "",
         ]
+        + ["## Load it", "", "```python", *_loading(training["model"], training["model_revision"]), "```", ""]
         + ["## What made it", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
         + ["## What it reached on held-out rows", "", *_table(metrics), ""]
         + ["## Licence of the data", "", licence, ""]
     )
+
+
+def _loading(model: str, revision: str | None) -> list[str]:
+    """Return the lines of Python that load the adapter on its base, from any working folder."""
+    here = not revision and locate(model).exists()  # AutoPeftModelForCausalLM would look from the working folder
+    arguments = f'locate("{model}")' if here else f'"{model}"' + (f', revision="{revision}"' if revision else "")
+    return [
+        *["from alpaca_helpers import locate"] * here,
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'adapter = "this folder"',
+        f"base = AutoModelForCausalLM.from_pretrained({arguments})",
+        "model = PeftModel.from_pretrained(base, adapter).eval()",
+        "tokenizer = AutoTokenizer.from_pretrained(adapter)",
+    ]
 
 
 def _table(metrics: dict) -> list[str]:

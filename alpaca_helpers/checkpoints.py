@@ -14,7 +14,8 @@ import torch.distributed
 from transformers import Trainer, TrainerCallback
 
 from . import PACKAGE, AlpacaError, locate
-from .runs import content_hash, read_manifest, read_record, verify_checksums, write_checksums, write_record
+from .files import content_hash, verify_checksums, write_checksums
+from .runs import read_manifest, read_record, write_record
 
 LORA = "bias use_rslora use_dora".split()  # of peft's configuration, besides rank, alpha, dropout and targets
 ARGUMENTS = (  # of transformers' TrainingArguments: those that change the result
@@ -39,7 +40,7 @@ class CompleteCheckpoints(TrainerCallback):
 
 def last_complete_checkpoint(checkpoints: Path) -> Path | None:
     """Return the newest complete checkpoint in the folder, or None; warn of each newer one that is not complete."""
-    for checkpoint in sorted(checkpoints.glob("checkpoint-*"), key=_step, reverse=True):
+    for checkpoint in sorted(_checkpoints(checkpoints), key=_step, reverse=True):
         if not (wrong := verify_checksums(checkpoint)):
             return checkpoint
         warnings.warn(f"{checkpoint.name} is not used: {wrong}.", stacklevel=2)
@@ -62,11 +63,13 @@ def resume_point(folder: Path, trainer: Trainer, resume: bool = True) -> Path | 
         now = training_record(folder, trainer)
         if not resume:
             shutil.rmtree(checkpoints, ignore_errors=True)
-        if any(checkpoints.glob("checkpoint-*")):
-            before = read_manifest(folder).get("training", {})
+        if _checkpoints(checkpoints):
+            before = read_manifest(folder).get("training")
+            before = before if isinstance(before, dict) else {}
             refuse_changes(before, now)
             now["earlier"] = made_elsewhere(before, now)
         write_record(folder, "training", now)
+        trainer.record = now  # what is saved when the training ends tells of this, whatever the folder holds by then
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     checkpoint = last_complete_checkpoint(checkpoints)
@@ -138,6 +141,11 @@ def processes() -> int:
 def is_main_process() -> bool:
     """Return whether this process is the one that writes and prints."""
     return int(os.environ.get("RANK", 0)) == 0
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Return Trainer's own checkpoints in the folder; others, a copy or `checkpoint-best`, are not its."""
+    return [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
 
 
 def _step(checkpoint: Path) -> int:

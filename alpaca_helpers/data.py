@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+from collections.abc import Mapping
 
 from datasets import Dataset, DatasetDict
 
@@ -19,6 +20,14 @@ RECIPES = {
     "document+input": frozenset({"input"}),
     "document+dynamic-padding": frozenset({"dynamic-padding"}),
     "answers": frozenset({"eos", "answer-loss", "input", "dynamic-padding"}),
+}
+REMEDIES = {  # by how the reason why a row is not used begins
+    "empty instruction": "write the question as `instruction`",
+    "empty answer": "write the answer as `output`",
+    "answer over": "raise `max_words` to use them",
+    "answer cut": "raise `max_length`, or they teach no end",
+    "no room": "raise `max_length`, or shorten the instructions",
+    "question held out": "hold out other questions than those to train on",
 }
 IGNORED = -100  # the label that torch's cross entropy skips
 
@@ -60,20 +69,26 @@ def split_rows(rows: Dataset, heldout_rows: int, seed: int = 0) -> DatasetDict:
 
 
 def drop_shared(dataset: DatasetDict) -> DatasetDict:
-    """Return the dataset without the training rows whose question is held out too.
-
-    Raises AlpacaError if a side is empty.
-    """
+    """Return the dataset without the training rows whose question is held out too."""
     asked = {question_key(row) for row in dataset["heldout"]}
     train = dataset["train"]
     kept = train.select([index for index, row in enumerate(train) if question_key(row) not in asked])
-    if not len(kept) or not asked:
-        raise AlpacaError(
-            f"{len(kept)} of {len(train)} rows are left to train on, and {len(dataset['heldout'])} are held out: "
-            "choose another dataset or held-out file.",
-            "too-few-rows",
-        )
     return DatasetDict(train=kept, heldout=dataset["heldout"])
+
+
+def check_sides(dataset: DatasetDict) -> None:
+    """Raise AlpacaError unless there are rows to train on and held-out rows."""
+    train, heldout = len(dataset["train"]), len(dataset["heldout"])
+    if not (train and heldout):
+        what = f"{train} rows are left to train on and {heldout} are held out"
+        raise AlpacaError(f"{what}: choose another dataset or held-out file, or raise `max_length`.", "too-few-rows")
+
+
+def note_losses(lost: Mapping[str, int], read: int) -> None:
+    """Print a line for each reason why more than a fifth of the rows read are not used, or cut, with what to do."""
+    for reason, count in lost.items():
+        if count > read / 5 and (remedy := next((REMEDIES[key] for key in REMEDIES if reason.startswith(key)), "")):
+            print(f"Note: {count:,} of {read:,} rows, {reason}: {remedy}.", flush=True)
 
 
 def fingerprint(dataset: DatasetDict) -> str:

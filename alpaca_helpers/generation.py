@@ -85,7 +85,9 @@ def _decode(
 ) -> Iterator[list[_Row]]:
     """Yield all rows after each step, in which every unfinished one gets a token."""
     positions, eos, device = model.config.max_position_embeddings, tokenizer.eos_token_id, model.device
-    _check(positions, sides, max_new_tokens, seed, temperature, top_k, top_p)
+    check_settings(model, max_new_tokens, seed, temperature, top_k, top_p)
+    if unknown := set(sides) - {"base", "tuned"}:
+        raise AlpacaError(f"There is no side {sorted(unknown)[0]!r} of a model: choose base or tuned.", "bad-setting")
     ids, room = encode(list(prompts), tokenizer), positions - max_new_tokens
     kept = [row[-room:] or [eos] for row in ids]
     cuts = [max(0, len(row) - room) for row in ids]
@@ -126,20 +128,21 @@ def _decode(
         places = places[:, -1:] + 1
 
 
-def _check(positions, sides, max_new_tokens, seed, temperature, top_k, top_p) -> None:
-    """Raise AlpacaError for a setting out of range."""
-    large = range(2**63)
-    whole = {"max_new_tokens": (max_new_tokens, range(1, positions)), "top_k": (top_k, large), "seed": (seed, large)}
+def check_settings(model, max_new_tokens, seed, temperature, top_k, top_p) -> None:
+    """Raise AlpacaError for a setting of `stream` that is out of range for the model, or no number."""
+    large, lengths = range(2**63), range(1, model.config.max_position_embeddings)
+    whole = {"max_new_tokens": (max_new_tokens, lengths), "top_k": (top_k, large), "seed": (seed, large)}
     for name, (value, allowed) in whole.items():
-        if not isinstance(value, int) or value not in allowed:
+        if type(value) is not int or value not in allowed:
             words = f"a whole number from {allowed[0]} to {allowed[-1]}"
             raise AlpacaError(f"{name} is {value}: choose {words}.", "bad-setting")
+    for name, value in (("temperature", temperature), ("top_p", top_p)):
+        if type(value) not in (int, float):
+            raise AlpacaError(f"{name} is {value!r}: choose a number.", "bad-setting")
     if not (temperature == 0 or 0.01 <= temperature < math.inf):  # logits over less would overflow
         raise AlpacaError(f"temperature is {temperature}: choose 0 (greedy), or 0.01 or more.", "bad-setting")
     if not 0 < top_p <= 1:
         raise AlpacaError(f"top_p is {top_p}: choose more than 0, up to 1 (all).", "bad-setting")
-    if unknown := set(sides) - {"base", "tuned"}:
-        raise AlpacaError(f"There is no side {sorted(unknown)[0]!r} of a model: choose base or tuned.", "bad-setting")
 
 
 def _answers(tokenizer, rows: Sequence[_Row], final: bool = True) -> list[Answer]:

@@ -10,26 +10,32 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers.pytorch_utils import Conv1D
 
 from . import AlpacaError, portable
+from .files import atomic_folder, verify_checksums, write_json
 from .hub import first_line
-from .runs import atomic_folder, check_disk_space, verify_checksums, write_checksums, write_json
 
 WEIGHTS, PICKLE, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 TOKENIZER_BYTES = 5_000_000  # room that a tokenizer takes on disk; GPT-2's is 3.6 MB
 BASE = "base.json"  # beside an adapter: which weights it was trained on
+LINEAR = (torch.nn.Linear, Conv1D)
 REMEDY = "load the base it was trained on, or run notebook 03 again"
 
 
 def lora_config(
-    r: int = 8, lora_alpha: int = 16, lora_dropout: float = 0.1, target_modules: Sequence[str] = ("c_attn",)
+    r: int = 8, lora_alpha: int = 16, lora_dropout: float = 0.1, target_modules: Sequence[str] | str = ("c_attn",)
 ) -> LoraConfig:
-    """Return the document's LoRA configuration: low-rank updates of GPT-2's attention projections."""
+    """Return the document's LoRA configuration: low-rank updates of GPT-2's attention projections.
+
+    Args:
+        target_modules: names of layers, or `all-linear`.
+    """
     return LoraConfig(
         r=r,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
-        target_modules=list(target_modules),
+        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
         bias="none",
         task_type=TaskType.CAUSAL_LM,
         fan_in_fan_out=True,  # GPT-2's Conv1D keeps its weight as (inputs, outputs)
@@ -48,13 +54,26 @@ def adapter_folder(folder: Path, model: PeftModel, base_name: str) -> Iterator[P
     Raises AlpacaError if there is no room on the disk; the earlier adapter then stays.
     """
     weights = 4 * sum(value.numel() for value in model.parameters() if value.requires_grad)
-    with check_disk_space(folder, needed=weights + TOKENIZER_BYTES), atomic_folder(folder) as part:
+    with atomic_folder(folder, needed=weights + TOKENIZER_BYTES) as part:
         yield part
         (part / "README.md").unlink(missing_ok=True)  # peft's, with this machine's paths
         config = json.loads((part / CONFIG).read_text(encoding="utf-8"))
         write_json(part / CONFIG, config | {"base_model_name_or_path": portable(base_name)})
         write_json(part / BASE, {"sha256": base_hash(model)})
-        write_checksums(part)
+
+
+def check_targets(base, target_modules: Sequence[str] | str) -> None:
+    """Raise AlpacaError unless each of `target_modules` names linear layers of `base` inside its blocks.
+
+    The output layer is refused: its matrix is the embedding's too in GPT-2, and would be changed in one place only.
+    """
+    head = base.get_output_embeddings()
+    inside = [name for name, layer in base.named_modules() if isinstance(layer, LINEAR) and layer is not head]
+    for target in [] if target_modules == "all-linear" else target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in inside):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in inside}))
+            what = f"LoRA cannot correct `{target}` in {base.name_or_path}: choose `target_modules` among {known}"
+            raise AlpacaError(f"{what}, or all-linear.", "bad-target")
 
 
 def base_hash(model) -> str:
@@ -138,6 +157,6 @@ def save_merged(base, tokenizer, adapter: Path, folder: Path) -> None:
     """
     merged = load_adapter(base, adapter).merge_and_unload()
     size = sum(value.numel() * value.element_size() for value in merged.parameters())
-    with check_disk_space(folder, needed=size + TOKENIZER_BYTES), atomic_folder(folder) as part:
+    with atomic_folder(folder, needed=size + TOKENIZER_BYTES) as part:
         merged.save_pretrained(part)
         tokenizer.save_pretrained(part)

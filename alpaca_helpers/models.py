@@ -15,6 +15,7 @@ from .hub import cached_folder, fetch, first_line
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens*", "added_tokens*", "chat_template*")
 WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 MODEL_FILES = ["config.json", "generation_config.json", "adapter_config.json", *TOKENIZER_FILES, *WEIGHT_FILES]
+LEAST_POSITIONS = 128  # a prompt and the document's 100 new tokens
 FOLDER_ONLY = {"local_files_only": True, "trust_remote_code": False}  # no code of the model's
 
 
@@ -56,6 +57,14 @@ def fetch_model(name: str, revision: str | None = None) -> Path:
             if error.code == "model-unsuited":
                 raise  # else a part of it may have come in another way: ask the Hub for the rest
     return _checked(fetch(name, revision, "model", MODEL_FILES))
+
+
+def check_length(folder: Path, tokens: int) -> None:
+    """Raise AlpacaError if the model in the folder cannot look at so many tokens, prompt and answer together."""
+    positions = AutoConfig.from_pretrained(folder, **FOLDER_ONLY).max_position_embeddings
+    if tokens > positions:
+        what = f"The model in {folder} looks at {positions} tokens at most, and {tokens} are asked for"
+        raise AlpacaError(f"{what}: choose a smaller `max_length` or `max_new_tokens`, or another model.", "too-long")
 
 
 def check_weights(model: PreTrainedModel) -> None:
@@ -113,6 +122,10 @@ def _checked(folder: Path) -> Path:
                 logging.disable_progress_bar()
                 # on the meta device it compares the files' headers with the model, and reads no weight
                 _, info = AutoModelForCausalLM.from_pretrained(folder, device_map="meta", **settings, **FOLDER_ONLY)
+            if len(tokenizer) > config.vocab_size:
+                raise ValueError(f"it has room for {config.vocab_size} tokens, and its tokenizer has {len(tokenizer)}")
+            if config.max_position_embeddings < LEAST_POSITIONS:
+                raise ValueError(f"it looks at {config.max_position_embeddings} tokens, {LEAST_POSITIONS} are needed")
             if wrong := sorted(info["missing_keys"]) or sorted(name for name, *_ in info["mismatched_keys"]):
                 raise ValueError(f"there is no {wrong[0]} of the shape that config.json says")
     except Exception as error:  # anything: it depends on where a file is broken

@@ -31,5 +31,7 @@ def parse_answer(continuation: str) -> str:
 
 def encode(texts: list[str], tokenizer) -> list[list[int]]:
     """Return the ids of each text; special tokens typed in a text stay plain text."""
-    ids = tokenizer(texts, split_special_tokens=True, add_special_tokens=False, return_attention_mask=False)
+    # not verbose: that a text is longer than the model's positions is seen to by whoever cuts it
+    quiet = {"return_attention_mask": False, "verbose": False}
+    ids = tokenizer(texts, split_special_tokens=True, add_special_tokens=False, **quiet)
     return ids["input_ids"]

@@ -4,22 +4,33 @@ A row has the text columns `instruction`, `input` (may be empty) and `output`, a
 a right answer holds. Source: Alpaca's format (Taori et al., 2023).
 """
 
+import gzip
+import io
 import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
+import pyarrow.parquet
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 
 from . import AlpacaError, locate
+from .files import check_disk_space
 from .hub import cached_folder, fetch, first_line
-from .runs import check_disk_space
 
 COLUMNS = ("instruction", "input", "output", "fact")
-NO_INPUT = {"noinput", "<noinput>", "no input", "n/a"}  # how Alpaca's generator wrote "this row has no input"
+NO_INPUT = re.compile(r"[\W_]*(no[\W_]*input|n/a)[\W_]*", re.IGNORECASE)  # as Alpaca's generator wrote it
+OTHER_NAMES = {  # what others call our columns
+    **dict.fromkeys(("question", "prompt", "query"), "instruction"),
+    **dict.fromkeys(("response", "answer", "completion"), "output"),
+    "context": "input",
+}
+CONVERSATIONS = {"messages", "conversations", "conversation"}
 
 # A pinned dataset by its commit: its one file, columns and rows.
 KNOWN = {
@@ -56,25 +67,28 @@ def prepare_rows(folder: Path, dataset: str, revision: str | None = None, heldou
 
 
 def load_rows(dataset: str, revision: str | None = None) -> Dataset:
-    """Return the rows of a JSON, JSONL or Parquet file, or of a dataset's train split on the Hub.
+    """Return the rows of a file or a folder of Parquet files, or of a dataset's train split on the Hub.
 
-    The columns are `COLUMNS`, all text; a missing `input` or `fact` is "". What ends in .json, .jsonl or .parquet, or
-    is not of the form owner/name, is never looked up on the Hub.
+    The columns are `COLUMNS`, all text; a missing `input` or `fact` is "". What is here is never looked up on the Hub,
+    nor what ends like a file (`READERS`, also with .gz) or is not of the form owner/name.
 
     Raises AlpacaError that names file and row.
     """
     path = locate(dataset)
-    if path.suffix in READERS:
-        if not path.is_file():
-            raise AlpacaError(f"There is no dataset file {dataset}: check the parameter `dataset`.", "dataset-missing")
-        return Dataset.from_list(list(check_rows(READERS[path.suffix](path), dataset)))
-    if path.exists() or dataset.count("/") != 1 or dataset.startswith((".", "/", "~")):
-        raise AlpacaError(
-            f"The dataset {dataset} is neither a .json, .jsonl or .parquet file nor a name on the Hub (owner/name): "
-            "check the parameter `dataset`.",
-            "dataset-missing",
-        )
-    return Dataset.from_list(list(check_rows(_hub_rows(dataset, revision), dataset)))
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    if kind in READERS and not path.is_file():
+        raise AlpacaError(f"There is no dataset file {dataset}: check the parameter `dataset`.", "dataset-missing")
+    if path.is_dir() and (shards := sorted(path.glob("*.parquet"))):
+        rows: Iterable[dict] = (row for shard in shards for row in _read_parquet(shard))
+    elif kind in READERS:
+        rows = READERS[kind](path)
+    elif path.exists() or dataset.count("/") != 1 or dataset.startswith((".", "/", "~")):
+        forms = f"a file (.{', .'.join(READERS)}, also .gz), a folder of .parquet files"
+        what = f"The dataset {dataset} is neither {forms} nor a name on the Hub (owner/name)"
+        raise AlpacaError(f"{what}: check the parameter `dataset`.", "dataset-missing")
+    else:
+        rows = _hub_rows(dataset, revision)
+    return Dataset.from_list(list(check_rows(rows, dataset)))
 
 
 def _hub_rows(name: str, revision: str | None) -> Dataset:
@@ -114,12 +128,22 @@ def _object(pairs: list[tuple[str, object]]) -> dict | Twice:
     return Twice(next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1))
 
 
-def _read_json(path: Path) -> Iterable[dict]:
+def _content(path: Path) -> bytes:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_object)
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise AlpacaError(f"{path} cannot be read ({first_line(error)}): write it again.") from error
+
+
+def _read_json(path: Path) -> Iterable[dict]:
+    content = _content(path)
+    try:
+        rows = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise AlpacaError(f"{path} is not UTF-8 text at byte {error.start}: save it as UTF-8.") from error
     except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and content.lstrip()[:1] == b"{":  # a row a line
+            return _read_jsonl(path)
         raise AlpacaError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}): mend that line.") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
         raise AlpacaError(
@@ -131,31 +155,40 @@ def _read_json(path: Path) -> Iterable[dict]:
 
 
 def _read_jsonl(path: Path) -> Iterator[dict]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                yield json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object)
-            except (ValueError, RecursionError) as error:
-                raise AlpacaError(f"{path}, line {number}: not valid JSON in UTF-8: mend that line.") from error
+    for number, line in enumerate(io.BytesIO(_content(path)), 1):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object)
+        except (ValueError, RecursionError) as error:
+            raise AlpacaError(f"{path}, line {number}: not valid JSON in UTF-8: mend that line.") from error
 
 
 def _read_parquet(path: Path) -> Iterable[dict]:
-    import pyarrow.parquet
-
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
     except (OSError, ValueError) as error:
         raise AlpacaError(f"{path} cannot be read as Parquet ({error}): write it again.") from error
 
 
-READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+def _read_csv(path: Path) -> Iterable[dict]:
+    try:
+        table = pd.read_csv(io.BytesIO(_content(path)), dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except ValueError as error:  # not UTF-8, or a row with other columns
+        raise AlpacaError(f"{path} cannot be read as CSV in UTF-8 ({first_line(error)}): mend it.") from error
+    return table.to_dict("records")
+
+
+READERS = {"json": _read_json, "jsonl": _read_jsonl, "csv": _read_csv, "parquet": _read_parquet}
 
 
 def check_rows(rows: Iterable[dict], source: str) -> Iterator[dict]:
-    """Yield each row with only `COLUMNS`; raise AlpacaError naming `source`, the row and what is wrong."""
-    number = 0
+    """Yield each row with only `COLUMNS`; raise AlpacaError naming `source`, the row and what is wrong.
+
+    A row with its question in `input` alone has it as its instruction. Other columns that hold text are named at the
+    end, in one line.
+    """
+    number, unused = 0, Counter[str]()
     for number, row in enumerate(rows, 1):
         if isinstance(row, Twice):
             raise AlpacaError(f"{source}, row {number}: `{row.column}` is there twice: mend that row.")
@@ -167,10 +200,7 @@ def check_rows(rows: Iterable[dict], source: str) -> Iterator[dict]:
             if value is None and column in ("input", "fact"):
                 value = ""
             if column not in row and column in ("instruction", "output"):
-                raise AlpacaError(
-                    f"{source}, row {number}: no column `{column}` (it has {', '.join(row) or 'none'}): "
-                    "rename the columns to instruction, input, output."
-                )
+                raise AlpacaError(f"{source}, row {number}: no column `{column}`, {_what_there_is(row)}.")
             if not isinstance(value, str):
                 raise AlpacaError(f"{source}, row {number}: `{column}` is {value!r:.40}, not text: mend that row.")
             if half := HALF_CHARACTER.search(value):
@@ -179,8 +209,23 @@ def check_rows(rows: Iterable[dict], source: str) -> Iterator[dict]:
                     "pair): mend that row."
                 )
             checked[column] = value
-        if checked["input"].strip().lower() in NO_INPUT:
+        if NO_INPUT.fullmatch(checked["input"]):
             checked["input"] = ""
+        if not checked["instruction"].strip() and checked["input"].strip():
+            checked["instruction"], checked["input"] = checked["input"], ""
+        unused.update(column for column in row if column not in COLUMNS and row[column])
         yield checked
     if not number:
         raise AlpacaError(f"{source} has no rows: check that the file is whole.")
+    if unused:
+        named = ", ".join(f"`{column}` ({count:,} rows)" for column, count in unused.items())
+        print(f"Note: these columns of {source} are not used: {named}.", flush=True)
+
+
+def _what_there_is(row: dict) -> str:
+    """Return which columns the row has, and what to do about it."""
+    there = f"it has {', '.join(row) or 'none'}"
+    if chat := CONVERSATIONS & set(row):
+        return f"{there}: write each question of `{min(chat)}` as `instruction` and its answer as `output`"
+    renamed = ", ".join(f"`{name}` to `{OTHER_NAMES[name]}`" for name in row if name in OTHER_NAMES)
+    return f"{there}: rename {renamed or 'the columns to instruction, input, output'}"

@@ -1,9 +1,9 @@
 """The four notebooks in one batch, by papermill: `python -m alpaca_helpers.series --help`."""
 
 import argparse
+import errno
 import hashlib
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,9 +12,13 @@ import papermill
 from tqdm import tqdm
 
 from . import AlpacaError, locate, project_folder
+from .console import run_command
 from .evaluation import comparison, conclusion
+from .files import NO_SPACE, check_disk_space, content_hash
+from .hub import first_line
+from .parameters import check_parameters
 from .profiles import choose_profile
-from .runs import PRODUCERS, artifact, content_hash, read_manifest, run_folder, write_record
+from .runs import PRODUCERS, artifact_hash, lock_run, read_manifest, read_metrics, run_folder, write_record
 
 QUIET = ["--log-level=ERROR"]  # ipykernel warns at each start that its local sockets are not encrypted
 NAMES = ("01_base_model", "02_dataset_and_tokenizer", "03_lora_finetuning", "04_comparison_and_chat")
@@ -26,7 +30,7 @@ class ProgressFile:
 
     def write(self, text: str) -> None:
         for line in text.splitlines():
-            if line.startswith(("step ", "Downloading ", "The Hub is busy")):
+            if line.startswith(("step ", "Downloading ", "The Hub is busy", "Note: ")):
                 tqdm.write(f"    {line}")
 
     def flush(self) -> None:
@@ -34,46 +38,54 @@ class ProgressFile:
 
 
 def notebook_parameters(notebook: Path) -> list[str]:
-    """Return the names in the notebook's cell tagged `parameters`."""
-    return list(papermill.inspect_notebook(str(notebook)))
-
-
-def check_parameters(given: dict[str, object]) -> None:
-    """Raise AlpacaError for a parameter that no notebook has; papermill would only warn."""
-    known = {name for notebook in NOTEBOOKS for name in notebook_parameters(notebook)}
-    if unknown := sorted(set(given) - known):
-        raise AlpacaError(
-            f"No notebook has a parameter {unknown[0]!r}: choose among {', '.join(sorted(known))}.", "unknown-parameter"
-        )
+    """Return the names in the notebook's cell tagged `parameters`; raise AlpacaError where it cannot be read."""
+    try:
+        names = list(papermill.inspect_notebook(str(notebook)))
+    except Exception as error:  # anything, by what is in it
+        what = f"{notebook} cannot be read ({first_line(error)}): take it from the project again."
+        raise AlpacaError(what, "notebook-broken") from error
+    if not names:
+        what = f"{notebook} has no cell tagged `parameters`: give its first code cell that tag."
+        raise AlpacaError(what, "notebook-broken")
+    return names
 
 
 def run_series(parameters: dict[str, object], notebooks: Sequence[Path] | None = None) -> Path:
     """Execute the notebooks in order into the folder of the run that `parameters` names, and return that folder.
 
     A notebook is skipped while its cells, its parameters, the helpers, the files of model and dataset, what it left
-    in the run and the notebooks before it are those of its last complete execution.
+    in the run and the notebooks before it are those of its last complete execution. The run's lock is held.
 
     Args:
+        parameters: of the notebooks, checked here; without a `run` the run has the profile's name.
         notebooks: those to execute; None: all.
 
     Raises AlpacaError with the sentence of the cell that failed.
     """
-    notebooks = notebooks or NOTEBOOKS
-    folder = run_folder(str(parameters["run"]))
-    done = read_manifest(folder).get("notebooks", {})
-    model, dataset = (str(parameters[key]) if parameters.get(key) else None for key in ("model", "dataset"))
-    profile = choose_profile(str(parameters.get("profile", "auto")), model, dataset)
+    parameters = dict(parameters)
+    for name, value in parameters.items():
+        parameters[name] = check_parameters(**{name: value})
+    profile = choose_profile(parameters.get("profile", "auto"), parameters.get("model"), parameters.get("dataset"))
+    parameters |= {"profile": profile.name, "run": parameters.get("run") or profile.name}
+    folder = run_folder(parameters["run"])
     sources = [
         *sorted(Path(__file__).parent.rglob("*.py")),
         *(locate(path) for path in (profile.model, profile.dataset, profile.heldout) if path),
     ]
-    inputs = _hash(*map(content_hash, sources))
+    with lock_run(folder), check_disk_space(folder, needed=2_000_000):
+        _execute(notebooks or NOTEBOOKS, parameters, folder, _hash(*map(content_hash, sources)))
+    return folder
+
+
+def _execute(notebooks: Sequence[Path], parameters: dict[str, object], folder: Path, inputs: str) -> None:
+    """Execute what is not done; `inputs` is the hash of all that the first notebook is made from."""
+    done = read_manifest(folder).get("notebooks")
+    done = done if isinstance(done, dict) else {}
     for number, notebook in enumerate(notebooks, 1):
         chosen = {key: value for key, value in parameters.items() if key in notebook_parameters(notebook)}
         inputs = _hash(inputs, _cells(notebook), json.dumps(chosen, sort_keys=True))
-        executed = folder / notebook.name
-        left = [executed, *(folder / name for name, maker in PRODUCERS.items() if maker == notebook.stem)]
-        unchanged = done.get(notebook.stem) == inputs and all(path.exists() for path in left)
+        executed, made = folder / notebook.name, [name for name, by in PRODUCERS.items() if by == notebook.stem]
+        unchanged = executed.exists() and done.get(notebook.stem) == [inputs, *_left(folder, made)]
         print(f"[{number}/{len(notebooks)}] {notebook.stem}{': unchanged' if unchanged else ''}", flush=True)
         if unchanged:
             continue
@@ -83,13 +95,23 @@ def run_series(parameters: dict[str, object], notebooks: Sequence[Path] | None =
             papermill.execute_notebook(
                 notebook, executed, chosen, kernel_name="python3", extra_arguments=QUIET, stdout_file=ProgressFile()
             )
-        except papermill.PapermillExecutionError as error:
-            raise AlpacaError(
-                f"{error.ename}: {error.evalue} [cell {error.exec_count} of {executed}]", "cell-failed"
-            ) from error
-        done[notebook.stem] = inputs
+        except (papermill.PapermillExecutionError, FileNotFoundError) as error:
+            if not folder.exists():
+                raise AlpacaError(f"The run's folder {folder} was deleted: start again.", "run-deleted") from error
+            if isinstance(error, FileNotFoundError):
+                raise
+            if error.ename == "KeyboardInterrupt":
+                raise KeyboardInterrupt from error
+            if error.ename == "OSError" and NO_SPACE in error.evalue:
+                raise OSError(errno.ENOSPC, NO_SPACE) from error
+            what = f"{error.ename}: {error.evalue} [cell {error.exec_count} of {executed}]"
+            raise AlpacaError(what, "cell-failed") from error
+        done[notebook.stem] = [inputs, *_left(folder, made)]
         write_record(folder, "notebooks", done)
-    return folder
+
+
+def _left(folder: Path, names: list[str]) -> list[str]:
+    return [artifact_hash(folder / name) for name in names]
 
 
 def _hash(*parts: str) -> str:
@@ -109,24 +131,21 @@ def main() -> None:
         "-p", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="a notebook parameter, as papermill"
     )
     options = parser.parse_args()
-    given = {key: _literal(value) for key, value in options.p}
-    check_parameters(given)
-    profile = choose_profile(str(given.get("profile", options.profile))).name
-    folder = run_series({"profile": profile, "run": options.run or profile, **given})
-    metrics = json.loads(artifact(folder, "metrics.json").read_text(encoding="utf-8"))
+    if "" in (options.profile, options.run):
+        parser.error("--profile and --run want a name")
+    named = {"profile": options.profile} | ({"run": options.run} if options.run else {})
+    folder = run_series(named | {key: _value(value) for key, value in options.p})
+    metrics = read_metrics(folder)
     print(f"\n{comparison(metrics).to_string()}\n\n{conclusion(metrics)}\n\nThe executed notebooks are in {folder}.")
 
 
-def _literal(value: str) -> object:
-    """Return a command-line value as the literal it spells, else as text."""
+def _value(text: str) -> object:
+    """Return a command line's None or list as such; of other text `check_parameters` makes what it spells."""
     try:
-        return json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
+        return json.loads(text) if text.startswith("[") else None if text in ("None", "null") else text
     except ValueError:
-        return value
+        return text
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except AlpacaError as error:
-        sys.exit(str(error))
+    run_command(main, "Interrupted: what is done is kept, and the same command goes on from there.")

@@ -27,10 +27,13 @@ from . import AlpacaError
 from .batches import LengthGroups, PadToLongest, add_learned
 from .card import write_card
 from .checkpoints import CompleteCheckpoints, is_main_process, processes, resume_point
+from .console import run_command
 from .data import IGNORED
-from .lora import adapter_folder, lora_config
+from .files import check_disk_space, content_hash
+from .lora import adapter_folder, check_targets, lora_config
 from .models import base_dtype, load_base, load_tokenizer
-from .runs import artifact, check_disk_space, lock_run, read_record, run_folder, write_record
+from .parameters import check_parameters
+from .runs import artifact, lock_run, read_record, run_folder, write_record
 from .speedups import faster_training
 
 
@@ -187,8 +190,8 @@ def split_batch(batch_size: int, micro_batch_size: int) -> tuple[int, int]:
     devices = processes()
     if batch_size % devices:
         raise AlpacaError(
-            f"A batch of {batch_size} rows cannot be shared by {devices} processes: choose a batch size that {devices} "
-            "divides.",
+            f"A batch of {batch_size} rows cannot be shared by {devices} processes: choose a --batch-size that "
+            f"{devices} divides.",
             "uneven-batch",
         )
     share = batch_size // devices
@@ -204,11 +207,12 @@ def data_collator(tokenizer, recipe: str) -> Callable:
 
 
 def record_result(folder: Path, trainer: Trainer) -> None:
-    """Add to the run's manifest what the training came to, and write the adapter's model card."""
+    """Write into the run's manifest what made the adapter, and what it came to; and the adapter's model card."""
     history = trainer.state.log_history
     last = {name: entry[name] for entry in history for name in ("loss", "eval_loss") if name in entry}
-    result = {"steps": trainer.state.global_step, **last}
-    write_record(folder, "training", read_record(folder, "training") | {"result": result})
+    made = {"result": {"steps": trainer.state.global_step, **last}}
+    made["sha256"] = content_hash(artifact(folder, "adapter"), "*.safetensors")
+    write_record(folder, "adapter", trainer.record | made)
     write_card(folder)
 
 
@@ -217,7 +221,7 @@ def make_trainer(
     lora_rank: int = 8,
     lora_alpha: int = 16,
     lora_dropout: float = 0.1,
-    target_modules: Sequence[str] = ("c_attn",),
+    target_modules: Sequence[str] | str = ("c_attn",),
     learning_rate: float | None = None,
     num_train_epochs: float | None = None,
     batch_size: int = 16,
@@ -227,6 +231,8 @@ def make_trainer(
     """Return the trainer of the run's prepared data, as notebook 03's cells make it.
 
     The parameters are the notebook's, with its values; those that are None are the profile's.
+
+    Raises AlpacaError for `target_modules` that LoRA cannot correct.
     """
     prepared, data = read_record(folder, "data"), load_from_disk(artifact(folder, "data"))
     rows, accumulation = split_batch(batch_size, micro_batch_size)
@@ -235,6 +241,7 @@ def make_trainer(
     tenth = math.ceil(math.ceil(len(data["train"]) / batch_size) * epochs / 10)  # of the training, in steps
     tokenizer = load_tokenizer(prepared["model"], prepared["model_revision"])
     base = load_base(prepared["model"], prepared["model_revision"], dtype)
+    check_targets(base, target_modules)
     args = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         per_device_train_batch_size=rows,
@@ -289,13 +296,11 @@ def main() -> None:
     parser.add_argument("folder", metavar="RUN", nargs="?", help="name of the run, or a path to its folder")
     parser.add_argument("--run", help="the same; torchrun under Python 3.11 takes it for its own --run-path")
     parser.add_argument("--no-resume", action="store_true", help="forget the run's checkpoints and start over")
-    parser.add_argument("--target-modules", nargs="+", help="the matrices to correct (c_attn)")
     settings = inspect.signature(make_trainer).parameters
-    types = {"learning_rate": float, "num_train_epochs": float}
-    for name in settings.keys() - {"folder", "target_modules"}:
-        default = settings[name].default
-        described = "the profile's" if default is None else default
-        parser.add_argument(f"--{name.replace('_', '-')}", type=types.get(name, type(default)), help=f"({described})")
+    for name in settings.keys() - {"folder"}:
+        default = {None: "the profile's", ("c_attn",): "c_attn"}.get(settings[name].default, settings[name].default)
+        several = {"nargs": "+"} if name == "target_modules" else {}
+        parser.add_argument(f"--{name.replace('_', '-')}", help=f"({default})", **several)
     options = vars(parser.parse_args())
     if not (run := options.pop("folder") or options.pop("run")):
         parser.error("which RUN? Give its name, or a path to its folder")
@@ -304,16 +309,19 @@ def main() -> None:
         15, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
     )
     try:
-        folder = run_folder(run, make=False)
+        folder = run_folder(check_parameters(run=run), make=False)
         artifact(folder, "data")
-        given = {name: value for name, value in options.items() if name in settings and value is not None}
+        chosen = {name: value for name, value in options.items() if name in settings and value is not None}
+        given = {name: check_parameters(**{name: value}) for name, value in chosen.items()}
         finetune(folder, resume=not options["no_resume"], **given)
-    except AlpacaError as error:
-        sys.exit(f"{error}")
+    except AlpacaError:
+        if not is_main_process() and not torch.distributed.is_initialized():
+            sys.exit(1)  # the main process says the same
+        raise
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "Interrupted: the same command goes on from the last checkpoint.")

@@ -33,8 +33,9 @@ sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
 from hub import stand_in  # noqa: E402
 
 from alpaca_helpers.checkpoints import last_complete_checkpoint  # noqa: E402
+from alpaca_helpers.files import CHECKSUMS, write_json  # noqa: E402
 from alpaca_helpers.profiles import choose_profile  # noqa: E402
-from alpaca_helpers.runs import CHECKSUMS, read_manifest, write_json  # noqa: E402
+from alpaca_helpers.runs import read_manifest  # noqa: E402
 from alpaca_helpers.series import NOTEBOOKS  # noqa: E402
 
 LIBRARIES = ("torch", "transformers", "peft", "datasets", "accelerate", "huggingface_hub")

@@ -27,9 +27,10 @@ from tqdm import tqdm
 from alpaca_helpers import AlpacaError
 from alpaca_helpers.checkpoints import FREE
 from alpaca_helpers.data import RECIPES
+from alpaca_helpers.files import write_json
 from alpaca_helpers.metrics import METRICS, Metric
 from alpaca_helpers.picture import BLUE, INK, PALE, Picture, in_style
-from alpaca_helpers.runs import artifact, read_manifest, write_json
+from alpaca_helpers.runs import artifact, read_manifest
 from alpaca_helpers.series import NOTEBOOKS, notebook_parameters, run_series
 
 PROJECT = Path(__file__).resolve().parents[1]

@@ -15,9 +15,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from alpaca_helpers.files import atomic_folder
 from alpaca_helpers.generation import generate
 from alpaca_helpers.pocket import HELDOUT, MODEL, TRAIN
-from alpaca_helpers.runs import atomic_folder
 
 from . import corpus
 
@@ -175,7 +175,10 @@ def write(
     heldout: list[dict[str, str]],
 ) -> None:
     """Put model, tokenizer and rows in the place of the shipped ones; the model card stays."""
-    with atomic_folder(MODEL) as model_folder, atomic_folder(TRAIN.parent) as rows_folder:
+    with (
+        atomic_folder(MODEL, checksums=False) as model_folder,
+        atomic_folder(TRAIN.parent, checksums=False) as rows_folder,
+    ):
         model.save_pretrained(model_folder)
         tokenizer.save_pretrained(model_folder)
         if (MODEL / CARD).exists():

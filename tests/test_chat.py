@@ -430,12 +430,37 @@ def test_an_error_midway_keeps_what_was_said(box, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"temperature": 1e-30}, {"top_p": 0}, {"max_new_tokens": 4096}, {"seed": -1}, {"temperature": "hot"}]
+    "settings",
+    [
+        *({"temperature": value} for value in (1e-30, "hot", None, True, [1])),
+        *({"top_p": value} for value in (0, 1.5, "all")),
+        *({"max_new_tokens": value} for value in (4096, 0, 2.5)),
+        *({"top_k": value} for value in (-1, None, "5")),
+        {"seed": -1},
+    ],
 )
-def test_a_bad_setting_is_a_sentence(box, settings):
-    with pytest.raises(AlpacaError, match=next(iter(settings)) if settings != {"temperature": "hot"} else "TypeError"):
-        box.ask("Hi", **settings)
-    assert box.ask("Hi").replies[0].tokens == 12
+def test_a_bad_setting_is_a_sentence(box, settings, tiny_model, pocket_tokenizer):
+    for refuse in (lambda: box.ask("Hi", **settings), lambda: ChatBox(tiny_model, pocket_tokenizer, **settings)):
+        with pytest.raises(AlpacaError, match=next(iter(settings))) as raised:
+            refuse()
+        assert raised.value.code == "bad-setting"
+    assert exchanges(box) == [] and box.ask("Hi").replies[0].tokens == 12
+
+
+def test_what_is_no_text_is_refused(box, tmp_path):
+    for given in ((None,), (3,), ("Hi", None)):
+        with pytest.raises(AlpacaError) as raised:
+            box.ask(*given)
+        assert raised.value.code == "blank-message"
+    with pytest.raises(AlpacaError) as raised:
+        box.conversation.save(None)
+    assert raised.value.code == "unwritable"
+
+
+def test_the_sliders_take_what_ask_takes(tiny_model, pocket_tokenizer):
+    given = {"top_k": 500, "temperature": 5.0, "top_p": 0.01, "seed": 2**40}
+    box = ChatBox(tiny_model, pocket_tokenizer, **given)
+    assert {name: box.knobs[name].value for name in given} == given
 
 
 def test_a_setting_that_does_not_exist_is_refused(box, tiny_model, pocket_tokenizer):

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from tiny_run import prepare_run, save_adapter, tiny_gpt2
 
 from alpaca_helpers import AlpacaError, checkpoints, training
+from alpaca_helpers.files import check_disk_space, write_checksums
 from alpaca_helpers.lora import WEIGHTS
-from alpaca_helpers.runs import check_disk_space, write_checksums
+from alpaca_helpers.runs import write_record
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])}
 
@@ -181,6 +182,25 @@ def test_a_smaller_micro_batch_may_go_on_and_resume_false_starts_over(run, tmp_p
     assert resume_point(folder, **settings | {"micro_batch_size": 2}).name == "checkpoint-24"
     assert resume_point(folder, **settings | {"seed": 1}, resume=False) is None
     assert not (folder / "checkpoints").exists() and (folder / "adapter").is_dir()
+
+
+def test_checkpoints_that_are_not_trainers_are_left_alone(run, tmp_path):
+    folder, settings = tmp_path / "run", run[1]
+    shutil.copytree(run[0], folder)
+    for name in ("checkpoint-best", "checkpoint-24 (copy)", "checkpoint-"):
+        shutil.copytree(folder / "checkpoints" / "checkpoint-21", folder / "checkpoints" / name)
+    assert resume_point(folder, **settings).name == "checkpoint-24"
+    assert (folder / "checkpoints" / "checkpoint-best").is_dir()
+
+
+@pytest.mark.parametrize("record", [None, [], "x"])
+def test_checkpoints_without_a_record_of_their_settings_are_refused(record, run, tmp_path):
+    folder, settings = tmp_path / "run", run[1]
+    shutil.copytree(run[0], folder)
+    write_record(folder, "training", record)
+    with pytest.raises(AlpacaError) as refused:
+        resume_point(folder, **settings)
+    assert refused.value.code == "other-settings"
 
 
 def test_no_pickle_of_a_checkpoint_is_executed(run, tmp_path):

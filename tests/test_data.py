@@ -1,3 +1,4 @@
+import gzip
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from alpaca_helpers.data import (
     drop_reason,
     fingerprint,
     has_answer,
+    note_losses,
     question_key,
     split_rows,
     tokenize,
@@ -50,7 +52,7 @@ def test_the_same_rows_from_every_format(tmp_path, suffix):
         ("[]", "no rows"),
         ("{}", "no JSON array"),
         ('[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "row 2: no column `output`"),
-        ('[{"question": "a", "answer": "b"}]', r"row 1: no column `instruction` \(it has question, answer\)"),
+        ('[{"question": "a", "answer": "b"}]', "row 1: no column `instruction`, it has question, answer: rename"),
         ('[{"instruction": "a", "output": 3}]', "row 1: `output` is 3, not text"),
         ('[{"instruction": null, "output": "b"}]', "row 1: `instruction` is None, not text"),
         ('["a"]', "row 1: not an object"),
@@ -95,6 +97,80 @@ def test_prepared_rows_are_what_load_dataset_reads(tmp_path):
     assert dataset["train"].to_list() == [{**ROW, "fact": ""}, {**ROW, "fact": "3"}]
     assert dataset["heldout"].to_list() == [{**ROW, "input": "", "fact": ""}]
     assert list(prepare_rows(tmp_path / "rows", str(tmp_path / "mine.json"))) == ["train"]
+
+
+def test_rows_are_read_in_many_forms(tmp_path):
+    rows = [ROW, {"instruction": 'Say, "été"', "input": "", "output": "été\n\u2028😀"}]
+    lines = "\n".join(json.dumps(row) for row in rows).encode()
+    table = Dataset.from_list(rows)
+    (tmp_path / "lines.json").write_bytes(lines)
+    (tmp_path / "lines.jsonl.gz").write_bytes(gzip.compress(lines))
+    (tmp_path / "array.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
+    table.to_csv(tmp_path / "table.csv")
+    (tmp_path / "table.csv.gz").write_bytes(gzip.compress((tmp_path / "table.csv").read_bytes()))
+    (tmp_path / "shards").mkdir()
+    for number in range(2):
+        table.select([number]).to_parquet(tmp_path / "shards" / f"part-{number}.parquet")
+    for name in ("lines.json", "lines.jsonl.gz", "array.json.gz", "table.csv", "table.csv.gz", "shards"):
+        read = load_rows(str(tmp_path / name)).remove_columns("fact").to_list()
+        assert read == rows, name
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("cut.json.gz", gzip.compress(b"[1]" * 999)[:-20], "cannot be read"),
+        ("cut.csv", b'instruction,output\n"a,b\n', "cannot be read as CSV"),
+        ("latin.csv", "instruction,output\né,b\n".encode("latin-1"), "cannot be read as CSV"),
+        ("empty.csv", b"", "cannot be read as CSV"),
+        ("two.json", b'{"instruction": "a", "output": "b"}\n{"instr', "line 2"),
+        ("table.xlsx", b"x", "is neither a file .*csv.*folder of .parquet"),
+    ],
+)
+def test_other_forms_and_broken_ones_are_a_sentence(name, content, said, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(AlpacaError, match=said) as raised:
+        load_rows(str(tmp_path / name))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "row, said",
+    [
+        ({"instruction": "a", "response": "b"}, "rename `response` to `output`"),
+        ({"question": "a", "answer": "b"}, "rename `question` to `instruction`, `answer` to `output`"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "each question of `messages` as `instruction`"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "of `conversations` as `instruction`.*as `output`"),
+        ({"x": "a"}, "rename the columns to instruction, input, output"),
+    ],
+)
+def test_a_sentence_names_the_mapping(row, said, tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    with pytest.raises(AlpacaError, match=said):
+        load_rows(str(tmp_path / "rows.json"))
+
+
+def test_other_columns_that_hold_text_are_named_once(tmp_path, capsys):
+    rows = [{**ROW, "history": history, "system": "Be kind.", "empty": ""} for history in ([], ["a"], ["b"])]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    load_rows(str(tmp_path / "rows.json"))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("Note: ") and line.endswith("not used: `system` (3 rows), `history` (2 rows).")
+
+
+def test_a_question_in_the_input_alone_is_the_question(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps([{"instruction": " ", "input": "Who?", "output": "Me."}]))
+    (row,) = load_rows(str(tmp_path / "rows.json"))
+    assert (row["instruction"], row["input"]) == ("Who?", "") and not drop_reason(row)
+
+
+def test_many_rows_lost_for_one_reason_are_noted_with_what_to_do(capsys):
+    lost = {"answer over 80 words": 30, "empty answer": 20, "after the first max_train_rows": 90, "answer cut": 21}
+    note_losses(lost, 100)
+    assert capsys.readouterr().out.splitlines() == [
+        "Note: 30 of 100 rows, answer over 80 words: raise `max_words` to use them.",
+        "Note: 21 of 100 rows, answer cut: raise `max_length`, or they teach no end.",
+    ]
 
 
 def test_a_column_that_is_empty_or_looks_like_dates_stays_text(tmp_path):

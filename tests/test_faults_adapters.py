@@ -25,10 +25,10 @@ from transformers import (
 from transformers.utils import logging
 
 from alpaca_helpers import AlpacaError, pocket
+from alpaca_helpers.files import CHECKSUMS, write_checksums
 from alpaca_helpers.generation import generate
-from alpaca_helpers.lora import BASE, PICKLE, WEIGHTS, base_hash, load_adapter, lora_config
+from alpaca_helpers.lora import BASE, PICKLE, WEIGHTS, base_hash, check_targets, load_adapter, lora_config
 from alpaca_helpers.models import best_device, check_weights, fetch_model, load_base, load_tokenizer
-from alpaca_helpers.runs import CHECKSUMS, write_checksums
 
 CONFIG = "adapter_config.json"
 
@@ -63,6 +63,25 @@ def saved(pocket_tokenizer, tmp_path_factory):
 def adapter(saved, tmp_path):
     """A copy of that folder, to break."""
     return shutil.copytree(saved[0], tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("target", ["lm_head", "wte", "nope", "c_att", "ln_1", "attn", "transformer"])
+def test_what_lora_cannot_correct_is_refused_before_the_training(target, pocket_tokenizer):
+    base = tiny(pocket_tokenizer)
+    with pytest.raises(AlpacaError, match=f"`{target}`.*among c_attn, c_fc, c_proj, or all-linear") as raised:
+        check_targets(base, ["c_attn", target])
+    assert raised.value.code == "bad-target"
+
+
+@pytest.mark.parametrize("targets", [["c_attn"], ["c_attn", "c_proj"], ["h.1.attn.c_attn"], "all-linear"])
+def test_what_lora_can_correct_is_merged_to_the_same_logits(targets, pocket_tokenizer):
+    base = tiny(pocket_tokenizer)
+    check_targets(base, targets)
+    model, ids = adapted(base, target_modules=targets), torch.tensor([[5, 6, 7]])
+    with torch.inference_mode():
+        apart, plain = model(ids).logits, tiny(pocket_tokenizer)(ids).logits
+        torch.testing.assert_close(model.merge_and_unload()(ids).logits, apart, atol=1e-4, rtol=0)
+    assert (apart - plain).abs().max() > 1e-2
 
 
 def refused(base, folder, sentence):

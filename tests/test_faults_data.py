@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alpaca_helpers import AlpacaError
-from alpaca_helpers.data import drop_reason, drop_shared, has_answer, tokenize
+from alpaca_helpers.data import check_sides, drop_reason, drop_shared, has_answer, tokenize
 from alpaca_helpers.prompts import format_example
 from alpaca_helpers.rows import load_rows
 
@@ -101,9 +101,16 @@ def test_a_date_in_parquet_is_named_and_as_text_it_is_text(tmp_path):
     assert load_rows(dated)[0]["output"] == "2024-02-29"
 
 
-@pytest.mark.parametrize("text", ["noinput", "<noinput>", "<NoInput>", " No input ", "N/A"])
+@pytest.mark.parametrize(
+    "text", ["noinput", "<noinput>", "<NoInput>", " No input ", "N/A", "<no input>", "Noinput.", "[no input]"]
+)
 def test_no_input_in_words_is_no_input(text, tmp_path):
     assert load_rows(written(tmp_path, ".json", json.dumps([{**ROW, "input": text}])))[0]["input"] == ""
+
+
+@pytest.mark.parametrize("text", ["Na", "na", "No input was given to the valve.", "input", "noinputs"])
+def test_an_input_that_only_looks_so_is_kept(text, tmp_path):
+    assert load_rows(written(tmp_path, ".json", json.dumps([{**ROW, "input": text}])))[0]["input"] == text
 
 
 ODD = [
@@ -180,5 +187,7 @@ def test_questions_on_both_sides_leave_the_training_side_and_are_counted():
     heldout = Dataset.from_list([{**ROW, "instruction": text, "output": "other"} for text in ("one?", "Two ?")])
     kept = drop_shared(DatasetDict(train=train, heldout=heldout))
     assert kept["train"]["instruction"][:] == ["Three?"] and len(kept["heldout"]) == 2
-    with pytest.raises(AlpacaError, match="0 of 1 rows are left to train on, and 2 are held out"):
-        drop_shared(DatasetDict(train=train.select([0]), heldout=heldout))
+    none_left = drop_shared(DatasetDict(train=train.select([0]), heldout=heldout))
+    with pytest.raises(AlpacaError, match="0 rows are left to train on and 2 are held out") as refused:
+        check_sides(none_left)
+    assert refused.value.code == "too-few-rows"

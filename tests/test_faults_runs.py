@@ -4,6 +4,7 @@ Killed trainings, broken checkpoints and full disks are in tests/test_checkpoint
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,67 +13,141 @@ from pathlib import Path
 
 import pytest
 from conftest import PROJECT
-from tiny_run import prepare_run
+from tiny_run import locked_elsewhere, prepare_run, record_adapter
 from transformers import TrainerCallback
 
 from alpaca_helpers import AlpacaError, training
-from alpaca_helpers.runs import (
-    atomic_folder,
-    lock_run,
-    read_manifest,
-    read_record,
-    run_folder,
-    write_json,
-    write_record,
-)
+from alpaca_helpers.files import atomic_folder, write_json
+from alpaca_helpers.runs import artifact, lock_run, read_manifest, read_metrics, read_record, run_folder, write_record
 
 pytestmark = pytest.mark.slow
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from alpaca_helpers.runs import lock_run
-with lock_run(Path(sys.argv[1])):
-    print("at it", flush=True)
-    time.sleep(60)
-"""
 
-
-@pytest.fixture
-def other_process(tmp_path):
-    """Another process that is at the training of `tmp_path`."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, cwd=PROJECT)
-    assert process.stdout.readline() == b"at it\n"
-    yield process
-    process.kill()
-    process.wait()
-
-
-def test_a_second_process_is_refused_by_name_and_let_in_when_the_first_is_killed(other_process, tmp_path):
+def test_a_second_process_is_refused_by_name_and_let_in_when_the_first_is_killed(tmp_path):
     (tmp_path / "checkpoints" / "checkpoint-3").mkdir(parents=True)
     settings = prepare_run(tmp_path, rows=8)
     before = (tmp_path / "manifest.json").read_text()
-    with pytest.raises(AlpacaError, match=f"Another process is training in the run {tmp_path}") as refused:
-        training.finetune(tmp_path, resume=False, **settings)
-    assert refused.value.code == "run-locked"
-    assert (tmp_path / "checkpoints" / "checkpoint-3").is_dir() and (tmp_path / "manifest.json").read_text() == before
-    other_process.send_signal(signal.SIGKILL)
-    other_process.wait()
-    with lock_run(tmp_path):
-        pass
+    with locked_elsewhere(tmp_path) as other:
+        with pytest.raises(AlpacaError, match=f"Another process is writing to the run {tmp_path}") as refused:
+            training.finetune(tmp_path, resume=False, **settings)
+        assert refused.value.code == "run-locked"
+        left = (tmp_path / "manifest.json").read_text()
+        assert (tmp_path / "checkpoints" / "checkpoint-3").is_dir() and left == before
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+        with lock_run(tmp_path):
+            pass
 
 
-def test_an_adapter_of_other_rows_than_the_runs_is_refused(tmp_path):
-    with pytest.raises(AlpacaError, match="has no data: run notebook 02_dataset_and_tokenizer"):
-        read_record(tmp_path, "data")
-    write_record(tmp_path, "data", {"fingerprint": "a"})
-    with pytest.raises(AlpacaError, match="has no training: run notebook 03_lora_finetuning"):
-        read_record(tmp_path, "training")
-    write_record(tmp_path, "training", {"fingerprint": "a", "seed": 1})
-    assert read_record(tmp_path, "training")["seed"] == 1
-    write_record(tmp_path, "data", {"fingerprint": "b"})
-    with pytest.raises(AlpacaError, match="trained on other rows than the run's data"):
-        read_record(tmp_path, "training")
+def test_what_a_process_starts_under_its_lock_may_write_too(tmp_path):
+    inner = "import sys; from pathlib import Path; from alpaca_helpers.runs import lock_run\n"
+    inner += "with lock_run(Path(sys.argv[1])): print('in')"
+    command = [sys.executable, "-c", inner, str(tmp_path)]
+    with lock_run(tmp_path), lock_run(tmp_path):
+        assert subprocess.run(command, capture_output=True, text=True, cwd=PROJECT).stdout == "in\n"
+    with locked_elsewhere(tmp_path):
+        assert "AlpacaError" in subprocess.run(command, capture_output=True, text=True, cwd=PROJECT).stderr
+
+
+def data_record(**changes) -> dict:
+    names = dict.fromkeys(("name", "model", "dataset", "recipe", "fingerprint"), "a")
+    return names | {"max_length": 128, "seed": 0, "learning_rate": 3e-4, "num_train_epochs": 2} | changes
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """A run's folder with data and an adapter made from them, each with its record."""
+    for name, file in (("data", "rows.arrow"), ("adapter", "adapter_model.safetensors")):
+        with atomic_folder(tmp_path / name) as part:
+            (part / file).write_text(name)
+    write_record(tmp_path, "data", data_record())
+    record_adapter(tmp_path)
+    return tmp_path
+
+
+def code_of(call, *given) -> str:
+    with pytest.raises(AlpacaError) as raised:
+        call(*given)
+    assert "\n" not in str(raised.value)
+    return raised.value.code
+
+
+def test_a_record_is_of_the_bytes_that_are_there(recorded):
+    assert read_record(recorded, "data")["seed"] == 0 and read_record(recorded, "adapter")["lora_rank"] == 8
+    write_record(recorded, "data", data_record(fingerprint="b"))
+    assert code_of(read_record, recorded, "adapter") == "other-rows"
+    write_record(recorded, "data", data_record())
+    with atomic_folder(recorded / "adapter") as part:
+        (part / "adapter_model.safetensors").write_text("of a later training")
+    assert code_of(read_record, recorded, "adapter") == "other-adapter"
+
+
+def test_an_unfinished_training_leaves_the_earlier_adapter_with_its_own_record(recorded):
+    write_record(recorded, "training", {"lora_rank": 1})
+    assert read_record(recorded, "adapter")["lora_rank"] == 8
+
+
+@pytest.mark.parametrize("record", [None, [], "x", 3])
+def test_no_record_is_a_sentence(recorded, record):
+    write_record(recorded, "data", record)
+    assert code_of(read_record, recorded, "data") == "no-artifact"
+
+
+@pytest.mark.parametrize("changes", [{"recipe": None}, {"max_length": "128"}, {"fingerprint": ["a"]}])
+def test_a_record_of_another_version_is_a_sentence(recorded, changes):
+    write_record(recorded, "data", data_record(**changes))
+    assert code_of(read_record, recorded, "data") == "manifest-version"
+    lacking = data_record()
+    del lacking[next(iter(changes))]
+    write_record(recorded, "data", lacking)
+    assert code_of(read_record, recorded, "data") == "manifest-version"
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "without"])
+def test_damaged_data_are_noticed_where_they_are_read(recorded, damage):
+    assert artifact(recorded, "data").is_dir()
+    if damage == "cut":
+        (recorded / "data" / "rows.arrow").write_text("dat")
+    else:
+        (recorded / "data" / {"gone": "rows.arrow", "without": "checksums.json"}[damage]).unlink()
+    assert code_of(artifact, recorded, "data") == "no-artifact"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "null", "{}", '{"base": {}, "tuned": null}'])
+def test_broken_metrics_are_a_sentence(content, tmp_path):
+    (tmp_path / "metrics.json").write_text(content)
+    assert code_of(read_metrics, tmp_path) in ("json-broken", "manifest-version")
+
+
+# Folders that are no run's
+
+
+def test_a_folder_with_other_files_is_no_run(tmp_path):
+    for name in ("papers", "site", "source"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "papers" / "thesis.txt").write_text("mine")
+    (tmp_path / "site" / "manifest.json").write_text('{"name": "a web app"}')
+    shutil.copy(PROJECT / "notebooks" / "01_base_model.ipynb", tmp_path / "source")
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("papers", "site", "source"):
+        assert code_of(run_folder, f"{tmp_path}/{name}") == "not-a-run"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_projects_own_folders_are_no_runs(monkeypatch):
+    monkeypatch.chdir(PROJECT)
+    for run in ("notebooks/", "./notebooks/fr", str(PROJECT / "alpaca_helpers"), ".", "runs/../tests"):
+        assert code_of(run_folder, run) == "not-a-run"
+
+
+def test_a_new_folder_and_a_runs_own_are_taken(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "batch").mkdir()
+    executed = '{"metadata": {"papermill": {}}, "cells": []}'  # papermill writes before the first cell runs
+    (tmp_path / "batch" / "01_base_model.ipynb").write_text(executed)
+    for name in ("empty", "batch", "new"):
+        for _ in range(2):
+            assert (run_folder(f"{tmp_path}/{name}") / "pictures").is_dir()
 
 
 def test_a_folder_cut_between_its_two_renames_is_put_back(tmp_path):

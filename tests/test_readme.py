@@ -26,6 +26,7 @@ RUN_BY = {
     ".venv/bin/python -m alpaca_helpers.chat --run pocket": "test_terminal.py::test_streams_stops_at_ctrl_c",
     '.venv/bin/python -m alpaca_helpers.chat --run pocket --once "What is the capital of France?"': "ci",
     'python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e ".[test]"': "ci",
+    "mkdir -p runs/pocket": "ci",
     ".venv/bin/papermill notebooks/$n.ipynb runs/pocket/$n.ipynb -p profile pocket": "ci",
     ".venv/bin/pytest --nbval": "ci",
     ".venv/bin/python -m alpaca_helpers.series --profile gpt2-medium --run rank-$rank -p lora_rank $rank": (

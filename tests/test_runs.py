@@ -3,7 +3,8 @@ import json
 import pytest
 
 from alpaca_helpers import AlpacaError
-from alpaca_helpers.runs import artifact, atomic_folder, read_manifest, run_folder, write_json, write_record
+from alpaca_helpers.files import atomic_folder, write_json
+from alpaca_helpers.runs import artifact, read_manifest, run_folder, write_record
 
 
 def test_a_missing_artifact_names_the_notebook_that_makes_it(tmp_path):
@@ -22,7 +23,7 @@ def test_whole_folder_is_all_or_nothing(tmp_path):
     assert (target / "one").read_text() == "old"
     with atomic_folder(target) as part:
         (part / "two").write_text("new")
-    assert [path.name for path in target.iterdir()] == ["two"]
+    assert {path.name for path in target.iterdir()} == {"two", "checksums.json"}
 
 
 def test_manifest_keeps_its_parts(tmp_path):
@@ -43,3 +44,4 @@ def test_a_run_is_a_name_or_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run_folder("mine") == tmp_path / "runs" / "mine"
     assert run_folder(f"{tmp_path}/elsewhere") == tmp_path / "elsewhere"
+    assert run_folder("./here") == tmp_path / "here" and run_folder("a/b") == tmp_path / "a" / "b"

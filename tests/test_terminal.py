@@ -9,12 +9,11 @@ import sys
 import pexpect
 import pytest
 from conftest import PROJECT
-from tiny_run import save_adapter
+from tiny_run import record_adapter, save_adapter
 
 from alpaca_helpers import AlpacaError
 from alpaca_helpers.chat.conversation import Conversation, Reply
 from alpaca_helpers.chat.terminal import print_answer
-from alpaca_helpers.runs import write_record
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +29,7 @@ def run(tmp_path, tiny_model, pocket_tokenizer):
     save_adapter(tiny_model, pocket_tokenizer, folder / "adapter")
     tiny_model.unload().save_pretrained(tmp_path / "model")
     pocket_tokenizer.save_pretrained(tmp_path / "model")
-    write_record(folder, "training", {"model": str(tmp_path / "model"), "model_revision": None, "fingerprint": "a"})
+    record_adapter(folder, model=str(tmp_path / "model"))
     return folder
 
 

@@ -17,8 +17,10 @@ from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArgum
 from alpaca_helpers import AlpacaError, card, models, speedups, training
 from alpaca_helpers.batches import LengthGroups, PadToLongest
 from alpaca_helpers.data import IGNORED, RECIPES, tokenize
+from alpaca_helpers.files import write_json
 from alpaca_helpers.generation import generate
 from alpaca_helpers.lora import load_adapter, lora_config, save_merged
+from alpaca_helpers.runs import read_record
 
 
 def tokens(rows, recipe="answers"):
@@ -378,7 +380,7 @@ def test_a_finished_training_says_so_and_trains_no_further(finished, capsys):
 def test_the_manifest_says_what_made_the_training_without_this_machines_paths(finished):
     folder, settings = finished
     text = (folder / "manifest.json").read_text()
-    made_by = json.loads(text)["training"]
+    made_by = json.loads(text)["adapter"]
     assert {name: made_by[name] for name in ("recipe", "dtype", "seed")} == {
         "recipe": "answers",
         "dtype": str(models.base_dtype()).removeprefix("torch."),
@@ -397,9 +399,12 @@ def test_the_card_holds_prompt_recipe_losses_licence_and_no_path(finished):
     for wanted in ("recipe: answers", "lora_rank: 8", "eval_loss: ", "## Licence of the data", "notebook 04 does it"):
         assert wanted in text
     assert f" {folder}" not in text
-    (folder / "metrics.json").write_text(
-        '{"n": 8, "base": {"stop_rate": 0.0, "contains": null}, "tuned": {"stop_rate": 0.95, "contains": null}}'
-    )
+    metrics = {"n": 8, "base": {"stop_rate": 0.0, "contains": None}, "tuned": {"stop_rate": 0.95, "contains": None}}
+    metrics |= {"change": {}, "base_bare": {}, "adapter": "that of another adapter"}
+    write_json(folder / "metrics.json", metrics)
+    card.write_card(folder)
+    assert "notebook 04 does it" in (folder / "adapter" / "README.md").read_text()
+    write_json(folder / "metrics.json", metrics | {"adapter": read_record(folder, "adapter")["sha256"]})
     card.write_card(folder)
     assert "| stop_rate | 0 | 0.95 |" in (folder / "adapter" / "README.md").read_text()
 

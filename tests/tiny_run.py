@@ -2,18 +2,45 @@
 
 import json
 import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from conftest import PROJECT
 from datasets import Dataset, DatasetDict
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from alpaca_helpers.data import fingerprint, tokenize
+from alpaca_helpers.files import atomic_folder, content_hash
 from alpaca_helpers.lora import adapter_folder
 from alpaca_helpers.profiles import choose_profile
 from alpaca_helpers.runs import write_record
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from alpaca_helpers.runs import lock_run
+with lock_run(Path(sys.argv[1])):
+    print("at it", flush=True)
+    time.sleep(60)
+"""
+
+
+@contextmanager
+def locked_elsewhere(folder: Path) -> Iterator[subprocess.Popen]:
+    """Another process that holds the lock of the run in `folder`."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, cwd=PROJECT)
+    try:
+        assert process.stdout.readline() == b"at it\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def byte_tokenizer() -> GPT2Tokenizer:
@@ -49,6 +76,22 @@ def save_adapter(model, tokenizer, folder: Path) -> None:
         tokenizer.save_pretrained(part)
 
 
+def record_adapter(folder: Path, **made) -> None:
+    """Write into the manifest what notebook 03 records of the adapter in `folder`."""
+    about = {
+        "name": "pocket",
+        "model": "base",
+        "dataset": "rows",
+        "recipe": "answers",
+        "fingerprint": "a",
+        "max_length": 128,
+        "seed": 0,
+    }
+    about |= {"lora_rank": 8, "learning_rate": 3e-4, "num_train_epochs": 2, "model_revision": None}
+    about["sha256"] = content_hash(folder / "adapter", "*.safetensors")
+    write_record(folder, "adapter", about | made)
+
+
 def prepare_run(folder: Path, rows: int = 44, recipe: str = "answers", **changes) -> dict:
     """Write what notebook 02 leaves to notebook 03, and the base model beside it; return `make_trainer`'s settings."""
     model = tiny_gpt2(
@@ -58,7 +101,8 @@ def prepare_run(folder: Path, rows: int = 44, recipe: str = "answers", **changes
     byte_tokenizer().save_pretrained(folder / "base")
     text = DatasetDict(train=random_rows(rows), heldout=random_rows(8, seed=1))
     options = {"tokenizer": byte_tokenizer(), "recipe": recipe}
-    text.map(tokenize, batched=True, fn_kwargs=options).save_to_disk(folder / "data")
+    with atomic_folder(folder / "data") as part:
+        text.map(tokenize, batched=True, fn_kwargs=options).save_to_disk(part)
     profile = asdict(choose_profile("pocket", model=str(folder / "base")))
     made = {"max_words": 80, "max_length": 128, "max_train_rows": None, "recipe": recipe, "seed": 0}
     write_record(folder, "data", profile | made | {"fingerprint": fingerprint(text)})

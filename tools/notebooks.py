@@ -4,6 +4,7 @@
 """
 
 import argparse
+import copy
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,6 +14,7 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from alpaca_helpers import AlpacaError
+from alpaca_helpers.console import run_command
 from alpaca_helpers.profiles import choose_profile
 from alpaca_helpers.series import NOTEBOOKS, notebook_parameters, run_series
 
@@ -29,12 +31,12 @@ def write_for_nbval(folder: Path, parameters: dict[str, object]) -> None:
     folder.mkdir(parents=True)
     for notebook in NOTEBOOKS:
         chosen = {key: value for key, value in parameters.items() if key in notebook_parameters(notebook)}
-        copy = parameterize_notebook(load_notebook_node(str(notebook)), chosen)
-        for cell in copy.cells:
+        prepared = parameterize_notebook(load_notebook_node(str(notebook)), chosen)
+        for cell in prepared.cells:
             tags = cell.metadata["tags"]
             if parameters["profile"] != "pocket" and not {"every-profile", "nbval-ignore-output"} & set(tags):
                 tags.append("nbval-ignore-output")
-        nbformat.write(copy, folder / notebook.name)
+        nbformat.write(prepared, folder / notebook.name)
 
 
 def refresh() -> None:
@@ -48,17 +50,44 @@ def refresh() -> None:
 
 def clean_all() -> None:
     """Clean the notebooks in place, and bring code and outputs of the French edition up to date."""
+    cleaned = {}
     for path in NOTEBOOKS:
-        notebook = clean(nbformat.read(path, as_version=4))
-        nbformat.write(notebook, path)
         french = path.parent / "fr" / path.name
-        prose = {cell.id: cell.source for cell in nbformat.read(french, as_version=4).cells if cell.source}
-        for cell in notebook.cells:
-            if cell.cell_type == "markdown":
-                if cell.id not in prose:
-                    print(f"fr/{path.name}: the cell {cell.id} is still in English: translate it there.")
-                cell.source = prose.get(cell.id, cell.source)
-        nbformat.write(notebook, french)
+        cleaned |= dict(zip((path, french), _clean_pair(path, french)))
+    for path, notebook in cleaned.items():  # after all could be cleaned
+        nbformat.write(notebook, path)
+
+
+def _clean_pair(path: Path, french: Path) -> tuple[nbformat.NotebookNode, nbformat.NotebookNode]:
+    """Return the cleaned notebook, and its French edition: the prose of its own, by the cells' ids."""
+    notebook, other = nbformat.read(path, as_version=4), nbformat.read(french, as_version=4)
+    restore_ids(notebook, other, path)
+    restore_ids(other, notebook, french)
+    notebook = clean(notebook)
+    translated = copy.deepcopy(notebook)
+    prose = {cell.id: cell.source for cell in other.cells if cell.source}
+    for cell in translated.cells:
+        if cell.cell_type == "markdown":
+            if cell.id not in prose:
+                print(f"fr/{path.name}: the cell {cell.id} is still in English: translate it there.")
+            cell.source = prose.get(cell.id, cell.source)
+    return notebook, translated
+
+
+def restore_ids(notebook: nbformat.NotebookNode, other: nbformat.NotebookNode, path: Path) -> None:
+    """Give cells that an editor saved without ids (before nbformat 4.5) those of the other edition, in their order.
+
+    Raises AlpacaError where the two have not the same cells.
+    """
+    if all("id" in cell for cell in notebook.cells):
+        return
+    kinds, others = ([cell.cell_type for cell in each.cells] for each in (notebook, other))
+    if kinds != others or not all("id" in cell for cell in other.cells):
+        what = f"{path} was saved without the cells' ids, and has not the cells of its other edition"
+        raise AlpacaError(f"{what}: add or remove cells in an editor that keeps ids, such as JupyterLab.", "no-ids")
+    for cell, like in zip(notebook.cells, other.cells):
+        cell.id = like.id
+    notebook.nbformat_minor = 5
 
 
 def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -66,7 +95,7 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     kept = {"kernelspec", "accelerator", "colab"}
     notebook.metadata = {key: value for key, value in notebook.metadata.items() if key in kept}
-    notebook.metadata["language_info"] = {"name": "python"}
+    notebook.metadata["language_info"] = {"name": "python", "file_extension": ".py"}
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     for cell in notebook.cells:
         cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
@@ -106,4 +135,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -36,7 +36,7 @@ class ChatBox:
         model: tuned (its adapter makes base and tuned answers from one model in memory) or plain.
         settings: those of `Conversation`: what the box starts with.
 
-    Raises AlpacaError for a setting that does not exist.
+    Raises AlpacaError for a setting that does not exist, or is out of range.
     """
 
     # A thread generates and changes no widget, since updates from threads do not reach Colab's front end. The front
@@ -103,6 +103,7 @@ class ChatBox:
             "seed": widgets.BoundedIntText(description="seed", min=0, max=2**31 - 1, **line),
         }
         for key, knob in self.knobs.items():
+            knob.max, knob.min = max(knob.max, settings[key]), min(knob.min, settings[key])  # it would clamp in silence
             knob.value = settings[key]
         self.path = _Text(value="chat.md", description="save as", **line)
         self.save = widgets.Button(description="Save", **fit)

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from .. import AlpacaError
-from ..generation import stream
+from ..files import replace_file
+from ..generation import check_settings, stream
 from ..prompts import format_prompt
-from ..runs import replace_file
 from .rendering import STYLE, as_html, as_markdown, as_text
 
 DEFAULTS = {"max_new_tokens": 100, "temperature": 0.7, "top_p": 0.9, "top_k": 0, "seed": 0}  # the document's
@@ -65,7 +65,7 @@ class Conversation:
         settings: `compare` (base and tuned on the same question; by default where the model has an adapter) and those
             of `generation.stream`, where they differ from `DEFAULTS`.
 
-    Raises AlpacaError for a setting that does not exist.
+    Raises AlpacaError for a setting that does not exist, or is out of range.
     """
 
     def __init__(self, model, tokenizer, **settings):
@@ -86,15 +86,17 @@ class Conversation:
         if unknown := sorted(set(given) - set(self.settings)):
             known = ", ".join(self.settings)
             raise AlpacaError(f"The chat has no setting {unknown[0]!r}: choose among {known}.", "bad-setting")
-        return self.settings | given
+        settings = self.settings | given
+        check_settings(self.model, **{name: settings[name] for name in DEFAULTS})
+        return settings
 
     def add(self, instruction: str, input: str = "", **settings) -> Exchange:
         """Return the new exchange at the end of the conversation, waiting for its answer.
 
-        Raises AlpacaError for a blank message, or a setting that does not exist.
+        Raises AlpacaError for a blank message, or a setting that does not exist or is out of range.
         """
-        if not instruction.strip():
-            raise AlpacaError("The message is blank: type an instruction.", "blank-message")
+        if not (isinstance(instruction, str) and isinstance(input, str) and instruction.strip()):
+            raise AlpacaError("The message is blank, or no text: type an instruction.", "blank-message")
         settings = self._with(settings)
         replies = [Reply("base"), Reply("tuned")] if settings.pop("compare") else [Reply("tuned")]
         exchange = Exchange(well_formed(instruction), well_formed(input), settings, replies)
@@ -151,7 +153,7 @@ class Conversation:
                 if not mine:
                     path.unlink(missing_ok=True)
                 raise
-        except (OSError, RuntimeError, ValueError) as error:  # such as a home folder of nobody, a null byte
+        except (OSError, RuntimeError, TypeError, ValueError) as error:  # such as a home folder of nobody, a null byte
             reason = getattr(error, "strerror", None) or error
             raise AlpacaError(f"{path} cannot be written ({reason}): choose another name.", "unwritable") from error
         self._saved[path] = content

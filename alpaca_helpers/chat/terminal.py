@@ -1,13 +1,13 @@
 """The same assistant in a terminal: it reads lines, and prints answers as they are written."""
 
 import argparse
-import io
 import signal
 import sys
 
 from .. import AlpacaError
 from ..lora import load_adapter
 from ..models import load_base, load_tokenizer
+from ..parameters import check_parameters
 from ..runs import artifact, read_record, run_folder
 from .conversation import DEFAULTS, Conversation, Exchange, is_exit
 from .rendering import notes, visible
@@ -15,7 +15,7 @@ from .rendering import notes, visible
 
 def talk(conversation: Conversation) -> None:
     """Answer what the user types, until it is exit or ends; Ctrl-C starts the line again."""
-    while True:
+    while sys.stdin:  # None where it was closed
         try:
             line = input("Instruction: ")
             if is_exit(line):
@@ -55,7 +55,7 @@ def print_answer(conversation: Conversation, exchange: Exchange, with_notes: boo
 
 
 def main() -> None:
-    """Talk as the command line says; exit with a sentence where there is no run, or no answer to `--once`."""
+    """Talk as the command line says; raise AlpacaError where there is no run, or no answer to `--once`."""
     parser = argparse.ArgumentParser(
         prog="python -m alpaca_helpers.chat",
         description="Talk to the assistant of a run. Ctrl-C ends an answer; exit, quit or Ctrl-D ends the program.",
@@ -68,19 +68,17 @@ def main() -> None:
         parser.add_argument(f"--{key.replace('_', '-')}", type=type(value), default=value, help=f"({value})")
     settings = vars(parser.parse_args())
     run, once, text = (settings.pop(key) for key in ("run", "once", "input"))
-    for stream in (sys.stdin, sys.stdout, sys.stderr):  # whatever bytes come in or cannot go out
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-    try:
-        folder = run_folder(run, make=False)
-        adapter, training = artifact(folder, "adapter"), read_record(folder, "training")
-        name, revision = training["model"], training["model_revision"]
-        print(f"Loading {name} and {adapter} …", file=sys.stderr, flush=True)
-        model = load_adapter(load_base(name, revision), adapter)
-        conversation = Conversation(model, load_tokenizer(name, revision), **settings)
-        if once is not None:
-            return print_answer(conversation, conversation.add(once, text), with_notes=False)
-        print("The assistant of this run. Type exit to leave.\n")
-        talk(conversation)
-    except AlpacaError as error:
-        sys.exit(str(error))
+    folder = run_folder(check_parameters(run=run), make=False)
+    adapter, made = artifact(folder, "adapter"), read_record(folder, "adapter")
+    name, revision = made["model"], made["model_revision"]
+    print(f"Loading {name} and {adapter} …", file=sys.stderr, flush=True)
+    model = load_adapter(load_base(name, revision), adapter)
+    conversation = Conversation(model, load_tokenizer(name, revision), **settings)
+    if once is not None:
+        exchange = conversation.add(once, text)
+        print_answer(conversation, exchange, with_notes=False)
+        if cut := exchange.replies[0].prompt_cut:
+            print(f"The first {cut} tokens of the question were not read: the model has no room.", file=sys.stderr)
+        return
+    print("The assistant of this run. Type exit to leave.\n")
+    talk(conversation)

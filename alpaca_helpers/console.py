@@ -1,0 +1,40 @@
+"""How a command line ends: one sentence where something is wrong, one line at Ctrl-C, quietly where nobody reads on."""
+
+import io
+import os
+import sys
+from collections.abc import Callable
+
+from . import AlpacaError
+
+
+def run_command(main: Callable[[], None], interrupted: str = "Interrupted.") -> None:
+    """Run `main` and leave with its exit status; an AlpacaError is printed and gives 1, Ctrl-C gives 130.
+
+    What a terminal cannot spell in its encoding is printed as "?".
+
+    Args:
+        interrupted: what is said at Ctrl-C.
+    """
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # None where it was closed
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        main()
+        if sys.stdout:
+            sys.stdout.flush()
+    except AlpacaError as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        print(f"\n{interrupted}", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if sys.stdout:
+            _forget_output()
+        if not isinstance(error, BrokenPipeError):  # who read it has gone: so be it
+            sys.exit(f"{error.strerror}: {error.filename or 'the output cannot be written'}.")
+
+
+def _forget_output() -> None:
+    """Send what is still to be printed nowhere, so that closing it at exit does not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,147 @@
+"""Files written whole or not at all, their checksums, and one sentence where a disk is full."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from . import AlpacaError
+
+CHECKSUMS = "checksums.json"  # in data, a checkpoint and an adapter: the SHA-256 of each file, written last
+NO_SPACE = os.strerror(errno.ENOSPC)
+
+
+@contextmanager
+def atomic_folder(folder: Path, needed: int = 0, checksums: bool = True) -> Iterator[Path]:
+    """Give an empty folder to write to, which takes the place of `folder` if the block does not fail.
+
+    Args:
+        needed: bytes that are to be free.
+        checksums: write those of its files into it, last.
+
+    Raises AlpacaError if the disk is full or cannot be written to; the earlier folder then stays.
+    """
+    part, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
+    if old.exists() and not folder.exists():  # cut between the two renames below
+        old.rename(folder)
+    for leftover in (part, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with check_disk_space(folder, needed):
+        try:
+            part.mkdir(parents=True)
+            yield part
+            if checksums:
+                write_checksums(part)
+            if folder.exists():
+                folder.rename(old)
+            part.rename(folder)
+        finally:
+            if not folder.exists() and old.exists():
+                old.rename(folder)
+            for leftover in (part, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextmanager
+def check_disk_space(folder: Path, needed: int) -> Iterator[None]:
+    """Write to `folder` inside the block, where about `needed` bytes are to be free.
+
+    Raises AlpacaError that says how much room is needed, if there is less or the disk fills up.
+    """
+
+    def free() -> int:
+        return shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
+
+    def disk_full() -> AlpacaError:
+        return AlpacaError(
+            f"The disk under {folder} is full: {needed / 1e6:.1f} MB are needed and {free() / 1e6:.1f} MB are free; "
+            "make room and run this again.",
+            "disk-full",
+        )
+
+    if free() < needed:
+        raise disk_full()
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's error
+        no_space = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or NO_SPACE in str(error)
+        if no_space or free() < needed / 4:
+            raise disk_full() from error
+        if isinstance(error, PermissionError):
+            what = f"{folder} cannot be written ({error.strerror}): take another `run`."
+            raise AlpacaError(what, "run-unwritable") from error
+        raise
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the SHA-256 of each file in the folder into it, last: without them the folder is incomplete."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != CHECKSUMS]
+    write_json(folder / CHECKSUMS, {path.relative_to(folder).as_posix(): _sha256(path) for path in files})
+
+
+def verify_checksums(folder: Path) -> str:
+    """Return what is wrong with a folder ("" if nothing): incomplete, or changed since its checksums were written."""
+    try:
+        saved = dict(json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return "its writing was cut"
+    for name, digest in saved.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _sha256(path) != digest:
+            return f"{name} is damaged"
+    return ""
+
+
+def content_hash(path: Path, pattern: str = "*") -> str:
+    """Return the SHA-256 of a file, or of a folder's own files that match `pattern`; "" where there is neither."""
+    if path.is_dir():
+        listed = "".join(f"{file.name} {_sha256(file)}\n" for file in sorted(path.glob(pattern)) if file.is_file())
+        return hashlib.sha256(listed.encode()).hexdigest()
+    return _sha256(path) if path.is_file() else ""
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file atomically: where that fails, the earlier one stays and OSError is raised."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a run's file atomically; raise AlpacaError where it cannot be written."""
+    try:
+        replace_file(path, text.encode())
+    except OSError as error:
+        raise AlpacaError(
+            f"{path} cannot be written ({error.strerror}): make room, or take another `run`.", "run-unwritable"
+        ) from error
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a run's JSON file atomically; errors as in `write_text`."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, remedy: str) -> dict:
+    """Return the content of a run's JSON file; raise AlpacaError with what to do where it is broken."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise AlpacaError(f"{path} is broken ({error}): {remedy}.", "json-broken") from error
