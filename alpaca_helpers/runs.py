@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -23,7 +24,7 @@ PRODUCERS = {  # the notebook that makes each artifact
 }
 LOCKED = "ALPACA_LOCKED_RUN"  # environment variable: the run whose lock a process holds, for those that it starts
 PARTS = {"data", "training", "adapter", "notebooks"}  # of a manifest
-TYPES = {  # of what is read from a manifest's record
+TYPES: dict[str, Any] = {  # of what is read from a manifest's record
     **dict.fromkeys(("name", "model", "dataset", "recipe", "fingerprint", "sha256"), str),
     **dict.fromkeys(("max_length", "seed", "lora_rank"), int),
     **dict.fromkeys(("learning_rate", "num_train_epochs"), (int, float)),

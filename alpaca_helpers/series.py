@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import papermill
@@ -62,18 +63,16 @@ def run_series(parameters: dict[str, object], notebooks: Sequence[Path] | None =
 
     Raises AlpacaError with the sentence of the cell that failed.
     """
-    parameters = dict(parameters)
-    for name, value in parameters.items():
-        parameters[name] = check_parameters(**{name: value})
-    profile = choose_profile(parameters.get("profile", "auto"), parameters.get("model"), parameters.get("dataset"))
-    parameters |= {"profile": profile.name, "run": parameters.get("run") or profile.name}
-    folder = run_folder(parameters["run"])
+    chosen: dict[str, Any] = {name: check_parameters(**{name: value}) for name, value in parameters.items()}
+    profile = choose_profile(chosen.get("profile", "auto"), chosen.get("model"), chosen.get("dataset"))
+    chosen |= {"profile": profile.name, "run": chosen.get("run") or profile.name}
+    folder = run_folder(chosen["run"])
     sources = [
         *sorted(Path(__file__).parent.rglob("*.py")),
         *(locate(path) for path in (profile.model, profile.dataset, profile.heldout) if path),
     ]
     with lock_run(folder), check_disk_space(folder, needed=2_000_000):
-        _execute(notebooks or NOTEBOOKS, parameters, folder, _hash(*map(content_hash, sources)))
+        _execute(notebooks or NOTEBOOKS, chosen, folder, _hash(*map(content_hash, sources)))
     return folder
 
 

@@ -210,9 +210,9 @@ def record_result(folder: Path, trainer: Trainer) -> None:
     """Write into the run's manifest what made the adapter, and what it came to; and the adapter's model card."""
     history = trainer.state.log_history
     last = {name: entry[name] for entry in history for name in ("loss", "eval_loss") if name in entry}
-    made = {"result": {"steps": trainer.state.global_step, **last}}
-    made["sha256"] = content_hash(artifact(folder, "adapter"), "*.safetensors")
-    write_record(folder, "adapter", trainer.record | made)
+    result = {"steps": trainer.state.global_step, **last}
+    sha256 = content_hash(artifact(folder, "adapter"), "*.safetensors")
+    write_record(folder, "adapter", trainer.record | {"result": result, "sha256": sha256})
     write_card(folder)
 
 
@@ -299,8 +299,8 @@ def main() -> None:
     settings = inspect.signature(make_trainer).parameters
     for name in settings.keys() - {"folder"}:
         default = {None: "the profile's", ("c_attn",): "c_attn"}.get(settings[name].default, settings[name].default)
-        several = {"nargs": "+"} if name == "target_modules" else {}
-        parser.add_argument(f"--{name.replace('_', '-')}", help=f"({default})", **several)
+        several = "+" if name == "target_modules" else None
+        parser.add_argument(f"--{name.replace('_', '-')}", nargs=several, help=f"({default})")
     options = vars(parser.parse_args())
     if not (run := options.pop("folder") or options.pop("run")):
         parser.error("which RUN? Give its name, or a path to its folder")

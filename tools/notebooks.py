@@ -50,7 +50,7 @@ def refresh() -> None:
 
 def clean_all() -> None:
     """Clean the notebooks in place, and bring code and outputs of the French edition up to date."""
-    cleaned = {}
+    cleaned: dict[Path, nbformat.NotebookNode] = {}
     for path in NOTEBOOKS:
         french = path.parent / "fr" / path.name
         cleaned |= dict(zip((path, french), _clean_pair(path, french)))
