@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
 from . import AlpacaError
@@ -19,6 +20,7 @@ def run_command(main: Callable[[], None], interrupted: str = "Interrupted.") -> 
     for stream in (sys.stdin, sys.stdout, sys.stderr):  # None where it was closed
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft 0.21 asks for it by its old name
     try:
         main()
         if sys.stdout:

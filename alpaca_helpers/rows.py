@@ -30,6 +30,7 @@ OTHER_NAMES = {  # what others call our columns
     **dict.fromkeys(("response", "answer", "completion"), "output"),
     "context": "input",
 }
+REPEATED = "text"  # in Alpaca's files: the other columns in one
 CONVERSATIONS = {"messages", "conversations", "conversation"}
 
 # A pinned dataset by its commit: its one file, columns and rows.
@@ -213,7 +214,7 @@ def check_rows(rows: Iterable[dict], source: str) -> Iterator[dict]:
             checked["input"] = ""
         if not checked["instruction"].strip() and checked["input"].strip():
             checked["instruction"], checked["input"] = checked["input"], ""
-        unused.update(column for column in row if column not in COLUMNS and row[column])
+        unused.update(column for column in row if column not in (*COLUMNS, REPEATED) and row[column])
         yield checked
     if not number:
         raise AlpacaError(f"{source} has no rows: check that the file is whole.")
