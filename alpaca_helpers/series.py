@@ -21,7 +21,7 @@ from .parameters import check_parameters
 from .profiles import choose_profile
 from .runs import PRODUCERS, artifact_hash, lock_run, read_manifest, read_metrics, run_folder, write_record
 
-QUIET = ["--log-level=ERROR"]  # ipykernel warns at each start that its local sockets are not encrypted
+QUIET = ["--log-level=CRITICAL"]  # ipykernel warns of its local sockets, and tells at length of an interrupt
 NAMES = ("01_base_model", "02_dataset_and_tokenizer", "03_lora_finetuning", "04_comparison_and_chat")
 NOTEBOOKS = [project_folder() / "notebooks" / f"{name}.ipynb" for name in NAMES]
 
