@@ -72,6 +72,15 @@ def test_two_processes_train_as_one_and_resume_after_one_is_killed(run, tmp_path
     assert json.loads((folder / "manifest.json").read_text())["training"]["processes"] == 2
 
 
+def test_a_refusal_is_printed_once_and_names_the_commands_own_flags(run):
+    failed = torchrun("-m", "alpaca_helpers.training", str(run), "--batch-size", "9")
+    assert failed.returncode != 0
+    sentence = "A batch of 9 rows cannot be shared by 2 processes: choose a --batch-size that 2 divides."
+    assert failed.stderr.count(sentence) == 1 and "in <module>\n    main()" not in failed.stderr
+    failed = torchrun("-m", "alpaca_helpers.training", str(run), "--lora-dropout", "1")
+    assert failed.stderr.count("The parameter `lora_dropout` is '1'") == 1
+
+
 def test_the_command_names_the_missing_notebook(tmp_path):
     command = [sys.executable, "-m", "alpaca_helpers.training", "--run", str(tmp_path / "none")]
     failed = subprocess.run(command, env=ENVIRONMENT, cwd=PROJECT, capture_output=True, text=True)

@@ -3,7 +3,13 @@ import pytest
 import yaml
 from conftest import PROJECT
 
-from alpaca_helpers.prompts import format_answer, format_example, format_prompt, parse_answer
+from alpaca_helpers.prompts import encode, format_answer, format_example, format_prompt, parse_answer
+
+
+def test_a_text_longer_than_the_models_positions_is_no_warning(pocket_tokenizer, caplog, capfd):
+    (ids,) = encode(["word " * 2000], pocket_tokenizer)
+    assert len(ids) > pocket_tokenizer.model_max_length
+    assert not caplog.records and capfd.readouterr().err == ""
 
 
 def test_prompt_is_the_documents():

@@ -409,6 +409,20 @@ def test_the_card_holds_prompt_recipe_losses_licence_and_no_path(finished):
     assert "| stop_rate | 0 | 0.95 |" in (folder / "adapter" / "README.md").read_text()
 
 
+def test_the_cards_lines_load_the_adapter_from_any_folder(finished, tmp_path, monkeypatch):
+    folder, _ = finished
+    text = (folder / "adapter" / "README.md").read_text()
+    lines = text.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    exec(lines.replace('"this folder"', repr(str(folder / "adapter"))), namespace)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.inference_mode():
+        wanted = load_adapter(models.load_base(str(folder / "base")), folder / "adapter")(ids).logits
+        torch.testing.assert_close(namespace["model"](ids).logits, wanted)
+    assert namespace["tokenizer"]("a").input_ids == byte_tokenizer()("a").input_ids
+
+
 def test_merged_weights_give_the_adapters_logits_without_peft(finished):
     folder, _ = finished
     from transformers import AutoModelForCausalLM, AutoTokenizer
