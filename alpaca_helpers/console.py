@@ -1,6 +1,7 @@
 """How a command line ends: one sentence where something is wrong, one line at Ctrl-C, quietly where nobody reads on."""
 
 import io
+import logging
 import os
 import sys
 import warnings
@@ -21,6 +22,7 @@ def run_command(main: Callable[[], None], interrupted: str = "Interrupted.") -> 
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft 0.21 asks for it by its old name
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it would tell of each task that Ctrl-C has cut
     try:
         main()
         if sys.stdout:
