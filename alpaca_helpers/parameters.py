@@ -100,12 +100,7 @@ def check_parameters(**given):
             known = ", ".join(sorted(Parameters.model_fields))
             what = f"No notebook has a parameter {name!r}: choose among {known}."
             raise AlpacaError(what, "unknown-parameter") from error
-        reason = re.sub("^Value error, |^(Input|String) (?=should)", "", first["msg"])
-        what = (
-            f"The parameter `{name}` is {value}: it {reason}."
-            if reason.startswith("should")
-            else (f"The parameter `{name}` is {value}: {reason}.")
-        )
-        raise AlpacaError(what, "bad-parameter") from error
+        reason = re.sub("^(Input|String) should", "it should", first["msg"].removeprefix("Value error, "))
+        raise AlpacaError(f"The parameter `{name}` is {value}: {reason}.", "bad-parameter") from error
     values = [getattr(checked, name) for name in given]
     return values[0] if len(values) == 1 else values

@@ -81,7 +81,8 @@ def _execute(notebooks: Sequence[Path], parameters: dict[str, object], folder: P
     done = read_manifest(folder).get("notebooks")
     done = done if isinstance(done, dict) else {}
     for number, notebook in enumerate(notebooks, 1):
-        chosen = {key: value for key, value in parameters.items() if key in notebook_parameters(notebook)}
+        known = notebook_parameters(notebook)
+        chosen = {key: value for key, value in parameters.items() if key in known}
         inputs = _hash(inputs, _cells(notebook), json.dumps(chosen, sort_keys=True))
         executed, made = folder / notebook.name, [name for name, by in PRODUCERS.items() if by == notebook.stem]
         unchanged = executed.exists() and done.get(notebook.stem) == [inputs, *_left(folder, made)]
