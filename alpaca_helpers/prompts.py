@@ -57,7 +57,7 @@ def add_template(tokenizer) -> None:
     begin = "".join(tokenizer.convert_ids_to_tokens(ids[: len(ids) - len(bare)]))
     if begin and tokenizer(begin + prompt, add_special_tokens=False).input_ids != ids:
         begin += " "  # some put a space before a text, but not before what follows a special token
-    tokenizer.split_special_tokens = not begin
+    tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = not begin  # the second is saved
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special and begin}
     head, tail = format_prompt("\0").split("\0")
     head, tail, listed = (json.dumps(value, ensure_ascii=False) for value in (begin + head, tail, sorted(special)))
