@@ -1,5 +1,6 @@
 """The base model and its tokenizer: a folder ready for `from_pretrained`, and the device they run on."""
 
+import inspect
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -109,6 +110,9 @@ def _checked(folder: Path) -> Path:
     if (folder / "adapter_config.json").exists():  # from_pretrained would ask the Hub for its base
         what = f"The model in {folder} is an adapter: pass the base model that its adapter_config.json names."
         raise AlpacaError(what, "model-unsuited")
+    if any(folder.glob("*.gguf")) and not (folder / "config.json").exists():
+        what = f"The model in {folder} is there as GGUF alone: choose its repository with config.json and safetensors."
+        raise AlpacaError(what, "model-unsuited")
     part = "config"
     try:
         config = AutoConfig.from_pretrained(folder, **FOLDER_ONLY)
@@ -132,7 +136,8 @@ def _checked(folder: Path) -> Path:
                 logging.set_verbosity(logging.CRITICAL)
                 logging.disable_progress_bar()
                 # on the meta device it compares the files' headers with the model, and reads no weight
-                _, info = AutoModelForCausalLM.from_pretrained(folder, device_map="meta", **settings, **FOLDER_ONLY)
+                model, info = AutoModelForCausalLM.from_pretrained(folder, device_map="meta", **settings, **FOLDER_ONLY)
+            suited = "past_key_values" in inspect.signature(model.forward).parameters  # what answers are decoded with
             room, limit = config.get_text_config().vocab_size, positions(config)
             if len(tokenizer) > room:
                 raise ValueError(f"it has room for {room} tokens, and its tokenizer has {len(tokenizer)}")
@@ -146,6 +151,7 @@ def _checked(folder: Path) -> Path:
         what = f"The {part} of the model in {folder} cannot be loaded ({first_line(error)}): {remedy}."
         raise AlpacaError(what, "model-broken") from error
     if not suited:
-        what = f"The model in {folder} ({config.model_type}) does not continue text: choose a decoder-only one."
+        what = f"The model in {folder} ({config.model_type}) does not continue text with attention to what came before"
+        what += ": choose a decoder-only Transformer."
         raise AlpacaError(what, "model-unsuited")
     return folder

@@ -14,7 +14,7 @@ from jinja2.exceptions import TemplateError
 from matplotlib import pyplot as plt
 from peft import get_peft_model
 from test_any_rows import ENGLISH, execute, made_of
-from tiny_models import HYBRID, MODELS, save, tiny
+from tiny_models import MODELS, OTHERS, save, tiny
 from tiny_run import save_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, pipeline
 from transformers.pytorch_utils import Conv1D
@@ -35,7 +35,7 @@ from alpaca_helpers.training import AnswerTrainer
 
 QUESTIONS = ["Hi", "What is the capital of France, and of Spain?", "Name it.", "Tell me who wrote this book of old."]
 ROWS = made_of(ENGLISH, 4)
-ANYWHERE = [*MODELS, *HYBRID]
+ANYWHERE = [*MODELS, *OTHERS]
 WITH_BOS = ("llama", "opt", "gemma")
 
 
@@ -129,7 +129,7 @@ def test_marker_text_stays_text_in_every_way(kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "roles", [[], ["assistant"], ["system", "user"], ["user", "assistant"], ["user", "assistant", "user"]]
+    "roles", [["assistant"], ["system", "user"], ["user", "assistant"], ["user", "assistant", "user"]]
 )
 def test_the_template_takes_one_message_of_a_user(roles, tmp_path):
     model, tokenizer = adapted("gpt2")
@@ -355,12 +355,11 @@ def test_a_model_that_keeps_no_cache_of_attention_is_refused(tmp_path):
     config = MambaConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, state_size=4)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    refused(tmp_path, "mamba")
+    refused(tmp_path, "mamba.*decoder-only")
 
 
-def test_a_model_without_positions_has_no_limit(folders):
-    base, tokenizer = tiny("llama")
-    del base.config.max_position_embeddings
+def test_a_model_without_positions_has_no_limit():
+    base, tokenizer = tiny("bloom")
     assert positions(base.config) > 1e9
     assert generate(base, tokenizer, ["Hi " * 400], max_new_tokens=2)[0].prompt_cut == 0
 

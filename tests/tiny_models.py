@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BloomConfig,
     GemmaConfig,
     GemmaTokenizer,
     GenerationConfig,
@@ -106,8 +107,11 @@ MODELS: dict[str, tuple[Callable, Callable, dict]] = {  # configuration, tokeniz
     "opt": (OPTConfig, opt_tokenizer, SHAPE | {"ffn_dim": 64, "word_embed_proj_dim": 32}),
     "gemma": (GemmaConfig, gemma_tokenizer, GROUPED),
 }
+PLACELESS = {"hidden_size": 32, "n_layer": 2, "n_head": 2, "hidden_dropout": 0.1}
 SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
-HYBRID = {  # Gemma's later ones look back a few tokens only in some of their layers
+OTHERS = {
+    "bloom": (BloomConfig, neox_tokenizer, PLACELESS),  # without positions, so without a limit
+    # look back a few tokens only in some of their layers
     "gemma2": (Gemma2Config, gemma_tokenizer, GROUPED | SLIDING),
     "gemma3": (Gemma3TextConfig, gemma_tokenizer, GROUPED | SLIDING),
 }
@@ -115,11 +119,12 @@ HYBRID = {  # Gemma's later ones look back a few tokens only in some of their la
 
 def tiny(kind: str, **changes):
     """Return a random model, with weights large enough for its answers to differ, and its tokenizer."""
-    make_config, make_tokenizer, shape = (MODELS | HYBRID)[kind]
+    make_config, make_tokenizer, shape = (MODELS | OTHERS)[kind]
     tokenizer = make_tokenizer()
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    more = {"vocab_size": len(tokenizer), "initializer_range": 0.2, "max_position_embeddings": 256} | ids
-    config = make_config(**shape | more | changes)
+    more = {"vocab_size": len(tokenizer), "initializer_range": 0.2} | ids
+    limit = {} if kind in ("gpt2", "bloom") else {"max_position_embeddings": 256}
+    config = make_config(**shape | more | limit | changes)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     if kind in ("qwen2", "qwen3"):  # as the published ones have it
