@@ -403,4 +403,4 @@ def test_the_four_notebooks_run_on_it(kind, folders, tmp_path, monkeypatch, caps
         generate(model, tokenizer, [format_prompt("Name a bird.")], side=side, max_new_tokens=12)
         for side in ("base", "tuned")
     ]
-    assert [before, after] == [answers[0].text for answers in sides]
+    assert [before, after] == [answers[0].text.rstrip("\ufffd") for answers in sides]  # half a character is not shown

@@ -51,6 +51,7 @@ def test_profiles_and_torchruns_settings_are_within_the_ranges():
         ("target_modules", ["c_attn", "c_proj"], ["c_attn", "c_proj"]),
         ("target_modules", "all-linear", "all-linear"),
         ("target_modules", ["all-linear"], "all-linear"),
+        ("target_modules", None, None),  # what peft knows for the model
         ("learning_rate", "3e-4", 3e-4),  # YAML reads 3e-4 as text
         ("learning_rate", None, None),
         ("lora_dropout", ".05", 0.05),
