@@ -86,7 +86,7 @@ def test_what_spells_a_value_is_that_value(name, given, value):
         "lora_rank": [0, True, 8.5],
         "lora_alpha": [0],
         "lora_dropout": [1.0, -0.1, math.nan],
-        "target_modules": [[], "", [""], ["a", 1], 3, None],
+        "target_modules": [[], "", [""], ["a", 1], 3],
         "seed": [-1, 2**40, "text"],
         "model": [True, "", "a" * 5000, ["a"]],
         "dataset": [123, ""],
