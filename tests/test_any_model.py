@@ -12,7 +12,7 @@ import torch
 from conftest import PROJECT
 from jinja2.exceptions import TemplateError
 from matplotlib import pyplot as plt
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 from test_any_rows import ENGLISH, execute, made_of
 from tiny_models import MODELS, OTHERS, save, tiny
 from tiny_run import save_adapter
@@ -31,7 +31,7 @@ from alpaca_helpers.prompts import encode, format_prompt
 from alpaca_helpers.runs import read_metrics
 from alpaca_helpers.series import NOTEBOOKS
 from alpaca_helpers.speedups import faster_training
-from alpaca_helpers.training import AnswerTrainer
+from alpaca_helpers.training import AnswerTrainer, make_trainer
 
 QUESTIONS = ["Hi", "What is the capital of France, and of Spain?", "Name it.", "Tell me who wrote this book of old."]
 ROWS = made_of(ENGLISH, 4)
@@ -389,6 +389,12 @@ def test_the_four_notebooks_run_on_it(kind, folders, tmp_path, monkeypatch, caps
     assert "This training is finished" in capsys.readouterr().out
     metrics = read_metrics(tmp_path / "run")
     assert metrics["n"] and metrics["tuned"]["answer_loss"] < metrics["base"]["answer_loss"]
+
+    trainer = make_trainer(tmp_path / "run", num_train_epochs=1, batch_size=4)  # as torchrun does
+    trainer.args.output_dir = str(tmp_path / "again")
+    assert trainer.train().training_loss > 0
+    saved, made = PeftConfig.from_pretrained(tmp_path / "run" / "adapter"), trainer.model.active_peft_config
+    assert (saved.target_modules, saved.fan_in_fan_out) == (made.target_modules, made.fan_in_fan_out)
 
     base, tokenizer = load_base(str(folders(kind))), load_tokenizer(str(folders(kind)))
     model = load_adapter(base, tmp_path / "run" / "adapter")
