@@ -106,7 +106,7 @@ def tokenize(batch: dict[str, list[str]], tokenizer, recipe: str = "answers", ma
 
     Prompt and answer are tokenized apart, so that training sees the very prompt ids that generation will. Labels are
     `IGNORED` where the recipe learns nothing; an answer cut at `max_length` has no end-of-text token. Without
-    `dynamic-padding` rows are padded to `max_length` with the end-of-text token, under an `attention_mask`, as in the
+    `dynamic-padding` rows are padded to `max_length` with the padding token, under an `attention_mask`, as in the
     document.
 
     Args:
@@ -117,10 +117,10 @@ def tokenize(batch: dict[str, list[str]], tokenizer, recipe: str = "answers", ma
     """
     if recipe not in RECIPES:
         raise AlpacaError(f"There is no recipe {recipe!r}: choose {', '.join(RECIPES)}.", "unknown-recipe")
-    features, eos = RECIPES[recipe], tokenizer.eos_token_id
+    features, eos, pad = RECIPES[recipe], tokenizer.eos_token_id, tokenizer.pad_token_id
     inputs = batch["input"] if "input" in features else [""] * len(batch["instruction"])
     prompts = encode([format_prompt(*pair) for pair in zip(batch["instruction"], inputs)], tokenizer)
-    answers = encode([format_answer(output) for output in batch["output"]], tokenizer)
+    answers = encode([format_answer(output) for output in batch["output"]], tokenizer, add_special_tokens=False)
     if "eos" in features:
         answers = [answer + [eos] for answer in answers]
     rows = [(prompt + answer)[:max_length] for prompt, answer in zip(prompts, answers)]
@@ -130,7 +130,7 @@ def tokenize(batch: dict[str, list[str]], tokenizer, recipe: str = "answers", ma
         return {"input_ids": rows, "labels": labels}
     padding = [max_length - len(row) for row in rows]
     return {
-        "input_ids": [row + [eos] * n for row, n in zip(rows, padding)],
+        "input_ids": [row + [pad] * n for row, n in zip(rows, padding)],
         "attention_mask": [[1] * len(row) + [0] * n for row, n in zip(rows, padding)],
         "labels": [label + [IGNORED] * n for label, n in zip(labels, padding)],
     }

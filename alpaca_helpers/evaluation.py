@@ -11,6 +11,7 @@ from . import AlpacaError
 from .data import question_key
 from .generation import Answer, adapter_scalings, generate, only_forward
 from .metrics import METRICS, chrf, contains, echoes, exact_match, repetition, rouge_l
+from .models import positions
 from .prompts import encode, format_answer, format_prompt
 
 RESAMPLES = 2000  # of the bootstrap
@@ -82,10 +83,11 @@ def answer_losses(model, tokenizer, rows: Sequence[dict], side: str = "tuned", b
 
     Returns an array (rows, 3).
     """
-    positions, eos = model.config.max_position_embeddings, tokenizer.eos_token_id
+    limit, eos = positions(model.config), tokenizer.eos_token_id
     prompts = encode([format_prompt(row["instruction"], row["input"]) for row in rows], tokenizer)
-    answers = [ids[: positions - 1] for ids in encode([format_answer(row["output"]) for row in rows], tokenizer)]
-    ids = [prompt[-(positions - len(answer)) :] + answer for prompt, answer in zip(prompts, answers)]
+    answers = encode([format_answer(row["output"]) for row in rows], tokenizer, add_special_tokens=False)
+    answers = [ids[: limit - 1] for ids in answers]
+    ids = [prompt[-(limit - len(answer)) :] + answer for prompt, answer in zip(prompts, answers)]
     result = np.zeros((len(rows), 3))
     order = sorted(range(len(rows)), key=lambda index: len(ids[index]))
     for start in range(0, len(rows), batch_size):

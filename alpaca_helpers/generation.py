@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import DynamicCache
 
 from . import AlpacaError
+from .models import positions
 from .prompts import encode, parse_answer
 
 _FORWARD = threading.Lock()  # while a forward switches adapters off, no other thread may use the model
@@ -23,7 +24,7 @@ class Answer:
 
     text: str
     tokens: int  # written, without the end-of-text token
-    stopped: bool  # it wrote the end-of-text token; else it was cut, or goes on
+    stopped: bool  # it wrote an end-of-text token; else it was cut, or goes on
     prompt_cut: int  # tokens dropped from the front of a prompt too long for the model's positions
 
 
@@ -47,6 +48,12 @@ def generate(
         *_, rows = _decode(model, tokenizer, [prompts[i] for i in chosen], [side] * len(chosen), **settings)
         answers.update(zip(chosen, _answers(tokenizer, rows)))
     return [answers[index] for index in range(len(prompts))]
+
+
+def end_tokens(model, tokenizer) -> set[int]:
+    """Return the ids that end an answer: the tokenizer's end of text, and those that the model's own settings name."""
+    named = model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
 
 
 def stream(
@@ -84,11 +91,11 @@ def _decode(
     model, tokenizer, prompts, sides, *, max_new_tokens=80, seed=0, temperature=0.0, top_k=0, top_p=1.0
 ) -> Iterator[list[_Row]]:
     """Yield all rows after each step, in which every unfinished one gets a token."""
-    positions, eos, device = model.config.max_position_embeddings, tokenizer.eos_token_id, model.device
+    eos, ends, device = tokenizer.eos_token_id, end_tokens(model, tokenizer), model.device
     check_settings(model, max_new_tokens, seed, temperature, top_k, top_p)
     if unknown := set(sides) - {"base", "tuned"}:
         raise AlpacaError(f"There is no side {sorted(unknown)[0]!r} of a model: choose base or tuned.", "bad-setting")
-    ids, room = encode(list(prompts), tokenizer), positions - max_new_tokens
+    ids, room = encode(list(prompts), tokenizer), positions(model.config) - max_new_tokens
     kept = [row[-room:] or [eos] for row in ids]
     cuts = [max(0, len(row) - room) for row in ids]
     rows = [_Row(side, cut, torch.Generator().manual_seed(seed)) for side, cut in zip(sides, cuts, strict=True)]
@@ -112,7 +119,7 @@ def _decode(
         if logits.isnan().any():
             raise AlpacaError("The model's output is not a number: load it in float32, or train its adapter again.")
         for row, token in zip(left, _next_tokens(logits, [row.random for row in left], temperature, top_k, top_p)):
-            row.stopped = token == eos
+            row.stopped = token in ends
             if not row.stopped:
                 row.written.append(token)
         yield rows
@@ -130,7 +137,7 @@ def _decode(
 
 def check_settings(model, max_new_tokens, seed, temperature, top_k, top_p) -> None:
     """Raise AlpacaError for a setting of `stream` that is out of range for the model, or no number."""
-    large, lengths = range(2**63), range(1, model.config.max_position_embeddings)
+    large, lengths = range(2**63), range(1, positions(model.config))
     whole = {"max_new_tokens": (max_new_tokens, lengths), "top_k": (top_k, large), "seed": (seed, large)}
     for name, (value, allowed) in whole.items():
         if type(value) is not int or value not in allowed:

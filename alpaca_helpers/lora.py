@@ -1,5 +1,6 @@
 """LoRA: its configuration, and adapters saved, loaded and merged so that a wrong one is noticed."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -8,13 +9,17 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN_TARGETS
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import AutoTokenizer, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from . import AlpacaError, portable
 from .files import atomic_folder, verify_checksums, write_json
+from .generation import end_tokens
 from .hub import first_line
+from .prompts import add_template
 
 WEIGHTS, PICKLE, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 TOKENIZER_BYTES = 5_000_000  # room that a tokenizer takes on disk; GPT-2's is 3.6 MB
@@ -24,21 +29,27 @@ REMEDY = "load the base it was trained on, or run notebook 03 again"
 
 
 def lora_config(
-    r: int = 8, lora_alpha: int = 16, lora_dropout: float = 0.1, target_modules: Sequence[str] | str = ("c_attn",)
+    r: int = 8,
+    lora_alpha: int = 16,
+    lora_dropout: float = 0.1,
+    target_modules: Sequence[str] | str | None = None,
+    fan_in_fan_out: bool = True,
 ) -> LoraConfig:
-    """Return the document's LoRA configuration: low-rank updates of GPT-2's attention projections.
+    """Return the document's LoRA configuration: low-rank updates of the attention's projections.
 
     Args:
-        target_modules: names of layers, or `all-linear`.
+        target_modules: names of layers, or `all-linear`; None: those that peft knows for the architecture, GPT-2's
+            being `c_attn`.
+        fan_in_fan_out: the base keeps its weights as (inputs, outputs), GPT-2's `Conv1D`; False for torch's `Linear`.
     """
     return LoraConfig(
         r=r,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
-        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
+        target_modules=list(target_modules) if isinstance(target_modules, (list, tuple)) else target_modules,
         bias="none",
         task_type=TaskType.CAUSAL_LM,
-        fan_in_fan_out=True,  # GPT-2's Conv1D keeps its weight as (inputs, outputs)
+        fan_in_fan_out=fan_in_fan_out,
     )
 
 
@@ -46,7 +57,8 @@ def lora_config(
 def adapter_folder(folder: Path, model: PeftModel, base_name: str) -> Iterator[Path]:
     """Give a folder to save adapter and tokenizer to, which takes the place of `folder` if all of it was written.
 
-    When the block ends, the folder also gets the hash of the base's weights and the checksums of its files.
+    When the block ends, the saved tokenizer gets the prompt as its chat template, and the folder the hash of the base's
+    weights and the checksums of its files.
 
     Args:
         base_name: what the adapter names as its base: a name on the Hub or a portable path.
@@ -56,22 +68,30 @@ def adapter_folder(folder: Path, model: PeftModel, base_name: str) -> Iterator[P
     weights = 4 * sum(value.numel() for value in model.parameters() if value.requires_grad)
     with atomic_folder(folder, needed=weights + TOKENIZER_BYTES) as part:
         yield part
+        saved = AutoTokenizer.from_pretrained(part)
+        add_template(saved)
+        saved.save_pretrained(part)
         (part / "README.md").unlink(missing_ok=True)  # peft's, with this machine's paths
         config = json.loads((part / CONFIG).read_text(encoding="utf-8"))
         write_json(part / CONFIG, config | {"base_model_name_or_path": portable(base_name)})
         write_json(part / BASE, {"sha256": base_hash(model)})
 
 
-def check_targets(base, target_modules: Sequence[str] | str) -> None:
+def check_targets(base, target_modules: Sequence[str] | str | None) -> None:
     """Raise AlpacaError unless each of `target_modules` names linear layers of `base` inside its blocks.
+
+    None stands for those that peft knows for the architecture; an error where it knows none.
 
     The output layer is refused: its matrix is the embedding's too in GPT-2, and would be changed in one place only.
     """
     head = base.get_output_embeddings()
     inside = [name for name, layer in base.named_modules() if isinstance(layer, LINEAR) and layer is not head]
-    for target in [] if target_modules == "all-linear" else target_modules:
+    known = ", ".join(sorted({name.rpartition(".")[2] for name in inside}))
+    if target_modules is None and base.config.model_type not in KNOWN_TARGETS:
+        what = f"peft knows no `target_modules` for {base.name_or_path} ({base.config.model_type})"
+        raise AlpacaError(f"{what}: choose among {known}, or all-linear.", "bad-target")
+    for target in [] if target_modules in (None, "all-linear") else target_modules:
         if not any(name == target or name.endswith(f".{target}") for name in inside):
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in inside}))
             what = f"LoRA cannot correct `{target}` in {base.name_or_path}: choose `target_modules` among {known}"
             raise AlpacaError(f"{what}, or all-linear.", "bad-target")
 
@@ -152,11 +172,22 @@ def _shapes(base, config: PeftConfig) -> dict[str, tuple[int, ...]]:
 def save_merged(base, tokenizer, adapter: Path, folder: Path) -> None:
     """Write `base` with the adapter's correction added to its weights: a plain model that needs no peft.
 
+    Its generation settings are the end and padding tokens alone, without the base's sampling; its tokenizer has the
+    prompt as chat template.
+
     Args:
         base: a fresh base model; it is changed. In float32 the merged logits equal the adapter's to 1e-4.
     """
     merged = load_adapter(base, adapter).merge_and_unload()
+    ends = sorted(end_tokens(base, tokenizer))
+    merged.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=ends if len(ends) > 1 else ends[0],
+        pad_token_id=tokenizer.pad_token_id,
+    )
     size = sum(value.numel() * value.element_size() for value in merged.parameters())
     with atomic_folder(folder, needed=size + TOKENIZER_BYTES) as part:
         merged.save_pretrained(part)
-        tokenizer.save_pretrained(part)
+        prompting = copy.deepcopy(tokenizer)
+        add_template(prompting)
+        prompting.save_pretrained(part)

@@ -1,5 +1,6 @@
 """The base model and its tokenizer: a folder ready for `from_pretrained`, and the device they run on."""
 
+import inspect
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -36,6 +37,11 @@ def base_dtype() -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def positions(config) -> int:
+    """Return how many tokens a model of this configuration looks at: a very large number where it has no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31 - 1
+
+
 def fetch_model(name: str, revision: str | None = None) -> Path:
     """Return the absolute folder of a base model, ready for `from_pretrained`; downloaded only if it is not here.
 
@@ -61,9 +67,9 @@ def fetch_model(name: str, revision: str | None = None) -> Path:
 
 def check_length(folder: Path, tokens: int) -> None:
     """Raise AlpacaError if the model in the folder cannot look at so many tokens, prompt and answer together."""
-    positions = AutoConfig.from_pretrained(folder, **FOLDER_ONLY).max_position_embeddings
-    if tokens > positions:
-        what = f"The model in {folder} looks at {positions} tokens at most, and {tokens} are asked for"
+    limit = positions(AutoConfig.from_pretrained(folder, **FOLDER_ONLY))
+    if tokens > limit:
+        what = f"The model in {folder} looks at {limit} tokens at most, and {tokens} are asked for"
         raise AlpacaError(f"{what}: choose a smaller `max_length` or `max_new_tokens`, or another model.", "too-long")
 
 
@@ -76,12 +82,14 @@ def check_weights(model: PreTrainedModel) -> None:
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a base model, padding with its end-of-text token as the document does.
+    """Return the tokenizer of a base model; where it has no padding token, the end-of-text token is that too.
 
     Arguments and errors as in `fetch_model`.
     """
     tokenizer = AutoTokenizer.from_pretrained(fetch_model(name, revision), **FOLDER_ONLY)
-    tokenizer.pad_token, tokenizer.name_or_path = tokenizer.eos_token, name
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.name_or_path = name
     return tokenizer
 
 
@@ -102,6 +110,9 @@ def _checked(folder: Path) -> Path:
     if (folder / "adapter_config.json").exists():  # from_pretrained would ask the Hub for its base
         what = f"The model in {folder} is an adapter: pass the base model that its adapter_config.json names."
         raise AlpacaError(what, "model-unsuited")
+    if any(folder.glob("*.gguf")) and not (folder / "config.json").exists():
+        what = f"The model in {folder} is there as GGUF alone: choose its repository with config.json and safetensors."
+        raise AlpacaError(what, "model-unsuited")
     part = "config"
     try:
         config = AutoConfig.from_pretrained(folder, **FOLDER_ONLY)
@@ -112,6 +123,10 @@ def _checked(folder: Path) -> Path:
             tokenizer = AutoTokenizer.from_pretrained(folder, **FOLDER_ONLY)
             if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # the loader makes an empty one in silence
                 raise ValueError("tokenizer.json is missing")
+            if tokenizer.eos_token_id is None:
+                raise ValueError("it has no end-of-text token, eos_token")
+            if tokenizer("a").input_ids[-1:] != tokenizer("a", add_special_tokens=False).input_ids[-1:]:
+                raise ValueError("it puts a token after every text, so after a prompt too: set add_eos_token to false")
             part = "weights"
             settings = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
             with ExitStack() as after:  # without the loader's progress bar and its report
@@ -121,11 +136,13 @@ def _checked(folder: Path) -> Path:
                 logging.set_verbosity(logging.CRITICAL)
                 logging.disable_progress_bar()
                 # on the meta device it compares the files' headers with the model, and reads no weight
-                _, info = AutoModelForCausalLM.from_pretrained(folder, device_map="meta", **settings, **FOLDER_ONLY)
-            if len(tokenizer) > config.vocab_size:
-                raise ValueError(f"it has room for {config.vocab_size} tokens, and its tokenizer has {len(tokenizer)}")
-            if config.max_position_embeddings < LEAST_POSITIONS:
-                raise ValueError(f"it looks at {config.max_position_embeddings} tokens, {LEAST_POSITIONS} are needed")
+                model, info = AutoModelForCausalLM.from_pretrained(folder, device_map="meta", **settings, **FOLDER_ONLY)
+            suited = "past_key_values" in inspect.signature(model.forward).parameters  # what answers are decoded with
+            room, limit = config.get_text_config().vocab_size, positions(config)
+            if len(tokenizer) > room:
+                raise ValueError(f"it has room for {room} tokens, and its tokenizer has {len(tokenizer)}")
+            if limit < LEAST_POSITIONS:
+                raise ValueError(f"it looks at {limit} tokens, {LEAST_POSITIONS} are needed")
             if wrong := sorted(info["missing_keys"]) or sorted(name for name, *_ in info["mismatched_keys"]):
                 raise ValueError(f"there is no {wrong[0]} of the shape that config.json says")
     except Exception as error:  # anything: it depends on where a file is broken
@@ -134,6 +151,7 @@ def _checked(folder: Path) -> Path:
         what = f"The {part} of the model in {folder} cannot be loaded ({first_line(error)}): {remedy}."
         raise AlpacaError(what, "model-broken") from error
     if not suited:
-        what = f"The model in {folder} ({config.model_type}) does not continue text: choose a decoder-only one."
+        what = f"The model in {folder} ({config.model_type}) does not continue text with attention to what came before"
+        what += ": choose a decoder-only Transformer."
         raise AlpacaError(what, "model-unsuited")
     return folder

@@ -22,7 +22,9 @@ def _name_of_a_run(run: str) -> str:
     return run
 
 
-def _modules(modules: object) -> list[str] | str:
+def _modules(modules: object) -> list[str] | str | None:
+    if modules is None:
+        return None
     if modules in ("all-linear", ["all-linear"]):
         return "all-linear"
     names = [modules] if isinstance(modules, str) else modules
@@ -54,7 +56,7 @@ Name = Annotated[str, Field(min_length=1, max_length=1000)]  # of a model or a d
 
 
 class Parameters(BaseModel):
-    """Every parameter of the four notebooks; None where a notebook takes the profile's value."""
+    """Every parameter of the four notebooks; None where a notebook takes the profile's or the model's own value."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -72,7 +74,7 @@ class Parameters(BaseModel):
     lora_rank: Annotated[Whole, Field(ge=1, le=4096)] = 8
     lora_alpha: Annotated[Whole, Field(ge=1, le=65536)] = 16
     lora_dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.1
-    target_modules: Annotated[list[str] | str, BeforeValidator(_modules)] = ["c_attn"]
+    target_modules: Annotated[list[str] | str | None, BeforeValidator(_modules)] = None
     learning_rate: Annotated[Number, Field(gt=0, le=1)] | None = None
     num_train_epochs: Annotated[Number, Field(gt=0, le=10_000)] | None = None
     batch_size: Annotated[Whole, Field(ge=1, le=65536)] = 16

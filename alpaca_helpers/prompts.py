@@ -1,8 +1,11 @@
 """The prompt format, its inverse, and text to token ids: the one place where the template is spelled.
 
 Training, generation, evaluation and the chat box all come through here, so that the prompt
-a user types into can never drift from the one the adapter was trained on.
+a user types into can never drift from the one the adapter was trained on. It also goes with the saved tokenizer, as
+its chat template.
 """
+
+import json
 
 
 def format_prompt(instruction: str, input: str = "") -> str:
@@ -29,9 +32,40 @@ def parse_answer(continuation: str) -> str:
     return continuation.removeprefix(" ")
 
 
-def encode(texts: list[str], tokenizer) -> list[list[int]]:
-    """Return the ids of each text; special tokens typed in a text stay plain text."""
+def encode(texts: list[str], tokenizer, add_special_tokens: bool = True) -> list[list[int]]:
+    """Return the ids of each text; special tokens typed in a text stay plain text.
+
+    Args:
+        add_special_tokens: begin as the tokenizer does by itself, with a BOS token if it has one; False for a text
+            that goes on after another, such as an answer.
+    """
     # not verbose: that a text is longer than the model's positions is seen to by whoever cuts it
     quiet = {"return_attention_mask": False, "verbose": False}
-    ids = tokenizer(texts, split_special_tokens=True, add_special_tokens=False, **quiet)
+    ids = tokenizer(texts, split_special_tokens=True, add_special_tokens=add_special_tokens, **quiet)
     return ids["input_ids"]
+
+
+def add_template(tokenizer) -> None:
+    """Give the tokenizer the prompt as its chat template: a message of a user becomes the ids of `format_prompt`.
+
+    The `input` stands in the message on a line of its own. Several messages are refused: the model was taught one
+    question at a time. Special tokens in a message stay text, as in `encode`; where the tokenizer begins every text
+    with a token of its own, which the template has to write out, a message that holds a special token is refused.
+    """
+    prompt = format_prompt("a")
+    ids, bare = tokenizer(prompt).input_ids, tokenizer(prompt, add_special_tokens=False).input_ids
+    begin = "".join(tokenizer.convert_ids_to_tokens(ids[: len(ids) - len(bare)]))
+    if begin and tokenizer(begin + prompt, add_special_tokens=False).input_ids != ids:
+        begin += " "  # some put a space before a text, but not before what follows a special token
+    tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = not begin  # the second is saved
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special and begin}
+    head, tail = format_prompt("\0").split("\0")
+    head, tail, listed = (json.dumps(value, ensure_ascii=False) for value in (begin + head, tail, sorted(special)))
+    tokenizer.chat_template = (
+        "{%- if messages | length != 1 or messages[0].role != 'user' -%}"
+        "{{ raise_exception('This model answers one message of a user at a time: send that alone.') }}{%- endif -%}"
+        f"{{%- for token in {listed} -%}}{{%- if token in messages[0].content -%}}"
+        "{{ raise_exception('The message holds the special token ' + token + ': leave it out.') }}"
+        "{%- endif -%}{%- endfor -%}"
+        f"{{{{- {head} + messages[0].content + {tail} -}}}}"
+    )

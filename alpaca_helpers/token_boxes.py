@@ -69,7 +69,8 @@ def _boxes(row: Mapping[str, str], tokenizer, recipe: str, max_length: int) -> I
     for place, (id, label) in enumerate(zip(ids[:held], labels)):
         text = tokenizer.decode([id]).replace("\n", "↵").replace("\t", "→").replace(" ", "·")[: WIDTH - 1]
         text = "".join(letter if ord(letter) in drawable else "□" for letter in text)
-        part = "end of text" if id == tokenizer.eos_token_id else "prompt" if place < prompt else "answer"
+        part = "prompt" if place < prompt else "end of text" if id == tokenizer.eos_token_id else "answer"
         yield part, part if part == "end of text" else text, label != IGNORED
     if held < len(ids):
-        yield "padding", f"padding: {len(ids) - held} times the end-of-text token", False
+        token = "end-of-text" if tokenizer.pad_token_id == tokenizer.eos_token_id else "padding"
+        yield "padding", f"padding: {len(ids) - held} times the {token} token", False

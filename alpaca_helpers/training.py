@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from datasets import load_from_disk
 from peft import get_peft_model
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.pytorch_utils import Conv1D
 
 from . import AlpacaError
 from .batches import LengthGroups, PadToLongest, add_learned
@@ -221,7 +222,7 @@ def make_trainer(
     lora_rank: int = 8,
     lora_alpha: int = 16,
     lora_dropout: float = 0.1,
-    target_modules: Sequence[str] | str = ("c_attn",),
+    target_modules: Sequence[str] | str | None = None,
     learning_rate: float | None = None,
     num_train_epochs: float | None = None,
     batch_size: int = 16,
@@ -230,7 +231,8 @@ def make_trainer(
 ) -> AnswerTrainer:
     """Return the trainer of the run's prepared data, as notebook 03's cells make it.
 
-    The parameters are the notebook's, with its values; those that are None are the profile's.
+    The parameters are the notebook's, with its values; those that are None are the profile's, and `target_modules`
+    those that peft knows for the model.
 
     Raises AlpacaError for `target_modules` that LoRA cannot correct.
     """
@@ -257,9 +259,10 @@ def make_trainer(
         save_total_limit=2,  # the newest, and one to go back to should it be broken
         seed=seed,
     )
+    transposed = any(isinstance(layer, Conv1D) for layer in base.modules())
     set_seed(seed)
     return AnswerTrainer(
-        model=get_peft_model(base, lora_config(lora_rank, lora_alpha, lora_dropout, target_modules)),
+        model=get_peft_model(base, lora_config(lora_rank, lora_alpha, lora_dropout, target_modules, transposed)),
         args=args,
         train_dataset=data["train"],
         eval_dataset=data["heldout"],
@@ -298,8 +301,8 @@ def main() -> None:
     parser.add_argument("--no-resume", action="store_true", help="forget the run's checkpoints and start over")
     settings = inspect.signature(make_trainer).parameters
     for name in settings.keys() - {"folder"}:
-        default = {None: "the profile's", ("c_attn",): "c_attn"}.get(settings[name].default, settings[name].default)
-        several = "+" if name == "target_modules" else None
+        several, own = ("+", "the architecture's") if name == "target_modules" else (None, "the profile's")
+        default = own if settings[name].default is None else settings[name].default
         parser.add_argument(f"--{name.replace('_', '-')}", nargs=several, help=f"({default})")
     options = vars(parser.parse_args())
     if not (run := options.pop("folder") or options.pop("run")):

@@ -51,6 +51,7 @@ def test_profiles_and_torchruns_settings_are_within_the_ranges():
         ("target_modules", ["c_attn", "c_proj"], ["c_attn", "c_proj"]),
         ("target_modules", "all-linear", "all-linear"),
         ("target_modules", ["all-linear"], "all-linear"),
+        ("target_modules", None, None),  # what peft knows for the model
         ("learning_rate", "3e-4", 3e-4),  # YAML reads 3e-4 as text
         ("learning_rate", None, None),
         ("lora_dropout", ".05", 0.05),
@@ -85,7 +86,7 @@ def test_what_spells_a_value_is_that_value(name, given, value):
         "lora_rank": [0, True, 8.5],
         "lora_alpha": [0],
         "lora_dropout": [1.0, -0.1, math.nan],
-        "target_modules": [[], "", [""], ["a", 1], 3, None],
+        "target_modules": [[], "", [""], ["a", 1], 3],
         "seed": [-1, 2**40, "text"],
         "model": [True, "", "a" * 5000, ["a"]],
         "dataset": [123, ""],

@@ -37,6 +37,9 @@ RUN_BY = {
         "test_distributed.py::test_two_processes"
     ),
     ".venv/bin/lm_eval": "by hand",  # a large package of its own
+    'pip install "transformers[serving]"': "by hand",  # a server, and what it needs
+    "transformers serve runs/pocket/merged --device cpu --port 8000": "by hand",
+    "curl localhost:8000/v1/chat/completions": "by hand",
 }
 
 

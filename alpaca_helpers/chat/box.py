@@ -9,9 +9,11 @@ import ipywidgets as widgets
 from IPython.display import HTML, display
 
 from .. import AlpacaError
+from ..models import positions
 from .conversation import Conversation, Exchange, is_exit, well_formed
 from .rendering import STYLE, as_html
 
+LONGEST = 1023  # tokens: the end of the slider for the length, where the model has positions for more
 TICK = 0.05  # seconds between two looks at what the model has written
 PLAYING = "playing" if widgets.Play.class_traits().get("playing") else "_playing"  # ipywidgets 8, 7
 
@@ -80,7 +82,7 @@ class ChatBox:
 
     def _build(self) -> widgets.VBox:
         settings = self.conversation.settings
-        limit = self.conversation.model.config.max_position_embeddings - 1
+        limit = min(positions(self.conversation.model.config) - 1, LONGEST)
         wide, hidden = {"width": "100%"}, {"width": "100%", "display": "none"}
         stretch, fit = {"flex": "1 1 auto", "width": "auto"}, {"layout": {"width": "auto"}}
         line = {"style": {"description_width": "90px"}, "layout": stretch}
