@@ -4,6 +4,7 @@ import argparse
 import errno
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,7 @@ def _cells(notebook: Path) -> str:
 
 def main() -> None:
     """Run the command line."""
+    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # an older ipykernel warns at length of its debugger
     parser = argparse.ArgumentParser(prog="python -m alpaca_helpers.series", description=__doc__)
     parser.add_argument("--profile", default="auto", help="auto, pocket or gpt2-medium (auto)")
     parser.add_argument("--run", help="name of the run, or a path to its folder (the profile's name)")
