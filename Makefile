@@ -6,6 +6,8 @@ PARAMS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TESTABLE := $(VENV)/.testable
+# two processes with a thread each: two that both want all the cores slow each other down tenfold
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
 # What is handed to a program as one argument reaches the shell as a variable, not as text that it would read.
 override PROFILE := $(or $(value PROFILE),auto)
 override RUN := $(value RUN)
@@ -39,13 +41,13 @@ test: $(TESTABLE)  ## unit tests, then the notebooks' stored outputs against fre
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(PYTEST)
 	$(BIN)/python -m tools.notebooks --for-nbval build/nbval \
 	  --profile=$(if $(filter auto,$(PROFILE)),pocket,"$$PROFILE")
 	$(BIN)/python -m pytest --nbval build/nbval
 
 quick: $(TESTABLE)  ## the unit tests without the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-colab:  ## the same with Colab's versions
 	$(MAKE) test VENV=.venv-colab CONSTRAINTS=constraints-colab.txt

@@ -18,6 +18,7 @@ import json, pathlib, sys
 with open(pathlib.Path(__file__).parent / "calls", "a") as calls:
     calls.write(json.dumps(sys.argv[1:]) + "\\n")
 """
+TWO = ["-n", "2", "--dist", "loadscope"]  # the notebooks need one another, so nbval goes through them in order
 ADA = "https://github.com/ada/assistant"
 
 
@@ -76,14 +77,14 @@ def test_make_test_is_whole_and_its_notebooks_run_on_the_pocket(make, given, tak
         ["check", "."],
         ["format", "--check", "."],
         [],
-        ["-m", "pytest"],
+        ["-m", "pytest", *TWO],
         ["-m", "tools.notebooks", "--for-nbval", "build/nbval", f"--profile={taken}"],
         ["-m", "pytest", "--nbval", "build/nbval"],
     ], done.stderr
 
 
 def test_make_quick_leaves_out_the_slow(make):
-    assert make("quick")[1] == [["-m", "pytest", "-m", "not slow"]]
+    assert make("quick")[1] == [["-m", "pytest", *TWO, "-m", "not slow"]]
 
 
 def test_make_table_asks_which_runs(make):

@@ -7,6 +7,7 @@ from conftest import PROJECT
 
 from alpaca_helpers import AlpacaError
 from alpaca_helpers.data import drop_reason, tokenize
+from alpaca_helpers.lora import KNOWN_TARGETS
 from alpaca_helpers.profiles import PROFILES, choose_profile
 from alpaca_helpers.training import make_trainer
 
@@ -20,8 +21,9 @@ def test_auto_follows_the_gpu(monkeypatch):
 def test_the_documents_settings_on_gpt2_medium():
     p, trained = PROFILES["gpt2-medium"], inspect.signature(make_trainer).parameters
     assert (p.learning_rate, p.num_train_epochs) == (3e-4, 2)
-    defaults = {"lora_rank": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": ("c_attn",), "batch_size": 16}
+    defaults = {"lora_rank": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": None, "batch_size": 16}
     assert {name: trained[name].default for name in defaults} == defaults
+    assert KNOWN_TARGETS["gpt2"] == ["c_attn"]  # what None stands for there
     assert inspect.signature(drop_reason).parameters["max_words"].default == 80
     assert inspect.signature(tokenize).parameters["max_length"].default == 128
     assert len(p.model_revision) == len(p.dataset_revision) == 40
