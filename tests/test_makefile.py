@@ -93,6 +93,12 @@ def test_make_table_asks_which_runs(make):
     assert make("table", "RUNS=a 'b c'")[1] == [["-m", "benchmarks.recipes", "a", "b c"]]
 
 
+def test_make_real_takes_rows_and_options(make):
+    calls = [call for call in make("real", "DATASET=my rows.json", "PARAMS=--small")[1] if "pip" not in call]
+    assert calls == [["-m", "benchmarks.real", "--dataset=my rows.json", "--small"]]
+    assert make("real")[1][-1] == ["-m", "benchmarks.real"]
+
+
 # make address
 
 

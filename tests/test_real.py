@@ -1,0 +1,50 @@
+"""The benchmark on a pretrained model, on a tiny one in its place: `python -m pytest tests/test_real.py`."""
+
+import json
+
+import pytest
+from test_any_rows import ENGLISH, made_of
+from tiny_models import save
+
+from alpaca_helpers import AlpacaError
+from benchmarks import real
+
+pytestmark = pytest.mark.slow
+
+
+def test_both_recipes_run_are_asked_the_same_and_are_kept(tmp_path, capfd):
+    model, rows, out = save("llama", tmp_path / "model"), tmp_path / "rows.json", tmp_path / "runs"
+    rows.write_text(json.dumps(made_of(ENGLISH, 30)), encoding="utf-8")
+    settings = {"profile": "pocket", "dataset": str(rows), "heldout_rows": 6, "num_train_epochs": 1}
+    results = real.run(out, model, real.RECIPES, settings, checkable=4)
+    assert list(results) == ["document", "answers"]
+    before = [result["metrics"]["base"] for result in results.values()]
+    assert before[0] == before[1]  # the base, asked the same
+    assert [result["checkable"]["n"] for result in results.values()] == [4, 4]
+
+    lines = real.table(results).splitlines()
+    assert lines[0] == "|  | base | document | answers |" and len(lines) == 2 + 5 + 3
+    assert all(line.count("|") == 5 for line in lines)
+    loss = results["answers"]["metrics"]["tuned"]["answer_loss"]
+    assert f"{loss:.1f}" in lines[2].split("|")[4]
+
+    said = real.answers({name: out / name for name in real.RECIPES}, number=3)
+    assert (
+        said.count("\n**")
+        == 3
+        == said.count("\n- expected: ")
+        == said.count("\n- base: ")
+        == said.count("\n- answers: ")
+    )
+
+    capfd.readouterr()
+    assert real.run(out, model, real.RECIPES, settings, checkable=4) == results
+    printed = capfd.readouterr()
+    assert printed.out.count("unchanged") == 8 and "evaluating" not in printed.err
+
+
+def test_without_the_package_it_says_what_installs_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(real, "PACKAGE", "no-such-package")
+    with pytest.raises(AlpacaError, match="`make real` installs it"):
+        real.dequantized(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
