@@ -180,6 +180,14 @@ def shown(metrics: Mapping, side: str, name: str) -> list[str]:
     return [METRICS[name].show(value, signed=side == "change", change=change) for value in values]
 
 
+def with_interval(metrics: Mapping, side: str, name: str) -> str:
+    """Return a side's value of a metric with its interval in parentheses if that has any width; "–" if not measured."""
+    if metrics[side][name] is None:
+        return METRICS[name].show(None)
+    value, low, high = shown(metrics, side, name)
+    return value if value == low == high else f"{value} ({low} to {high})"
+
+
 def comparison(metrics: dict, every: bool = False) -> pd.DataFrame:
     """Return the before/after table: base, tuned and change of each metric, with 95% intervals.
 
@@ -189,11 +197,9 @@ def comparison(metrics: dict, every: bool = False) -> pd.DataFrame:
     lines: dict[str, dict[str, str]] = {}
     for name in METRICS if every else main_metrics(metrics):
         if metrics["change"][name] is not None:
-            unit = METRICS[name].unit
-            line = lines[METRICS[name].label + (f", {unit}" if len(unit) > 1 else "")] = {}
-            for side in ("base", "tuned", "change"):
-                value, low, high = shown(metrics, side, name)
-                line[side] = value if low == value == high else f"{value} ({low} to {high})"
+            line = lines[METRICS[name].heading] = {
+                side: with_interval(metrics, side, name) for side in ("base", "tuned", "change")
+            }
             line[""] = {1: "better", -1: "worse", 0: ""}[verdict(metrics, name)]
     return pd.DataFrame.from_dict(lines, orient="index")
 

@@ -1,6 +1,5 @@
 """LoRA: its configuration, and adapters saved, loaded and merged so that a wrong one is noticed."""
 
-import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -68,13 +67,18 @@ def adapter_folder(folder: Path, model: PeftModel, base_name: str) -> Iterator[P
     weights = 4 * sum(value.numel() for value in model.parameters() if value.requires_grad)
     with atomic_folder(folder, needed=weights + TOKENIZER_BYTES) as part:
         yield part
-        saved = AutoTokenizer.from_pretrained(part)
-        add_template(saved)
-        saved.save_pretrained(part)
+        _save_template(part)
         (part / "README.md").unlink(missing_ok=True)  # peft's, with this machine's paths
         config = json.loads((part / CONFIG).read_text(encoding="utf-8"))
         write_json(part / CONFIG, config | {"base_model_name_or_path": portable(base_name)})
         write_json(part / BASE, {"sha256": base_hash(model)})
+
+
+def _save_template(folder: Path) -> None:
+    """Give the tokenizer saved in `folder` the prompt as its chat template; the one in memory stays as it is."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    add_template(tokenizer)
+    tokenizer.save_pretrained(folder)
 
 
 def check_targets(base, target_modules: Sequence[str] | str | None) -> None:
@@ -188,6 +192,5 @@ def save_merged(base, tokenizer, adapter: Path, folder: Path) -> None:
     size = sum(value.numel() * value.element_size() for value in merged.parameters())
     with atomic_folder(folder, needed=size + TOKENIZER_BYTES) as part:
         merged.save_pretrained(part)
-        prompting = copy.deepcopy(tokenizer)
-        add_template(prompting)
-        prompting.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        _save_template(part)

@@ -18,6 +18,11 @@ class Metric:
     unit: str  # "%": stored as a share of 1, shown times 100
     better: int  # +1: more is better, -1: less is better, 0: neither
 
+    @property
+    def heading(self) -> str:
+        """The label, with the unit where the values do not carry it."""
+        return self.label + (f", {self.unit}" if len(self.unit) > 1 else "")
+
     def show(self, value: float | None, signed: bool = False, change: float = 0.0) -> str:
         """Return the value as text, with the decimals that a `change` beside it needs; a signed share is in points."""
         if value is None:

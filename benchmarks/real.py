@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alpaca_helpers import AlpacaError, pocket
 from alpaca_helpers.console import run_command
-from alpaca_helpers.evaluation import evaluate, shown, verdict
+from alpaca_helpers.evaluation import evaluate, verdict, with_interval
 from alpaca_helpers.files import atomic_folder, write_json
 from alpaca_helpers.generation import generate
 from alpaca_helpers.lora import load_adapter
@@ -113,21 +113,12 @@ def table(results: Mapping[str, Mapping]) -> str:
     for of, (part, names) in asked.items():
         first = next(iter(results.values()))[part]
         for name in names:
-            metric = METRICS[name]
-            label = metric.label + (f", {metric.unit}" if len(metric.unit) > 1 else "")
-            line = [f"{label} ({first['n']} {of})", _with_interval(first, "base", name)]
+            line = [f"{METRICS[name].heading} ({first['n']} {of})", with_interval(first, "base", name)]
             for result in results.values():
                 sign = {1: " +", -1: " -", 0: ""}[verdict(result[part], name)]
-                line.append(_with_interval(result[part], "tuned", name) + sign)
+                line.append(with_interval(result[part], "tuned", name) + sign)
             lines.append(line)
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _with_interval(metrics: Mapping, side: str, name: str) -> str:
-    if metrics[side][name] is None:
-        return "–"
-    value, low, high = shown(metrics, side, name)
-    return value if value == low == high else f"{value} ({low} to {high})"
 
 
 def answers(folders: Mapping[str, Path], number: int = 5) -> str:

@@ -169,7 +169,7 @@ def summarize(folders: Iterable[Path]) -> list[dict]:
 def markdown(lines: Sequence[dict]) -> str:
     """Return the summary as a Markdown table."""
     head = [name.replace("_", " ") for name in lines[0]["choice"]] + ["seeds"]
-    head += [metric.label + (f", {metric.unit}" if len(metric.unit) > 1 else "") for metric in SHOWN.values()]
+    head += [metric.heading for metric in SHOWN.values()]
     table = [head, ["---"] * len(head)]
     for line in lines:
         cells = [str(value) for value in line["choice"].values()] + [str(len(line["seeds"]))]
