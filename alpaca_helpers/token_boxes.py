@@ -1,7 +1,10 @@
-"""One row as coloured tokens: what is prompt, answer, end of text and padding, and which of it is learned."""
+"""Texts as coloured tokens: which part of a row each is and whether it is learned, or how each one does."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import to_rgb
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.patches import Patch, Rectangle
 
@@ -32,26 +35,62 @@ def tokens(
         row: the columns `instruction`, `input`, `output`.
         recipes: keys of `data.RECIPES`.
     """
-    picture, line, picture.alt = Picture(), 0, "One row as coloured tokens."
+    rows = {f"Recipe {recipe}": list(_boxes(row, tokenizer, recipe, max_length)) for recipe in recipes}
+    looks = {
+        title: [
+            (text, PARTS[part] if learned else {**PARTS[part], "facecolor": "white"}) for part, text, learned in boxes
+        ]
+        for title, boxes in rows.items()
+    }
+    picture = _drawn(looks, PARTS, "filled: learned; white: only read")
+    counts = (f"{title}: {sum(learned for *_, learned in boxes)} tokens are learned." for title, boxes in rows.items())
+    picture.alt = f"One row as coloured tokens. {' '.join(counts)}"
+    return picture
+
+
+@in_style
+def shaded(lines: Mapping[str, Sequence[tuple[str, str]]], shades: Sequence[str]) -> Picture:
+    """Return texts as boxes, one a token, the darker the later its shade stands in `shades`; a text under each title.
+
+    Args:
+        lines: by title, each token's text and which of `shades` it has.
+    """
+    fills = dict(zip(shades, colormaps["Blues"](np.linspace(0, 0.85, len(shades)))))
+    looks = {shade: {"facecolor": fill, "linewidth": 0.8} for shade, fill in fills.items()}
+    drawn = {title: [(_visible(text), looks[shade]) for text, shade in tokens] for title, tokens in lines.items()}
+    picture = _drawn(drawn, looks)
+    picture.alt = "Tokens in shades. " + " ".join(
+        f"{title}: {', '.join(f'{shade} {sum(had == shade for _, had in tokens)}' for shade in shades)}."
+        for title, tokens in lines.items()
+    )
+    return picture
+
+
+def _visible(token: str) -> str:
+    """Return a token's text with marks for its spaces, new lines and tabs."""
+    return token.replace("\n", "↵").replace("\t", "→").replace(" ", "·")
+
+
+def _drawn(lines: Mapping[str, Sequence[tuple[str, dict]]], legend: Mapping[str, dict], title: str = "") -> Picture:
+    """Return the tokens under their titles, each as a box of the look beside it; a look is of a matplotlib patch."""
+    picture, line = Picture(), 0
     axes = picture.add_axes((0, 0, 1, 1))
-    for recipe in recipes:
-        axes.text(0, line + 0.5, f"recipe {recipe}", weight="bold", **FONT)
-        line, start, boxes = line + 1, 0, list(_boxes(row, tokenizer, recipe, max_length))
-        for part, text, learned in boxes:
+    drawable = get_font(findfont(FONT["family"])).get_charmap()
+    for heading, boxes in lines.items():
+        axes.text(0, line + 0.5, heading, weight="bold", **FONT)
+        line, start = line + 1, 0
+        for token, look in boxes:
+            text = "".join(letter if ord(letter) in drawable else "□" for letter in token)[: WIDTH - 1]
             if start + len(text) + 1 > WIDTH:
                 line, start = line + 1, 0
-            look = PARTS[part] if learned else {**PARTS[part], "facecolor": "white"}
             axes.add_patch(Rectangle((start, line + 0.1), len(text) + 0.8, 0.8, edgecolor=INK, **look))
             paper = {"facecolor": look["facecolor"], "edgecolor": "none", "pad": 0.5}  # no hatch behind words
-            color = "white" if learned and part == "answer" else INK
-            axes.text(start + 0.4, line + 0.5, text, color=color, bbox=paper, **FONT)
+            dark = np.dot(to_rgb(look["facecolor"]), (0.3, 0.59, 0.11)) < 0.5  # as the eye weighs red, green and blue
+            axes.text(start + 0.4, line + 0.5, text, color="white" if dark else INK, bbox=paper, **FONT)
             start += len(text) + 1
         line += 1
-        picture.alt += f" Recipe {recipe}: {sum(learned for *_, learned in boxes)} tokens are learned."
-    handles = [Patch(edgecolor=INK, label=part, **look) for part, look in PARTS.items()]
-    picture.legend(
-        handles=handles, title="filled: learned; white: only read", alignment="left", loc="lower left", ncols=4
-    )
+    handles = [Patch(edgecolor=INK, label=label, **look) for label, look in legend.items()]
+    picture.legend(handles=handles, title=title or None, alignment="left", loc="lower left", ncols=len(handles))
     picture.set_size_inches(9, 0.3 * line + 0.6)
     axes.set(xlim=(-1, WIDTH + 1), ylim=(line + 2, -0.1))
     axes.axis("off")
@@ -65,12 +104,9 @@ def _boxes(row: Mapping[str, str], tokenizer, recipe: str, max_length: int) -> I
     held = sum(made["attention_mask"][0]) if "attention_mask" in made else len(ids)
     asked = format_prompt(row["instruction"], row["input"] if "input" in RECIPES[recipe] else "")
     prompt = len(encode([asked], tokenizer)[0])
-    drawable = get_font(findfont(FONT["family"])).get_charmap()
     for place, (id, label) in enumerate(zip(ids[:held], labels)):
-        text = tokenizer.decode([id]).replace("\n", "↵").replace("\t", "→").replace(" ", "·")[: WIDTH - 1]
-        text = "".join(letter if ord(letter) in drawable else "□" for letter in text)
         part = "prompt" if place < prompt else "end of text" if id == tokenizer.eos_token_id else "answer"
-        yield part, part if part == "end of text" else text, label != IGNORED
+        yield part, part if part == "end of text" else _visible(tokenizer.decode([id])), label != IGNORED
     if held < len(ids):
         token = "end-of-text" if tokenizer.pad_token_id == tokenizer.eos_token_id else "padding"
         yield "padding", f"padding: {len(ids) - held} times the {token} token", False

@@ -49,10 +49,16 @@ ANSWERS = pd.DataFrame(
     }
 )
 
+SHADED = {
+    "base": [(" Paris", "unsure"), ("\n", "unsure")],
+    "tuned": [(" Paris", "sure"), (".", "sure")],
+}
+
 
 def pictures(tokenizer):
     return {
         "tokens": token_boxes.tokens(ROW, tokenizer),
+        "shaded": token_boxes.shaded(SHADED, ["sure", "unsure"]),
         "losses": plots.losses(LOG, 4.25),
         "before_after": plots.before_after(metrics()),
         "answer_lengths": plots.answer_lengths(ANSWERS),
@@ -62,6 +68,7 @@ def pictures(tokenizer):
 def test_every_picture_says_what_it_shows_and_labels_its_axes(pocket_tokenizer, tmp_path):
     said = {
         "tokens": "One row as coloured tokens. Recipe document: ",
+        "shaded": "Tokens in shades. base: sure 0, unsure 2. tuned: sure 2, unsure 0.",
         "losses": "training from 3 to 1, held-out from 4.25 to 1.5",
         "before_after": "answer holds the fact 20% to 80%",
         "answer_lengths": "base model: mean 80.0 tokens, 100% cut; tuned model: mean 4.0 tokens, 0% cut",
@@ -118,6 +125,18 @@ def test_tokens_are_filled_where_the_recipe_learns(pocket_tokenizer, recipe):
     held = sum(made["attention_mask"][0]) if "attention_mask" in made else len(made["input_ids"][0])
     assert len(boxes) == held + (len(made["labels"][0]) > held)  # all padding is one box
     assert f"{learned} tokens are learned" in picture.alt
+
+
+def test_shades_darken_in_their_order_and_words_stay_readable():
+    def lightness(colour):
+        return np.dot(to_rgb(colour), [0.2126, 0.7152, 0.0722])
+
+    axes = token_boxes.shaded({"one": [("a b\n", "no"), ("$x$", "so"), ("c", "yes")]}, ["no", "so", "yes"]).axes[0]
+    fills = [lightness(box.get_facecolor()[:3]) for box in axes.patches]
+    assert fills == sorted(fills, reverse=True) and fills[0] - fills[1] > 0.2 and fills[1] - fills[2] > 0.2
+    title, *words = axes.texts
+    assert [word.get_text() for word in words] == ["a·b↵", "$x$", "c"]
+    assert all(abs(lightness(word.get_color()) - fill) > 0.3 for word, fill in zip(words, fills))
 
 
 def test_tokens_fit_their_lines(pocket_tokenizer):
