@@ -56,8 +56,9 @@ test-colab:  ## the same with Colab's versions
 lab: $(READY)  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
-pocket: $(READY)  ## rebuild the shipped model from its facts
+pocket: $(READY)  ## rebuild the shipped model from its facts, and the run of the recipe document beside it
 	$(BIN)/python -m pocket.build
+	$(BIN)/python -m pocket.document
 
 refresh: $(READY)  ## execute the notebooks in place on the pocket and clean them
 	$(BIN)/python -m tools.notebooks --refresh

@@ -56,10 +56,23 @@ METRICS = {
 
 
 def contains(answer: str, fact: str) -> bool:
-    """Return whether the answer holds the fact as whole words, its punctuation included."""
-    said, wanted = words_and_marks(answer), words_and_marks(fact)
+    """Return whether the answer holds the fact as whole words, its punctuation included.
+
+    A fact that is a list ("red, yellow and blue") may have its items in any order.
+    """
+    said, wanted = _list_words(answer), _list_words(fact)
     starts = range(len(said) - len(wanted) + 1)
-    return bool(wanted) and any(said[start : start + len(wanted)] == wanted for start in starts)
+    return bool(wanted) and any(_items(said[start : start + len(wanted)]) == _items(wanted) for start in starts)
+
+
+def _list_words(text: str) -> list[str]:
+    """Return words and marks, with one "," for whatever stands between two items of a list: ", and", "et", ";"."""
+    said = ["," if word in {",", ";", "&", "and", "et"} else word for word in words_and_marks(text)]
+    return [word for word, before in zip(said, ["", *said]) if (word, before) != (",", ",")]
+
+
+def _items(words: list[str]) -> list[str]:
+    return sorted(" ".join(words).split(" , "))
 
 
 def exact_match(answer: str, output: str) -> bool:

@@ -81,6 +81,7 @@ class Parameters(BaseModel):
     micro_batch_size: Annotated[Whole, Field(ge=1, le=65536)] = 16
     max_new_tokens: Count = 80
     max_heldout_rows: Count = 300
+    other_run: Annotated[str, Field(max_length=1000)] = ""
     seed: Annotated[Whole, Field(ge=0, lt=2**32)] = 0
     merged: bool = False
     push_to: Annotated[str, Field(pattern=r"^([\w.-]+/[\w.-]+)?$")] = ""

@@ -51,6 +51,15 @@ ROWS = [
         ("it is 1,000,000.", "1,000,000", True),
         ("at 5km/h", "5km", True),
         ("a cat", "…", False),
+        ("They are red, blue, and yellow.", "red, yellow and blue", True),  # a list in any order
+        ("Blue; yellow & red", "red, yellow and blue", True),
+        ("rouge, bleu et jaune", "bleu, jaune et rouge", True),
+        ("red, yellow and green", "red, yellow and blue", False),
+        ("red and blue", "red, yellow and blue", False),
+        ("red yellow blue", "red, yellow and blue", False),
+        ("red, red and blue", "red, yellow and blue", False),
+        ("light red, yellow and blue", "red, yellow and blue", True),  # as whole words
+        ("It is salt, and pepper", "salt and pepper", True),
     ],
 )
 def test_contains_the_fact_as_whole_words(answer, fact, right):
