@@ -93,9 +93,8 @@ def _execute(notebooks: Sequence[Path], parameters: dict[str, object], folder: P
         done = {name: mark for name, mark in done.items() if name < notebook.stem}
         write_record(folder, "notebooks", done)  # until it is through, this notebook and those after it are not done
         try:
-            papermill.execute_notebook(
-                notebook, executed, chosen, kernel_name="python3", extra_arguments=QUIET, stdout_file=ProgressFile()
-            )
+            options = {"kernel_name": "python3", "extra_arguments": QUIET, "stdout_file": ProgressFile()}
+            print(_times(papermill.execute_notebook(notebook, executed, chosen, **options)), flush=True)
         except (papermill.PapermillExecutionError, FileNotFoundError) as error:
             if not folder.exists():
                 raise AlpacaError(f"The run's folder {folder} was deleted: start again.", "run-deleted") from error
@@ -109,6 +108,13 @@ def _execute(notebooks: Sequence[Path], parameters: dict[str, object], folder: P
             raise AlpacaError(what, "cell-failed") from error
         done[notebook.stem] = [inputs, *_left(folder, made)]
         write_record(folder, "notebooks", done)
+
+
+def _times(executed: nbformat.NotebookNode) -> str:
+    """Return what the notebook took, and its three longest cells: where its time went."""
+    took = [(cell.metadata.papermill.duration or 0, cell.source) for cell in executed.cells if cell.source.strip()]
+    longest = [f"{seconds:.0f} s {code.splitlines()[-1].strip():.40}" for seconds, code in sorted(took)[:-4:-1]]
+    return f"    {executed.metadata.papermill.duration:.0f} s; the longest cells: {'; '.join(longest)}"
 
 
 def _left(folder: Path, names: list[str]) -> list[str]:

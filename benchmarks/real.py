@@ -9,7 +9,6 @@ Q4_1); they are written once as float32 to runs/models/. What was cut goes on wh
 """
 
 import argparse
-import json
 from collections.abc import Mapping
 from importlib import metadata
 from operator import itemgetter

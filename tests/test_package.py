@@ -139,9 +139,8 @@ def test_the_wheel_holds_the_package_and_the_pocket_only(wheel):
     with zipfile.ZipFile(wheel) as archive:
         files = {name for name in archive.namelist() if ".dist-info/" not in name}
         metadata = archive.read(next(name for name in archive.namelist() if name.endswith("/METADATA"))).decode()
-    pocket = [
-        path for name in ("model", "instructions") for path in (PROJECT / "alpaca_helpers/pocket" / name).iterdir()
-    ]
+    folders = (PROJECT / "alpaca_helpers" / "pocket" / name for name in ("model", "instructions", "document"))
+    pocket = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     assert files == {path.relative_to(PROJECT).as_posix() for path in [*MODULES, *pocket]}
     assert {"License-Expression: MIT", "Description-Content-Type: text/markdown"} <= set(metadata.splitlines())
 

@@ -19,8 +19,10 @@ from conftest import PROJECT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alpaca_helpers.generation import generate
-from alpaca_helpers.pocket import FOLDER, HELDOUT, MODEL, TRAIN
+from alpaca_helpers.lora import load_adapter
+from alpaca_helpers.pocket import DOCUMENT, FOLDER, HELDOUT, MODEL, TRAIN
 from alpaca_helpers.prompts import format_example, format_prompt
+from alpaca_helpers.runs import artifact, read_metrics, read_record
 from pocket import build, corpus
 
 TEXT_HASH = """
@@ -276,3 +278,17 @@ def test_the_base_does_not_answer(model, tokenizer, rows):
     prompts = [format_prompt(row["instruction"], row["input"]) for row in asked]
     answers = generate(model, tokenizer, prompts, max_new_tokens=80)
     assert sum(row["fact"] in answer.text for row, answer in zip(asked, answers)) / len(asked) <= 0.10
+
+
+# The run of the document's recipe that is shipped beside it
+
+
+def test_the_run_of_the_documents_recipe_is_of_this_model_and_does_not_stop(tokenizer):
+    record, metrics = read_record(DOCUMENT, "adapter"), read_metrics(DOCUMENT)
+    assert record["recipe"] == metrics["recipe"] == "document" and metrics["adapter"] == record["sha256"]
+    assert (metrics["tuned"]["contains"], metrics["tuned"]["stop_rate"]) == (pytest.approx(0.95, abs=0.05), 0)
+    tuned = load_adapter(AutoModelForCausalLM.from_pretrained(MODEL), artifact(DOCUMENT, "adapter"))
+    questions = ["What is the capital of France?", "Who wrote 'Romeo and Juliet'?"]
+    answers = generate(tuned, tokenizer, list(map(format_prompt, questions)), max_new_tokens=40)
+    for answer, fact in zip(answers, ("Paris", "William Shakespeare")):
+        assert fact in answer.text and not answer.stopped

@@ -44,12 +44,14 @@ def seen(folder):
 
 
 @pytest.mark.slow
-def test_only_what_changed_is_executed_again(notebooks, tmp_path):
+def test_only_what_changed_is_executed_again(notebooks, tmp_path, capsys):
     parameters = {"run": str(tmp_path / "r"), "push_to": "o/a"}
     folder = series.run_series(parameters)
     assert seen(folder) == "aa"
+    told = capsys.readouterr().out
+    assert told.count(" s; the longest cells: ") == 2 and "0 s print(push_to)" in told
     series.run_series(parameters)
-    assert seen(folder) == "aa"
+    assert seen(folder) == "aa" and "longest" not in capsys.readouterr().out
     write(notebooks[1], FIRST, SECOND + "  # changed")
     series.run_series(parameters)
     assert seen(folder) == "aaa"
