@@ -49,7 +49,8 @@ def _call(function: Callable, *arguments):
 
 def _close(made: torch.Tensor, truth: torch.Tensor, rtol: float = 0.01) -> bool:
     """Return whether the two are equal up to what half precision rounds."""
-    return made.shape == truth.shape and torch.allclose(made, truth, rtol=rtol, atol=1e-4)
+    atol = 1e-4 * min(1.0, float(truth.abs().max()))  # a large vocabulary has small probabilities
+    return made.shape == truth.shape and torch.allclose(made, truth, rtol=rtol, atol=atol)
 
 
 def _compare(made, truth: torch.Tensor, mistakes: Mapping[str, torch.Tensor], otherwise: str, rtol=0.01) -> None:
@@ -86,7 +87,7 @@ def check_nucleus(function: Callable) -> None:
         made = torch.as_tensor(_call(function, odds.clone(), top_p), dtype=torch.float32)
         _expect(made.shape == odds.shape, f"{made.numel()} numbers for 5 tokens: one left out has probability 0.")
         held, count = odds[made > 0].sum(), sum(made > 0)
-        ordered = count < 5 and made.tolist() == sorted(made.tolist(), reverse=True)
+        ordered = 0 < count < 5 and made.tolist() == sorted(made.tolist(), reverse=True)
         _expect(not ordered, "They are sorted: each token has to keep its place.")
         _expect(held > top_p, f"The {count} tokens kept hold {held:.0%}, less than top_p = {top_p:.0%}.")
         _expect(count == len(ids), f"{count} tokens are kept: fewer, the likeliest, hold top_p = {top_p:.0%}.")
@@ -106,7 +107,7 @@ def check_labels(function: Callable, tokenizer, row: dict) -> None:
     _expect(made[:-1] != truth[1:], "All stand one place early: it is the loss that looks one token ahead.")
     _expect(made[1:] != truth[:-1], "All stand one place late.")
     learned = sum(label != IGNORED for label in made[:start])
-    _expect(not learned, f"Of the prompt's {start} tokens {learned} are learned: it is always given.")
+    _expect(not learned, f"Part of the prompt is learned, {learned} of {start} tokens: it is always given.")
     _expect(made[start] != IGNORED, "The answer's first token is not learned.")
     _expect(made[start:stop] == answer, "Not every token of the answer is its own label.")
     _expect(made[stop] == end, "The end of text is not learned: the model would not know where to stop.")
@@ -174,17 +175,17 @@ def check_loss(function: Callable) -> None:
 @_exercise
 def check_interval(function: Callable) -> None:
     """Check `function(values)`: the ends of a 95% bootstrap interval of their mean."""
-    values = np.array([1.0] * 140 + [0.0] * 60)
+    values = np.linspace(0, 1, 200) ** 2
     made = np.asarray(_call(function, values.copy()), dtype=float).flatten()
     _expect(made.size == 2, f"An interval has two ends, this has {made.size}.")
     _expect(made[0] <= made[1], "The upper end stands first.")
-    _expect(made[0] > 0, "These are the ends of the values: the interval is that of their mean.")
     _expect(made[1] - made[0] > 1e-9, "All resamples have the same mean: they are to be drawn with replacement.")
     error = values.std() / math.sqrt(len(values))  # of the mean
     width = (made[1] - made[0]) / (2 * 1.96 * error)
+    _expect(width < 10, "That holds 95% of the values: the interval is to hold 95% of the means.")
     _expect(abs(made.mean() - values.mean()) < error / 2, "The mean of the values is not in its middle.")
-    _expect(width > 0.92, f"Too narrow, {width:.2f} times as wide as it should be: is that 95%?")
-    _expect(width < 1.08, f"Too wide, {width:.2f} times: does each resample have as many values as there are?")
+    _expect(width > 0.9, f"Too narrow, {width:.2f} times as wide as it should be: is that 95%?")
+    _expect(width < 1.1, f"Too wide, {width:.2f} times: does each resample have as many values as there are?")
 
 
 @_exercise
@@ -193,8 +194,8 @@ def check_ranks(function: Callable, model, tokenizer, row: dict) -> None:
     text = format_example(row["instruction"], row["output"], row["input"])
     ids = torch.tensor(tokenizer(text).input_ids[:64], device=model.device)
     with only_forward(model, adapter_scalings(model), ["base"]):
-        logits = model(ids[None]).logits[0].float()
-        logits += 1e-3 * torch.rand(logits.shape, device=model.device)  # no two the same, so each has one rank
+        logits = model(ids[None]).logits[0].double()
+        logits += 1e-6 * torch.rand_like(logits)  # in half precision some are the same: now each has one rank
 
     def ranks(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return (1.0 + (logits > logits.gather(1, ids[:, None])).sum(1)).cpu()

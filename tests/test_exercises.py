@@ -103,10 +103,12 @@ WRONG = [
         "3 tokens are kept: fewer, the likeliest, hold top_p = 30%",
     ),
     ("check_nucleus", "lambda p, top_p: (lambda s: s * (s.cumsum(0) - s < top_p))(p.sort().values.flip(0))", "sorted"),
+    ("check_nucleus", "lambda p, top_p: p * 0", "0 tokens kept hold 0%"),
+    ("check_nucleus", "lambda p, top_p: p / 0 * 0", "0 tokens kept hold 0%"),
     ("check_labels", "lambda p, a, end, n: [-100] * len(p) + a + [end]", "padding has labels too"),
-    ("check_labels", "lambda p, a, end, n: p + a + [end] + [-100] * 5", "Of the prompt's"),
-    ("check_labels", "lambda p, a, end, n: p + a + [-100] * 6", "Of the prompt's"),
-    ("check_labels", "lambda p, a, end, n: [-100] * (len(p) - 1) + p[-1:] + a + [end] + [-100] * 5", "1 are learned"),
+    ("check_labels", "lambda p, a, end, n: p + a + [end] + [-100] * 5", "of the prompt"),
+    ("check_labels", "lambda p, a, end, n: p + a + [-100] * 6", "Part of the prompt"),
+    ("check_labels", "lambda p, a, end, n: [-100] * (len(p) - 1) + p[-1:] + a + [end] + [-100] * 5", "learned, 1 of"),
     ("check_labels", "lambda p, a, end, n: [-100] * (len(p) + 1) + a[1:] + [end] + [-100] * 5", "first token is not"),
     ("check_labels", "lambda p, a, end, n: [-100] * (len(p) - 1) + a + [end] + [-100] * 6", "one place early"),
     ("check_labels", "lambda p, a, end, n: [-100] * (len(p) + 1) + a + [end] + [-100] * 4", "one place late"),
@@ -145,13 +147,13 @@ WRONG = [
     ("check_loss", "lambda l, y: F.cross_entropy(l[:, 1:].mT, y[:, :-1])", "not the mean loss"),
     ("check_loss", "lambda l, y: F.cross_entropy(l[:, :-1].mT, y[:, 1:], reduction='none')", "not the mean loss"),
     ("check_interval", "lambda v: v.mean()", "two ends"),
-    ("check_interval", "lambda v: np.quantile(v, [0.025, 0.975])", "ends of the values"),
+    ("check_interval", "lambda v: np.quantile(v, [0.025, 0.975])", "95% of the means"),
     ("check_interval", "lambda v: [np.random.permutation(v).mean()] * 2", "with replacement"),
-    ("check_interval", "lambda v: [v.mean() + 0.06, v.mean() - 0.06]", "upper end stands first"),
+    ("check_interval", "lambda v: [v.mean() + 0.04, v.mean() - 0.04]", "upper end stands first"),
     ("check_interval", "lambda v: [v.mean() - v.std() / len(v) ** 0.5, v.mean() + v.std() / len(v) ** 0.5]", "narrow"),
     ("check_interval", "lambda v: np.quantile(np.random.choice(v, (2000, 200)).mean(1), [0.05, 0.95])", "narrow"),
     ("check_interval", "lambda v: np.quantile(np.random.choice(v, (2000, 50)).mean(1), [0.025, 0.975])", "wide"),
-    ("check_interval", "lambda v: [0.3, 0.4]", "in its middle"),
+    ("check_interval", "lambda v: [0.2, 0.3]", "in its middle"),
     ("check_ranks", "lambda l, ids: 1 + (l > l.gather(1, ids[:, None])).sum(1)", "each has one but the first"),
     ("check_ranks", "lambda l, ids: (l[:-1] > l[:-1].gather(1, ids[1:, None])).sum(1)", "one too small"),
     ("check_ranks", "lambda l, ids: 1 + (l[1:] > l[1:].gather(1, ids[1:, None])).sum(1)", "Off by one"),
@@ -228,9 +230,9 @@ def test_ranks_are_the_bases_whatever_the_adapter_does(names, capsys):
     assert capsys.readouterr().out.startswith("Not yet")
     (logits, ids), model = seen[0], names["model"]
     with torch.inference_mode(), model.disable_adapter():
-        assert torch.allclose(logits, model(ids[None]).logits[0], atol=2e-3)
+        assert torch.allclose(logits.float(), model(ids[None]).logits[0], atol=1e-3)
     with torch.inference_mode():
-        assert not torch.allclose(logits, model(ids[None]).logits[0], atol=2e-2)
+        assert not torch.allclose(logits.float(), model(ids[None]).logits[0], atol=1e-2)
 
 
 def test_an_error_of_the_readers_own_is_theirs_to_see(names):
