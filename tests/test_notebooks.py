@@ -212,6 +212,11 @@ def test_the_template_is_spelled_in_one_module():
 
 # The French edition
 
+FRENCH_PAGE = (
+    "](../../docs/glossaire.md)",
+    "](../docs/glossary.md)",
+)  # a page of its own: the link, and the English one
+
 
 def test_the_french_edition_differs_in_its_prose_alone(notebook):
     french = nbformat.read(PROJECT / "notebooks" / "fr" / f"{notebook.name}.ipynb", as_version=4)
@@ -222,5 +227,14 @@ def test_the_french_edition_differs_in_its_prose_alone(notebook):
             assert cell == english, cell.id
         else:
             assert cell.source != english.source, f"{cell.id} is still in English"
-            code = re.compile(r"`[^`]+`|\$[^$]+\$|\]\([^)]+\)")  # code, formulas, links
-            assert sorted(code.findall(cell.source)) == sorted(code.findall(english.source)), cell.id
+            source = cell.source.replace(*FRENCH_PAGE)
+            code = re.compile(r"```.*?```|`[^`]+`|\$[^$]+\$|\]\([^)]+\)", re.DOTALL)  # code, formulas, links
+            assert sorted(code.findall(source)) == sorted(code.findall(english.source)), cell.id
+
+
+@pytest.mark.parametrize("edition", ["", "fr"])
+def test_each_link_of_a_notebook_leads_to_a_file(notebook, edition):
+    folder = PROJECT / "notebooks" / edition
+    text = (folder / f"{notebook.name}.ipynb").read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
+    assert [link for link in links if not (folder / link).is_file()] == []

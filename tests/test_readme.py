@@ -103,6 +103,13 @@ def test_each_picture_is_shown_or_linked():
     assert {path.name for path in (PROJECT / "docs" / "pictures").iterdir()} == linked
 
 
+def test_the_glossary_says_the_same_in_both_languages():
+    english, french = (TEXTS[PROJECT / "docs" / name] for name in ("glossary.md", "glossaire.md"))
+    for pattern in (r"^## Notebook \d\d|^- (?:\*\*)?", r"https?:[^)]+|\w+\.ipynb", r"`[^`]+`", r"\b(?:19|20)\d\d\b"):
+        assert re.findall(pattern, french, re.MULTILINE) == re.findall(pattern, english, re.MULTILINE)
+    assert french.count("**") > 80
+
+
 def test_figures_stand_under_their_command_and_machine(targets):
     """Each part of the measurements opens with a line of commands that exist, and the machine."""
     introduction, *parts = TEXTS[PROJECT / "docs" / "measurements.md"].split("\n## ")
