@@ -7,12 +7,14 @@ import json
 import warnings
 
 import matplotlib
+import nbformat
 import pytest
 import torch
 from conftest import PROJECT
 from jinja2.exceptions import TemplateError
 from matplotlib import pyplot as plt
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
 from test_any_rows import ENGLISH, execute, made_of
 from tiny_models import MODELS, OTHERS, save, tiny
 from tiny_run import save_adapter
@@ -367,6 +369,36 @@ def test_a_model_without_positions_has_no_limit():
 # All of it
 
 
+def check_what_training_did(kind, notebook, folder):
+    """Hold what notebook 03 says of the weights against the saved adapter, which its second training leaves alone."""
+    drawn = {"matrices", "loss_scale", "token_losses", "weight_changes", "singular_values", "overfitting"}
+    assert drawn <= {path.stem for path in (folder / "pictures").iterdir()}
+    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+    base, rank = notebook["base_model"].state_dict(), notebook["lora_rank"]
+    for name in (name for name in saved if "lora_A" in name):
+        layer = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        change = 16 / 8 * saved[name.replace("lora_A", "lora_B")] @ saved[name]  # (outputs, inputs)
+        weight = base[f"{layer}.base_layer.weight"]
+        weight = weight.T if notebook["transposed"] else weight
+        number = next(int(word) for word in layer.split(".") if word.isdigit())
+        whole = [".".join(layer.split(".")[-2:])]
+        parts = ["query", "key", "value"] if kind == "gpt2" else whole
+        for part, new, old in zip(parts, change.chunk(len(parts)), weight.chunk(len(parts))):
+            assert notebook["changes"][part][number] == pytest.approx((new.norm() / old.norm()).item(), rel=1e-3)
+    assert all(value[rank - 1] > 1e-3 * value[0] > 100 * value[rank:].max() for value in notebook["values"])
+
+    trained = get_peft_model_state_dict(notebook["model"])
+    assert trained.keys() == saved.keys() and all(torch.equal(trained[name], saved[name]) for name in saved)
+    assert len([entry for entry in notebook["history"] if "eval_loss" in entry]) == notebook["epochs"]
+    assert all(path.name.startswith("checkpoint-") for path in (folder / "checkpoints").iterdir())
+
+    notebook["seconds"] = 1e9  # a step that takes too long for a second training
+    for cell in nbformat.read(NOTEBOOKS[2], as_version=4).cells:
+        if cell.cell_type == "code" and cell.id.startswith("03-42") and cell.id != "03-42":
+            exec(cell.source, notebook)
+    assert notebook["expected"] > 120 and notebook["history"] == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ANYWHERE)
 def test_the_four_notebooks_run_on_it(kind, folders, tmp_path, monkeypatch, capsys):
@@ -381,7 +413,7 @@ def test_the_four_notebooks_run_on_it(kind, folders, tmp_path, monkeypatch, caps
             execute(notebook, parameters | {"batch_size": 4})
             plt.close("all")
         said = capsys.readouterr().out
-        execute(NOTEBOOKS[2], parameters | {"batch_size": 4})  # resumed
+        resumed = execute(NOTEBOOKS[2], parameters | {"batch_size": 4})
     for check in ("the same as by hand", "the same", "adapter off is the base model", "B is zero"):
         assert f"{check}: True" in said and f"{check}: False" not in said
     assert "changed by training: True | the same after loading: True" in said
@@ -389,6 +421,7 @@ def test_the_four_notebooks_run_on_it(kind, folders, tmp_path, monkeypatch, caps
     assert "This training is finished" in capsys.readouterr().out
     metrics = read_metrics(tmp_path / "run")
     assert metrics["n"] and metrics["tuned"]["answer_loss"] < metrics["base"]["answer_loss"]
+    check_what_training_did(kind, resumed, tmp_path / "run")
 
     trainer = make_trainer(tmp_path / "run", num_train_epochs=1, batch_size=4)  # as torchrun does
     trainer.args.output_dir = str(tmp_path / "again")

@@ -23,12 +23,14 @@ SHORT = {"profile": "pocket", "num_train_epochs": 2, "max_new_tokens": 16, "max_
 
 
 def execute(notebook, parameters):
+    """Return the notebook's variables after its last cell."""
     namespace = {}
     code = [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
     for number, source in enumerate(code):
         exec(compile(TransformerManager().transform_cell(source), f"{notebook.name}, cell {number}", "exec"), namespace)
         if not number:
             namespace |= {name: parameters[name] for name in notebook_parameters(notebook) if name in parameters}
+    return namespace
 
 
 @pytest.fixture
