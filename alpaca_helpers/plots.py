@@ -7,9 +7,9 @@ import pandas as pd
 from IPython.display import HTML
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from .evaluation import main_metrics, shown
 from .metrics import METRICS
 from .picture import BARE, BASE, BLUE, INK, ORANGE, PALE, TUNED, Picture, in_style
+from .report import main_metrics, shown
 
 SIDES = {"base_bare": ("base, bare question", BARE), "base": ("base", BASE), "tuned": ("tuned", TUNED)}
 

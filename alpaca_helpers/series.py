@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from . import AlpacaError, locate, project_folder
 from .console import run_command
-from .evaluation import comparison, conclusion
 from .files import NO_SPACE, check_disk_space, content_hash
 from .hub import first_line
 from .parameters import check_parameters
 from .profiles import choose_profile
+from .report import comparison, conclusion
 from .runs import PRODUCERS, artifact_hash, lock_run, read_manifest, read_metrics, run_folder, write_record
 
 QUIET = ["--log-level=CRITICAL"]  # ipykernel warns of its local sockets, and tells at length of an interrupt

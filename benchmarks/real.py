@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alpaca_helpers import AlpacaError
 from alpaca_helpers.console import run_command
-from alpaca_helpers.evaluation import verdict, with_interval
 from alpaca_helpers.files import atomic_folder, write_json
 from alpaca_helpers.generation import generate
 from alpaca_helpers.lora import load_adapter
 from alpaca_helpers.metrics import METRICS
 from alpaca_helpers.models import load_base, load_tokenizer
 from alpaca_helpers.prompts import format_prompt
+from alpaca_helpers.report import verdict, with_interval
 from alpaca_helpers.runs import artifact, read_metrics, read_record
 from alpaca_helpers.series import run_series
 

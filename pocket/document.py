@@ -5,11 +5,12 @@ import shutil
 from datasets import load_from_disk
 
 from alpaca_helpers.console import run_command
-from alpaca_helpers.evaluation import conclusion, evaluate
+from alpaca_helpers.evaluation import evaluate
 from alpaca_helpers.files import atomic_folder, write_checksums, write_json
 from alpaca_helpers.lora import load_adapter
 from alpaca_helpers.models import load_base, load_tokenizer
 from alpaca_helpers.pocket import DOCUMENT
+from alpaca_helpers.report import conclusion
 from alpaca_helpers.runs import artifact, read_record
 from alpaca_helpers.series import NOTEBOOKS, run_series
 

@@ -11,11 +11,12 @@ import torch
 from peft import get_peft_model
 
 from alpaca_helpers import AlpacaError, evaluation
-from alpaca_helpers.evaluation import answer_losses, comparison, conclusion, evaluate, verdict
+from alpaca_helpers.evaluation import answer_losses, evaluate
 from alpaca_helpers.generation import Answer, generate
 from alpaca_helpers.lora import lora_config
 from alpaca_helpers.metrics import METRICS, chrf, contains, echoes, exact_match, repetition, rouge_l
 from alpaca_helpers.prompts import encode, format_prompt
+from alpaca_helpers.report import comparison, conclusion, verdict
 from alpaca_helpers.text import words
 
 ROWS = [
