@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from alpaca_helpers import AlpacaError, evaluation
+from alpaca_helpers import AlpacaError, evaluation, report
 from alpaca_helpers.evaluation import answer_losses, evaluate
 from alpaca_helpers.generation import Answer, generate
 from alpaca_helpers.lora import lora_config
@@ -381,7 +381,7 @@ def test_conclusion_does_not_take_a_lower_loss_for_better_answers():
 
 def test_conclusion_is_short_lines():
     interval = {1: [0.1, 0.2], -1: [-0.2, -0.1]}
-    everything = {name: (0.5, 0.5, interval[METRICS[name].better]) for name in evaluation.JUDGED}
+    everything = {name: (0.5, 0.5, interval[METRICS[name].better]) for name in report.JUDGED}
     for text in (conclusion(made_metrics()), conclusion(made_metrics(**everything))):
         assert max(map(len, text.splitlines())) <= 120
 

@@ -56,8 +56,8 @@ def test_both_recipes_run_are_asked_the_same_and_are_kept(tmp_path, capfd):
     compared = {**settings, "model": str(model), "run": str(out / "answers"), "other_run": str(out / "document")}
     run_series(compared, NOTEBOOKS[3:])
     cells = {cell.id: cell for cell in nbformat.read(out / "answers" / NOTEBOOKS[3].name, as_version=4).cells}
-    contenders = cells["04-47"].outputs[-1]["data"]["text/plain"]
-    assert re.findall("tuned, recipe ([a-z]+) ", contenders) == ["document", "answers"]
+    contenders = cells["04-47"].outputs[-1]["data"]["text/html"]
+    assert re.findall("tuned, recipe ([a-z]+)<", contenders) == ["document", "answers"]
 
 
 def test_without_the_package_it_says_what_installs_it(tmp_path, monkeypatch):
