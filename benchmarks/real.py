@@ -73,11 +73,16 @@ def dequantized(folder: Path) -> Path:
 
 
 def run(out: Path, model: Path, runs: Mapping[str, Mapping], settings: Mapping) -> dict[str, dict]:
-    """Run the four notebooks for each of `runs`, with `settings` for all of them, and return each run's metrics."""
-    results = {}
+    """Run the four notebooks for each of `runs`, with `settings` for all of them, and return each run's metrics.
+
+    Notebook 04 sets the first of them beside each of the others.
+    """
+    results: dict[str, dict] = {}
     for name, choice in runs.items():
         print(f"\n{name}", flush=True)
         parameters = {**settings, **choice, "model": str(model), "run": str(out / name.replace(" ", "-"))}
+        if results:
+            parameters["other_run"] = str(out / next(iter(runs)))
         results[name] = read_metrics(run_series(parameters))
     return results
 

@@ -9,7 +9,7 @@ from test_any_rows import ENGLISH, made_of
 from tiny_models import save
 
 from alpaca_helpers import AlpacaError
-from alpaca_helpers.series import NOTEBOOKS, run_series
+from alpaca_helpers.series import NOTEBOOKS
 from benchmarks import real
 
 pytestmark = pytest.mark.slow
@@ -53,8 +53,6 @@ def test_both_recipes_run_are_asked_the_same_and_are_kept(tmp_path, capfd):
     printed = capfd.readouterr()
     assert printed.out.count("unchanged") == 8 and "evaluating" not in printed.err
 
-    compared = {**settings, "model": str(model), "run": str(out / "answers"), "other_run": str(out / "document")}
-    run_series(compared, NOTEBOOKS[3:])
     cells = {cell.id: cell for cell in nbformat.read(out / "answers" / NOTEBOOKS[3].name, as_version=4).cells}
     contenders = cells["04-47"].outputs[-1]["data"]["text/html"]
     assert re.findall("tuned, recipe ([a-z]+)<", contenders) == ["document", "answers"]
