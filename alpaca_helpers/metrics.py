@@ -61,8 +61,8 @@ def contains(answer: str, fact: str) -> bool:
     A fact that is a list ("red, yellow and blue") may have its items in any order.
     """
     said, wanted = _list_words(answer), _list_words(fact)
-    starts = range(len(said) - len(wanted) + 1)
-    return bool(wanted) and any(_items(said[start : start + len(wanted)]) == _items(wanted) for start in starts)
+    starts, items = range(len(said) - len(wanted) + 1), _items(wanted)
+    return bool(wanted) and any(_items(said[start : start + len(wanted)]) == items for start in starts)
 
 
 def _list_words(text: str) -> list[str]:

@@ -71,7 +71,9 @@ def _visible(token: str) -> str:
     return token.replace("\n", "↵").replace("\t", "→").replace(" ", "·")
 
 
-def _drawn(lines: Mapping[str, Sequence[tuple[str, dict]]], legend: Mapping[str, dict], title: str = "") -> Picture:
+def _drawn(
+    lines: Mapping[str, Sequence[tuple[str, dict]]], legend: Mapping[str, dict], title: str | None = None
+) -> Picture:
     """Return the tokens under their titles, each as a box of the look beside it; a look is of a matplotlib patch."""
     picture, line = Picture(), 0
     axes = picture.add_axes((0, 0, 1, 1))
@@ -90,7 +92,7 @@ def _drawn(lines: Mapping[str, Sequence[tuple[str, dict]]], legend: Mapping[str,
             start += len(text) + 1
         line += 1
     handles = [Patch(edgecolor=INK, label=label, **look) for label, look in legend.items()]
-    picture.legend(handles=handles, title=title or None, alignment="left", loc="lower left", ncols=len(handles))
+    picture.legend(handles=handles, title=title, alignment="left", loc="lower left", ncols=len(handles))
     picture.set_size_inches(9, 0.3 * line + 0.6)
     axes.set(xlim=(-1, WIDTH + 1), ylim=(line + 2, -0.1))
     axes.axis("off")

@@ -11,7 +11,6 @@ Q4_1); they are written once as float32 to runs/models/. What was cut goes on wh
 import argparse
 from collections.abc import Mapping
 from importlib import metadata
-from operator import itemgetter
 from pathlib import Path
 
 from datasets import load_from_disk
@@ -78,11 +77,12 @@ def run(out: Path, model: Path, runs: Mapping[str, Mapping], settings: Mapping) 
     Notebook 04 sets the first of them beside each of the others.
     """
     results: dict[str, dict] = {}
+    folders = {name: str(out / name.replace(" ", "-")) for name in runs}
+    first = next(iter(folders.values()))
     for name, choice in runs.items():
         print(f"\n{name}", flush=True)
-        parameters = {**settings, **choice, "model": str(model), "run": str(out / name.replace(" ", "-"))}
-        if results:
-            parameters["other_run"] = str(out / next(iter(runs)))
+        beside = {"other_run": first} if folders[name] != first else {}
+        parameters = {**settings, **choice, **beside, "model": str(model), "run": folders[name]}
         results[name] = read_metrics(run_series(parameters))
     return results
 
@@ -93,12 +93,13 @@ def table(results: Mapping[str, Mapping]) -> str:
     A value that is clearly better or worse than the base's has a + or a - beside it.
     """
     lines = [["", "base", *results], ["---", *["---:"] * (1 + len(results))]]
-    asked = {"held-out rows": (HELD_OUT, dict), "questions": (CHECKABLE, itemgetter("checkable"))}
-    for of, (names, part) in asked.items():
-        first, *others = map(part, results.values())
+    runs = list(results.values())
+    checked = [metrics.get("checkable", metrics) for metrics in runs]  # rows with facts are questions themselves
+    asked = {"held-out rows": (HELD_OUT, runs), "questions": (CHECKABLE, checked)}
+    for of, (names, measured) in asked.items():
         for name in names:
-            line = [f"{METRICS[name].heading} ({first['n']} {of})", with_interval(first, "base", name)]
-            for metrics in (first, *others):
+            line = [f"{METRICS[name].heading} ({measured[0]['n']} {of})", with_interval(measured[0], "base", name)]
+            for metrics in measured:
                 sign = {1: " +", -1: " -", 0: ""}[verdict(metrics, name)]
                 line.append(with_interval(metrics, "tuned", name) + sign)
             lines.append(line)

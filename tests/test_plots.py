@@ -55,6 +55,10 @@ SHADED = {
 }
 
 
+def lightness(colour):
+    return np.dot(to_rgb(colour), [0.2126, 0.7152, 0.0722])
+
+
 def pictures(tokenizer):
     return {
         "tokens": token_boxes.tokens(ROW, tokenizer),
@@ -104,9 +108,6 @@ def test_a_picture_keeps_its_words_where_pyplot_draws_it():
 
 
 def test_fills_differ_in_black_and_white():
-    def lightness(colour):
-        return np.dot(to_rgb(colour), [0.2126, 0.7152, 0.0722])
-
     assert abs(lightness(style.BASE["facecolor"]) - lightness(style.TUNED["facecolor"])) > 0.3
     assert len({look.get("hatch") for look in (style.BASE, style.TUNED, style.BARE)}) == 3
     borders = {
@@ -128,9 +129,6 @@ def test_tokens_are_filled_where_the_recipe_learns(pocket_tokenizer, recipe):
 
 
 def test_shades_darken_in_their_order_and_words_stay_readable():
-    def lightness(colour):
-        return np.dot(to_rgb(colour), [0.2126, 0.7152, 0.0722])
-
     axes = token_boxes.shaded({"one": [("a b\n", "no"), ("$x$", "so"), ("c", "yes")]}, ["no", "so", "yes"]).axes[0]
     fills = [lightness(box.get_facecolor()[:3]) for box in axes.patches]
     assert fills == sorted(fills, reverse=True) and fills[0] - fills[1] > 0.2 and fills[1] - fills[2] > 0.2

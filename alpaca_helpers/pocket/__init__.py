@@ -1,7 +1,7 @@
 """The pocket: a GPT-2 of a million parameters and its instructions, small enough to ship with the lessons.
 
 `MODEL` is a folder for `from_pretrained`; `TRAIN` and `HELDOUT` are JSONL files of instruction rows. `DOCUMENT` is a
-finished run of the recipe `document` on them, its adapter and metrics, for notebook 04 to compare with.
+finished run of the recipe `document` on them, its adapter and its record, for notebooks 03 and 04 to compare with.
 How they are made is in the project's folder `pocket/`, which is not installed.
 """
 
