@@ -86,6 +86,7 @@ class Parameters(BaseModel):
     merged: bool = False
     push_to: Annotated[str, Field(pattern=r"^([\w.-]+/[\w.-]+)?$")] = ""
     resume: bool = True
+    run_earlier: bool = True
     repo_url: str = ""
 
 

@@ -7,6 +7,7 @@ Notebooks hand over to one another only by these files.
 
 import json
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,9 +100,11 @@ def lock_run(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise AlpacaError(
-            f"Another process is writing to the run {folder}: wait for it to end, or take another `run`.", "run-locked"
-        ) from error
+        other, remedy = _lock_machine(folder), "wait for it to end, or take another `run`"
+        if other not in ("", platform.node()):
+            remedy += f" (if that machine is gone, delete {folder / '.lock'})"
+        process = "Another process" + f" on {other}" * bool(other)
+        raise AlpacaError(f"{process} is writing to the run {folder}: {remedy}.", "run-locked") from error
     except OSError as error:
         raise AlpacaError(
             f"The run {folder} cannot be written to ({error.strerror}): take another `run`.", "run-unwritable"
@@ -112,6 +115,17 @@ def lock_run(folder: Path) -> Iterator[None]:
     finally:
         del os.environ[LOCKED]
         lock.release()
+
+
+def _lock_machine(folder: Path) -> str:
+    """Return which machine a process has marked the run's lock from: where a disk knows no locks, as some shared ones.
+
+    "" where the system keeps the lock; a mark outlives its process.
+    """
+    try:
+        return [*(folder / ".lock").read_text().splitlines(), "", ""][1]
+    except OSError:
+        return ""
 
 
 def artifact_hash(path: Path) -> str:

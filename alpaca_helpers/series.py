@@ -9,11 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import nbformat
-import papermill
 from tqdm import tqdm
 
-from . import AlpacaError, locate, project_folder
+from . import PACKAGE, AlpacaError, locate, project_folder
 from .console import run_command
 from .files import NO_SPACE, check_disk_space, content_hash
 from .hub import first_line
@@ -24,7 +22,14 @@ from .runs import PRODUCERS, artifact_hash, lock_run, read_manifest, read_metric
 
 QUIET = ["--log-level=CRITICAL"]  # ipykernel warns of its local sockets, and tells at length of an interrupt
 NAMES = ("01_base_model", "02_dataset_and_tokenizer", "03_lora_finetuning", "04_comparison_and_chat")
-NOTEBOOKS = [project_folder() / "notebooks" / f"{name}.ipynb" for name in NAMES]
+
+# those of the checkout that the working folder or the package lies in, else those that were installed with the package
+_FOLDERS = [folder / "notebooks" for folder in (project_folder(), PACKAGE.parent, PACKAGE)]
+_FOLDER = next((folder for folder in _FOLDERS if (folder / f"{NAMES[0]}.ipynb").is_file()), _FOLDERS[0])
+NOTEBOOKS = [_FOLDER / f"{name}.ipynb" for name in NAMES]
+
+# minutes of the notebooks that others build on, by profile: the pocket's on two cores, GPT-2 medium's reckoned for a T4
+MINUTES = {"pocket": {NAMES[1]: 0.3, NAMES[2]: 1.2}, "gpt2-medium": {NAMES[1]: 1, NAMES[2]: 10}}
 
 
 class ProgressFile:
@@ -32,7 +37,7 @@ class ProgressFile:
 
     def write(self, text: str) -> None:
         for line in text.splitlines():
-            if line.startswith(("step ", "Downloading ", "The Hub is busy", "Note: ")):
+            if line.startswith(("step ", "Downloading ", "The Hub is busy", "Note: ", "The training ")):
                 tqdm.write(f"    {line}")
 
     def flush(self) -> None:
@@ -41,6 +46,8 @@ class ProgressFile:
 
 def notebook_parameters(notebook: Path) -> list[str]:
     """Return the names in the notebook's cell tagged `parameters`; raise AlpacaError where it cannot be read."""
+    import papermill
+
     try:
         names = list(papermill.inspect_notebook(str(notebook)))
     except Exception as error:  # anything, by what is in it
@@ -50,6 +57,32 @@ def notebook_parameters(notebook: Path) -> list[str]:
         what = f"{notebook} has no cell tagged `parameters`: give its first code cell that tag."
         raise AlpacaError(what, "notebook-broken")
     return names
+
+
+def run_earlier_notebooks(notebook: str, profile: str = "auto", run: str = "") -> None:
+    """Run the notebooks before `notebook` whose artifacts the run lacks, with the profile's settings.
+
+    Says so in one line, and does nothing where nothing is missing.
+
+    Args:
+        notebook: the name of the one that is open.
+        profile, run: its parameters.
+
+    Raises AlpacaError with the sentence of the cell that failed.
+    """
+    name = choose_profile(profile).name
+    folder = run_folder(run or name)
+    missing = {by: made for made, by in PRODUCERS.items() if by < notebook and not artifact_hash(folder / made)}
+    if not missing:
+        return
+    what, which = (" and ".join(each) for each in ([f"no {name}" for name in missing.values()], missing))
+    minutes = sum(MINUTES[name][by] for by in missing)
+    print(
+        f"The run {folder} has {what}: running {which} first, about {minutes:.0f} minutes. "
+        "(If you have such a run elsewhere, set `run` to its folder.)",
+        flush=True,
+    )
+    run_series({"profile": name, "run": run or name}, [path for path in NOTEBOOKS if path.stem in missing])
 
 
 def run_series(parameters: dict[str, object], notebooks: Sequence[Path] | None = None) -> Path:
@@ -66,7 +99,7 @@ def run_series(parameters: dict[str, object], notebooks: Sequence[Path] | None =
     """
     chosen: dict[str, Any] = {name: check_parameters(**{name: value}) for name, value in parameters.items()}
     profile = choose_profile(chosen.get("profile", "auto"), chosen.get("model"), chosen.get("dataset"))
-    chosen |= {"profile": profile.name, "run": chosen.get("run") or profile.name}
+    chosen |= {"profile": profile.name, "run": chosen.get("run") or profile.name, "run_earlier": False}
     folder = run_folder(chosen["run"])
     sources = [
         *sorted(Path(__file__).parent.rglob("*.py")),
@@ -79,6 +112,8 @@ def run_series(parameters: dict[str, object], notebooks: Sequence[Path] | None =
 
 def _execute(notebooks: Sequence[Path], parameters: dict[str, object], folder: Path, inputs: str) -> None:
     """Execute what is not done; `inputs` is the hash of all that the first notebook is made from."""
+    import papermill  # only where notebooks are run: not everybody who opens one has it
+
     done = read_manifest(folder).get("notebooks")
     done = done if isinstance(done, dict) else {}
     for number, notebook in enumerate(notebooks, 1):
@@ -110,7 +145,7 @@ def _execute(notebooks: Sequence[Path], parameters: dict[str, object], folder: P
         write_record(folder, "notebooks", done)
 
 
-def _times(executed: nbformat.NotebookNode) -> str:
+def _times(executed) -> str:
     """Return what the notebook took, and its three longest cells: where its time went."""
     took = [(cell.metadata.papermill.duration or 0, cell.source) for cell in executed.cells if cell.source.strip()]
     longest = [f"{seconds:.0f} s {code.splitlines()[-1].strip():.40}" for seconds, code in sorted(took)[:-4:-1]]
@@ -126,7 +161,7 @@ def _hash(*parts: str) -> str:
 
 
 def _cells(notebook: Path) -> str:
-    return json.dumps([cell.source for cell in nbformat.read(notebook, as_version=4).cells])
+    return json.dumps([cell["source"] for cell in json.loads(notebook.read_bytes())["cells"]])
 
 
 def main() -> None:

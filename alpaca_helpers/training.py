@@ -9,12 +9,13 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 import torch.distributed
@@ -113,23 +114,34 @@ class AnswerTrainer(Trainer):
 
         Raises AlpacaError where memory or disk are too small, saying what to change.
         """
-        trained = sum(value.numel() for value in self.model.parameters() if value.requires_grad)
-        checkpoint = 3 * 4 * trained + 1_000_000  # bytes: float32 weights and AdamW's two averages; the small files
         self.since_log.zero_()
-        try:  # two checkpoints are kept while one is being written
-            with check_disk_space(Path(self.args.output_dir), needed=3 * checkpoint), faster_training(self.model):
-                return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **named)
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-                raise
-            rows = self.args.train_batch_size
-            remedy = f"set `micro_batch_size` to {rows // 2}; the batch and the result stay the same"
-            raise AlpacaError(
-                f"Out of memory with {rows} row{'s' * (rows > 1)} at once: "
-                f"{remedy if rows > 1 else 'take a smaller `max_length` or a smaller `model`, in another `run`'}, and "
-                "training goes on from its last checkpoint.",
-                "out-of-memory",
-            ) from error
+        space = check_disk_space(Path(self.args.output_dir), needed=self.disk_bytes())
+        with explained_out_of_memory(self.args.train_batch_size), space, faster_training(self.model):
+            return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **named)
+
+    def disk_bytes(self) -> int:
+        """Return the room that the checkpoints take at most: two are kept while one is being written."""
+        trained = sum(value.numel() for value in self.model.parameters() if value.requires_grad)
+        return 3 * (3 * 4 * trained + 1_000_000)  # float32 weights and AdamW's two averages; the small files
+
+
+@contextmanager
+def explained_out_of_memory(rows: int) -> Iterator[None]:
+    """Run out of memory inside the block with one sentence that says what to change, with `rows` in memory at once."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        what = f"Out of memory with {rows} row{'s' * (rows > 1)} at once: {less_memory(rows)}"
+        raise AlpacaError(f"{what}, and training goes on from its last checkpoint.", "out-of-memory") from error
+
+
+def less_memory(rows: int) -> str:
+    """Return what to change so that a training that has `rows` in memory at once takes less of it."""
+    if rows > 1:
+        return f"set `micro_batch_size` to {rows // 2}; the batch and the result stay the same"
+    return "take a smaller `max_length` or a smaller `model`, in another `run`"
 
 
 class ProgressLines(TrainerCallback):
@@ -153,34 +165,40 @@ class ProgressLines(TrainerCallback):
         )
 
 
-def measure_step(trainer: Trainer) -> tuple[float, int]:
-    """Return the seconds that a training step takes on the longest rows, and the bytes in use at its peak.
+def measure_step(trainer: Trainer) -> tuple[float, int, int]:
+    """Return the seconds that a training step takes, the bytes in use at its peak, and the bytes there are for it.
 
-    Forward and backward are run for real, twice; weights, gradients and random state stay as they were. On a CPU the
-    bytes are those of the whole process, Python and the libraries included.
+    Forward and backward are run for real: on the longest rows for the memory, then on rows of average length for the
+    time. Weights, gradients and random state stay as they were. On a CPU the bytes are those of the whole process,
+    Python and the libraries included.
+
+    Raises AlpacaError if they do not fit.
     """
     args, model, rows = trainer.args, trainer.model, trainer.train_dataset
-    lengths = [len(ids) for ids in rows["input_ids"]]
-    longest = sorted(range(len(lengths)), key=lengths.__getitem__)[-args.train_batch_size :]
+    cuda, training, peaks = args.device.type == "cuda", model.training, []
+    lengths = np.array([len(ids) for ids in rows["input_ids"]])
     text = [name for name in rows.column_names if name not in ("input_ids", "attention_mask", "labels")]
-    batch = trainer._prepare_inputs(trainer.data_collator(list(rows.select(longest).remove_columns(text))))
-    cuda, training = args.device.type == "cuda", model.training
-    with torch.random.fork_rng(), faster_training(model.train()):
-        for _ in range(2):  # kernels are loaded in the first
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
+    out_of_memory = explained_out_of_memory(args.train_batch_size)
+    with torch.random.fork_rng(), out_of_memory, faster_training(model.train()):
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        for wanted in (lengths.max(), lengths.mean(), lengths.mean()):
+            chosen = np.argsort(abs(lengths - wanted), kind="stable")[: args.train_batch_size]
+            batch = trainer._prepare_inputs(trainer.data_collator(list(rows.select(chosen).remove_columns(text))))
             begun = time.perf_counter()
             with torch.autocast("cuda", torch.float16, enabled=args.fp16):
                 loss = trainer.compute_loss(model, dict(batch))
-            peak = psutil.Process().memory_info().rss  # all activations are held now
+            peaks.append(psutil.Process().memory_info().rss)  # all activations are held now
             loss.backward()
             if cuda:
                 torch.cuda.synchronize()
-                peak = torch.cuda.max_memory_allocated()
-            seconds = time.perf_counter() - begun
+            seconds = time.perf_counter() - begun  # in the end, of the last: kernels are loaded before
             model.zero_grad()
     model.train(training)
-    return seconds * args.gradient_accumulation_steps, peak
+    peak, there = max(peaks), psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    if cuda:
+        peak, there = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    return seconds * args.gradient_accumulation_steps, peak, there
 
 
 def split_batch(batch_size: int, micro_batch_size: int) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from tiny_run import prepare_run, save_adapter, tiny_gpt2
 from alpaca_helpers import AlpacaError, checkpoints, training
 from alpaca_helpers.files import check_disk_space, write_checksums
 from alpaca_helpers.lora import WEIGHTS
-from alpaca_helpers.runs import write_record
+from alpaca_helpers.runs import read_manifest, write_record
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])}
 
@@ -27,6 +28,20 @@ def copy_run(run: Path, to: Path) -> Path:
     """A copy of a run's prepared data, without its training."""
     shutil.copytree(run, to, ignore=shutil.ignore_patterns("checkpoints", "adapter", "base"))
     return to
+
+
+def kill_training(folder: Path, step: int, place: str) -> None:
+    """Train the prepared run in a process that is killed there."""
+    command = [sys.executable, str(Path(__file__).with_name("train_and_die.py")), str(folder), str(step), place]
+    killed = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+
+
+def same_training(folder: Path, whole: Path) -> bool:
+    """Whether two runs have the same losses and the same adapter, bit for bit."""
+    saved, wanted = (load_file(where / "adapter" / WEIGHTS) for where in (folder, whole))
+    same = saved.keys() == wanted.keys() and all(torch.equal(saved[name], wanted[name]) for name in wanted)
+    return same and history(folder) == history(whole)
 
 
 def resume_point(folder: Path, resume: bool = True, **settings):
@@ -64,9 +79,7 @@ def run(tmp_path_factory):
 def test_a_killed_training_resumes_to_the_same_losses_and_adapter_bit_for_bit(step, place, goes_on_from, run, tmp_path):
     whole, settings = run
     folder = copy_run(whole, tmp_path / "run")
-    command = [sys.executable, str(Path(__file__).with_name("train_and_die.py")), str(folder), str(step), place]
-    killed = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    kill_training(folder, step, place)
     assert not (folder / "adapter").exists()
     if place == "step":
         found = checkpoints.last_complete_checkpoint(folder / "checkpoints")
@@ -75,9 +88,22 @@ def test_a_killed_training_resumes_to_the_same_losses_and_adapter_bit_for_bit(st
             found = checkpoints.last_complete_checkpoint(folder / "checkpoints")
     assert (int(found.name.split("-")[1]) if found else 0) == goes_on_from
     training.finetune(folder, **settings)
-    assert history(folder) == history(whole)
-    saved, wanted = (load_file(where / "adapter" / WEIGHTS) for where in (folder, whole))
-    assert saved.keys() == wanted.keys() and all(torch.equal(saved[name], wanted[name]) for name in wanted)
+    assert same_training(folder, whole)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_from_another_folder_on_another_machine(run, tmp_path, monkeypatch):
+    whole, settings = run
+    kill_training(copy_run(whole, tmp_path / "run"), 10, "step")
+    moved = tmp_path / "drive" / "of somebody"
+    moved.parent.mkdir()
+    shutil.move(tmp_path / "run", moved)
+    monkeypatch.setattr(platform, "node", lambda: "another-machine")
+    monkeypatch.setattr(platform, "machine", lambda: "another kind")
+    training.finetune(moved, **settings)
+    assert same_training(moved, whole)
+    record = read_manifest(moved)["adapter"]
+    assert record["hardware"].startswith("another kind") and len(record["earlier"]) == 1
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 Killed trainings, broken checkpoints and full disks are in tests/test_checkpoints.py.
 """
 
+import errno
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -47,6 +49,29 @@ def test_what_a_process_starts_under_its_lock_may_write_too(tmp_path):
         assert subprocess.run(command, capture_output=True, text=True, cwd=PROJECT).stdout == "in\n"
     with locked_elsewhere(tmp_path):
         assert "AlpacaError" in subprocess.run(command, capture_output=True, text=True, cwd=PROJECT).stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no flock")
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_where_a_disk_knows_no_locks_a_mark_of_another_machine_is_named_with_what_to_do(tmp_path, monkeypatch):
+    import fcntl
+
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    mark = tmp_path / ".lock"
+    with lock_run(tmp_path):
+        written = mark.read_text()
+        assert platform.node() in written
+    mark.write_text(written.replace(platform.node(), "colab-1"))
+    with pytest.raises(AlpacaError) as refused, lock_run(tmp_path):
+        pass
+    said = f"Another process on colab-1 is writing to the run {tmp_path}: wait for it to end, or take another `run`"
+    assert str(refused.value) == f"{said} (if that machine is gone, delete {mark})."
+    mark.unlink()
+    with lock_run(tmp_path):
+        pass
 
 
 def data_record(**changes) -> dict:

@@ -104,8 +104,8 @@ def test_what_is_declared_admits_the_pinned_versions(file):
 
 
 @pytest.mark.slow
-def test_all_but_the_batch_imports_without_what_runs_notebooks():
-    inside = [path.relative_to(PROJECT).with_suffix("") for path in MODULES if path.name not in (BATCH, "__main__.py")]
+def test_every_module_imports_without_what_runs_notebooks():
+    inside = [path.relative_to(PROJECT).with_suffix("") for path in MODULES if path.name != "__main__.py"]
     modules = [".".join(path.parts).removesuffix(".__init__") for path in inside]
     done = run([sys.executable, "-c", WITHOUT_NOTEBOOKS, *modules], PROJECT, PYTHONPATH=str(PROJECT))
     assert not done.returncode, done.stderr
@@ -135,13 +135,15 @@ def wheel(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_the_package_and_the_pocket_only(wheel):
+def test_the_wheel_holds_the_package_the_pocket_and_the_notebooks_only(wheel):
     with zipfile.ZipFile(wheel) as archive:
         files = {name for name in archive.namelist() if ".dist-info/" not in name}
         metadata = archive.read(next(name for name in archive.namelist() if name.endswith("/METADATA"))).decode()
     folders = (PROJECT / "alpaca_helpers" / "pocket" / name for name in ("model", "instructions", "document"))
     pocket = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-    assert files == {path.relative_to(PROJECT).as_posix() for path in [*MODULES, *pocket]}
+    notebooks = {f"alpaca_helpers/notebooks/{path.name}" for path in (PROJECT / "notebooks").glob("*.ipynb")}
+    assert files == {path.relative_to(PROJECT).as_posix() for path in [*MODULES, *pocket]} | notebooks
+    assert len(notebooks) == 4
     assert {"License-Expression: MIT", "Description-Content-Type: text/markdown"} <= set(metadata.splitlines())
 
 

@@ -1,14 +1,17 @@
 """The batch driver, on two small notebooks made here."""
 
 import json
+import re
 import shutil
 
 import nbformat
 import pytest
+from conftest import PROJECT
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from tiny_run import locked_elsewhere
 
 from alpaca_helpers import AlpacaError, series
+from alpaca_helpers.profiles import PROFILES
 from alpaca_helpers.runs import read_manifest
 from tools import notebooks as authors
 
@@ -252,3 +255,28 @@ def test_cells_without_ids_that_differ_are_a_sentence_and_nothing_is_rewritten(e
     with pytest.raises(AlpacaError, match="01_one.ipynb was saved without the cells' ids"):
         authors.clean_all()
     assert [path.read_bytes() for path in editions] == before
+
+
+@pytest.mark.slow
+def test_what_an_earlier_notebook_makes_is_made_once_and_only_where_it_is_missing(
+    notebooks, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(series, "PRODUCERS", {"seen": "01_one", "later": "03_three"})
+    monkeypatch.setattr(series, "MINUTES", {"pocket": {"01_one": 1.6}})
+    folder = tmp_path / "r"
+    series.run_earlier_notebooks("01_one", "pocket", str(folder))
+    assert not (folder / "seen").exists() and capsys.readouterr().out == ""
+    for _ in range(2):
+        series.run_earlier_notebooks("02_two", "pocket", str(folder))
+    assert seen(folder) == "a" and not (folder / "02_two.ipynb").exists()
+    told = capsys.readouterr().out
+    assert told.startswith(f"The run {folder} has no seen: running 01_one first, about 2 minutes.")
+    assert told.count("running") == 1
+
+
+def test_minutes_are_said_for_each_profile_and_each_notebook_that_others_build_on():
+    builders = set(series.PRODUCERS.values()) - {series.NAMES[3]}
+    assert {name: set(minutes) for name, minutes in series.MINUTES.items()} == dict.fromkeys(PROFILES, builders)
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    for name, minutes in series.MINUTES["pocket"].items():
+        assert re.search(rf"^\| .*notebooks/{name}.*\| {minutes} \|", readme, re.MULTILINE), name

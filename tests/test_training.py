@@ -454,17 +454,31 @@ def test_a_measured_step_leaves_weights_gradients_and_random_state_as_they_were(
     rows, model = tokens(random_rows(12), recipe), random_lora()  # with the columns of text
     trainer = trainer_on(rows, tmp_path, model, recipe)
     weights, before, random_state = [p.clone() for p in model.parameters()], state(model), torch.get_rng_state()
-    seconds, size = training.measure_step(trainer)
-    assert 0 < seconds < 60 and size > sum(p.nbytes for p in model.parameters())
+    seconds, size, there = training.measure_step(trainer)
+    assert 0 < seconds < 60 and there > size > sum(p.nbytes for p in model.parameters())
     assert all(torch.equal(*pair) for pair in zip(weights, model.parameters())) and state(model) == before
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_measured_step_is_on_the_longest_rows(tmp_path, monkeypatch):
+def test_steps_are_measured_on_the_longest_rows_and_on_average_ones(tmp_path, monkeypatch):
     rows = tokens(random_rows(12))
     trainer, seen = trainer_on(rows, tmp_path, random_lora()), []
     loss = trainer.compute_loss
     monkeypatch.setattr(trainer, "compute_loss", lambda m, i: seen.append(i["input_ids"].shape) or loss(m, i))
     training.measure_step(trainer)
-    assert seen == [(4, max(len(ids) for ids in rows["input_ids"]))] * 2
+    lengths = sorted(len(ids) for ids in rows["input_ids"])
+    average = sum(lengths) / len(lengths)
+    nearest = sorted(lengths, key=lambda length: abs(length - average))[:4]
+    assert lengths[-1] > max(nearest) and seen == [(4, lengths[-1]), *[(4, max(nearest))] * 2]
+
+
+def test_a_step_that_does_not_fit_says_what_to_change(tmp_path, monkeypatch):
+    trainer = trainer_on(tokens(random_rows(12)), tmp_path, random_lora())
+
+    def compute_loss(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trainer, "compute_loss", compute_loss)
+    with pytest.raises(AlpacaError, match="Out of memory with 4 rows at once: set `micro_batch_size` to 2"):
+        training.measure_step(trainer)
