@@ -36,8 +36,8 @@ def evaluate(
             check, and under `intervals` a 95% bootstrap interval for each: it resamples questions, since rows that ask
             the same one tell less than different ones. Shares are of 1; `answer_loss` is in nats per answer token, the
             end-of-text token left out; `base_bare` has no loss.
-        answers: a row a held-out row: its text; each side's answer, its tokens, whether it stopped and whether it is
-            right, and the loss of the expected answer.
+        answers: a row a held-out row: its text; each side's answer, its token ids and their number, whether it stopped
+            and whether it is right, and the loss of the expected answer.
 
     Raises AlpacaError if there are no rows.
     """
@@ -65,6 +65,7 @@ def evaluate(
         scores = _score(given, rows, losses[name])
         estimates[name] = _estimate(scores, tokens, weights)
         table[name] = [answer.text for answer in given]
+        table[f"{name}_ids"] = [answer.ids for answer in given]
         table[f"{name}_tokens"] = [answer.tokens for answer in given]
         table[f"{name}_stopped"] = [answer.stopped for answer in given]
         table[f"{name}_right"] = [bool(score) if row["fact"] else None for score, row in zip(scores["contains"], rows)]

@@ -23,9 +23,14 @@ class Answer:
     """What a model wrote after a prompt, in the end or so far."""
 
     text: str
-    tokens: int  # written, without the end-of-text token
+    ids: list[int]  # the tokens written, without the end-of-text token
     stopped: bool  # it wrote an end-of-text token; else it was cut, or goes on
     prompt_cut: int  # tokens dropped from the front of a prompt too long for the model's positions
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were written, without the end-of-text token."""
+        return len(self.ids)
 
 
 def generate(
@@ -156,7 +161,7 @@ def _answers(tokenizer, rows: Sequence[_Row], final: bool = True) -> list[Answer
     texts = [parse_answer(text) for text in tokenizer.batch_decode([row.written for row in rows])]
     if not final:  # a character may span two tokens: show it when it is whole
         texts = [text.rstrip("\ufffd") for text in texts]
-    return [Answer(t.strip(), len(row.written), row.stopped, row.prompt_cut) for t, row in zip(texts, rows)]
+    return [Answer(t.strip(), [*row.written], row.stopped, row.prompt_cut) for t, row in zip(texts, rows)]
 
 
 def adapter_scalings(model) -> list[dict[str, float]]:

@@ -89,7 +89,8 @@ def conclusion(metrics: dict) -> str:
         lines.append(f"No clear change: {', '.join(METRICS[name].label for name in same)}.")
     if metrics["tuned"]["stop_rate"] < 0.5:
         stops, *_ = shown(metrics, "tuned", "stop_rate")
-        cut = f"the others are cut at {metrics['max_new_tokens']} tokens"
+        those = "the others are" if metrics["tuned"]["stop_rate"] else "all are"
+        cut = f"{those} cut at {metrics['max_new_tokens']} tokens"
         lines.append(f"The tuned model stops by itself in {stops} of its answers; {cut}.")
     if metrics["base_bare"]["contains"] is not None:
         bare, templated = (shown(metrics, side, "contains")[0] for side in ("base_bare", "base"))

@@ -29,7 +29,7 @@ _FOLDER = next((folder for folder in _FOLDERS if (folder / f"{NAMES[0]}.ipynb").
 NOTEBOOKS = [_FOLDER / f"{name}.ipynb" for name in NAMES]
 
 # minutes of the notebooks that others build on, by profile: the pocket's on two cores, GPT-2 medium's reckoned for a T4
-MINUTES = {"pocket": {NAMES[1]: 0.3, NAMES[2]: 1.2}, "gpt2-medium": {NAMES[1]: 1, NAMES[2]: 10}}
+MINUTES = {"pocket": {NAMES[1]: 0.3, NAMES[2]: 1.2}, "gpt2-medium": {NAMES[1]: 1.0, NAMES[2]: 10.0}}
 
 
 class ProgressFile:
@@ -75,10 +75,10 @@ def run_earlier_notebooks(notebook: str, profile: str = "auto", run: str = "") -
     missing = {by: made for made, by in PRODUCERS.items() if by < notebook and not artifact_hash(folder / made)}
     if not missing:
         return
-    what, which = (" and ".join(each) for each in ([f"no {name}" for name in missing.values()], missing))
+    what = " and ".join(f"no {made}" for made in missing.values())
     minutes = sum(MINUTES[name][by] for by in missing)
     print(
-        f"The run {folder} has {what}: running {which} first, about {minutes:.0f} minutes. "
+        f"The run {folder} has {what}: running {' and '.join(missing)} first, about {minutes:.0f} minutes. "
         "(If you have such a run elsewhere, set `run` to its folder.)",
         flush=True,
     )

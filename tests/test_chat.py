@@ -291,7 +291,7 @@ def test_input_and_settings_reach_the_model_as_in_training(box, monkeypatch):
 
     def stream(model, tokenizer, prompts, *, sides, stop, **settings):
         given.append((prompts, sides, settings))
-        return iter([[Answer("a", 1, True, 0)] * len(prompts)])
+        return iter([[Answer("a", [0], True, 0)] * len(prompts)])
 
     monkeypatch.setattr(conversation, "stream", stream)
     values = {"temperature": 0.35, "top_p": 0.5, "top_k": 7, "max_new_tokens": 9, "seed": 42}

@@ -233,11 +233,11 @@ def hand_tokens(tokenizer, row):
 
 def test_evaluate_against_numbers_counted_by_hand(tiny_model, pocket_tokenizer, monkeypatch):
     given = {
-        "tuned": [Answer("Paris.", 3, True, 0), Answer("3", 1, True, 0), Answer("", 0, True, 0)],
+        "tuned": [Answer("Paris.", [0] * 3, True, 0), Answer("3", [0] * 1, True, 0), Answer("", [0] * 0, True, 0)],
         "base": [
-            Answer("x y z w x y z w", 8, False, 0),
-            Answer("Add them. 3", 8, False, 0),
-            Answer("hello", 8, False, 0),
+            Answer("x y z w x y z w", [0] * 8, False, 0),
+            Answer("Add them. 3", [0] * 8, False, 0),
+            Answer("hello", [0] * 8, False, 0),
         ],
     }
     asked = []
