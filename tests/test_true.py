@@ -1,7 +1,7 @@
 """What the notebooks' prose says of their outputs, against the numbers: python -m pytest tests/test_true.py
 
-For the pocket's stored outputs sentence by sentence; for a tuning that failed, and for another model on rows of another
-kind, the sentences that cells compute, and that none is printed that only the pocket's outputs bear out.
+For the pocket's stored outputs sentence by sentence; for a tuning that failed, another model and random weights the
+sentences that cells compute.
 """
 
 import ast
@@ -10,12 +10,15 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from alpaca_helpers import pocket
 from alpaca_helpers.data import question_key
-from alpaca_helpers.models import fetch_model
+from alpaca_helpers.models import fetch_model, load_tokenizer
 from alpaca_helpers.profiles import PROFILES
+from alpaca_helpers.report import JUDGED
 from alpaca_helpers.runs import read_metrics
 from alpaca_helpers.series import NOTEBOOKS, run_series
 from alpaca_helpers.text import words
@@ -161,9 +164,9 @@ def test_a_sentence_with_a_count_or_a_share_says_of_which_model_it_is():
 # Other outputs than the pocket's
 
 
-@pytest.fixture(scope="module", params=["failed", "another"])
+@pytest.fixture(scope="module", params=["failed", "another", "random"])
 def executed(request, tmp_path_factory) -> tuple[str, Path, dict[str, dict]]:
-    """A run whose tuning changed nothing, or the pocket's model under another name on rows without facts."""
+    """A run whose tuning changed nothing; the pocket under another name, or random weights, on rows without facts."""
     folder = tmp_path_factory.mktemp(request.param)
     parameters: dict[str, object] = {"run": str(folder / "run"), "profile": "pocket", "max_heldout_rows": 40}
     if request.param == "failed":
@@ -172,7 +175,12 @@ def executed(request, tmp_path_factory) -> tuple[str, Path, dict[str, dict]]:
         rows = [{**row, "fact": ""} for row in ROWS["train"][::8] if row["input"] or row["output"]]
         Dataset.from_list(rows).to_json(folder / "rows.jsonl")
         model = folder / "model"
-        model.symlink_to(fetch_model(str(pocket.MODEL)))
+        if request.param == "another":
+            model.symlink_to(fetch_model(str(pocket.MODEL)))
+        else:
+            torch.manual_seed(0)
+            GPT2LMHeadModel(GPT2Config.from_pretrained(pocket.MODEL)).save_pretrained(model)
+            load_tokenizer(str(pocket.MODEL)).save_pretrained(model)
         parameters |= {"model": str(model), "dataset": str(folder / "rows.jsonl"), "num_train_epochs": 2}
     run = run_series(parameters)
     cells = [cell for path in sorted(run.glob("*.ipynb")) for cell in json.loads(path.read_text("utf-8"))["cells"]]
@@ -198,7 +206,9 @@ def test_what_cells_say_is_what_the_numbers_of_this_run_say(executed):
         assert conclusion[0] == "Tuning made no clear difference." and better == []
         assert metrics["tuned"]["stop_rate"] == metrics["base"]["stop_rate"]
     else:
-        assert "answer_loss" in better and conclusion[0] != "Tuning made no clear difference."
+        clear = any(clearly(change, name, way) for name in JUDGED for way in (1, -1))
+        assert clear == (conclusion[0] != "Tuning made no clear difference.")
+        assert kind == "random" or "answer_loss" in better
         assert "checkable" in metrics and "no run to compare with" in said(cells["04-44"])
         assert "recipe document" not in said(cells["03-37j"])
 
