@@ -4,16 +4,15 @@ The package comes from a git address by the notebook's own `%pip install`; the o
 """
 
 import json
-import os
-import shutil
-import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import nbformat
 import pytest
 from conftest import PROJECT
+from fresh import copy_project, fresh_python, run
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
 
 pytestmark = pytest.mark.slow
 
@@ -22,19 +21,10 @@ EXECUTE = "from nbclient.cli import main; main()"  # `jupyter execute`; the work
 SETTINGS = {"03_lora_finetuning": {"num_train_epochs": 1}, "04_comparison_and_chat": {"max_heldout_rows": 40}}
 
 
-def run(command: list, folder: Path, **variables: str) -> subprocess.CompletedProcess:
-    """Run a command offline, without this process's PYTHONPATH."""
-    kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "ALPACA_LOCKED_RUN")}
-    offline = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, cwd=folder, env=kept | offline | variables, capture_output=True, text=True)
-
-
 @pytest.fixture(scope="module")
 def address(tmp_path_factory) -> str:
     """The address of a git repository with the working tree as its one commit."""
-    folder = tmp_path_factory.mktemp("published") / "project"
-    unwanted = (".*", "build", "runs", "__pycache__", "*.egg-info")
-    shutil.copytree(PROJECT, folder, ignore=shutil.ignore_patterns(*unwanted))
+    folder = copy_project(tmp_path_factory.mktemp("published") / "project")
     git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org"]
     for command in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message", "all"]):
         done = run([*git, *command], folder)
@@ -42,21 +32,10 @@ def address(tmp_path_factory) -> str:
     return folder.as_uri()
 
 
-@pytest.fixture
-def python(tmp_path) -> Path:
-    """The Python of a fresh virtual environment that sees this one's libraries, but not the package."""
-    run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "fresh"], tmp_path)
-    (site,) = (tmp_path / "fresh").glob("lib/python*/site-packages")
-    (site / "outer.pth").write_text(sysconfig.get_path("purelib"))  # its own .pth files are not read
-    return tmp_path / "fresh" / "bin" / "python"
-
-
 def alone(name: str, folder: Path, **parameters) -> Path:
-    """Return a copy of the notebook, with these parameters typed into its first cell, alone in a new folder."""
+    """Return a copy of the notebook with these parameters, alone in a new folder."""
     folder.mkdir()
-    notebook = nbformat.read(NOTEBOOKS[name], as_version=4)
-    cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-    cell.source += "".join(f"\n{key} = {value!r}" for key, value in parameters.items())
+    notebook = parameterize_notebook(load_notebook_node(str(NOTEBOOKS[name])), parameters)
     nbformat.write(notebook, folder / f"{name}.ipynb")
     return folder / f"{name}.ipynb"
 
@@ -68,20 +47,21 @@ def printed(notebook: Path) -> str:
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_a_notebook_alone_installs_the_package_makes_what_it_needs_and_runs_through(name, address, python, tmp_path):
+def test_a_notebook_alone_installs_the_package_makes_what_it_needs_and_runs_through(name, address, tmp_path):
     notebook = alone(name, tmp_path / "alone", repo_url=address, profile="pocket", **SETTINGS.get(name, {}))
-    done = run([python, "-c", EXECUTE, "--inplace", notebook], tmp_path)
+    python, site = fresh_python(tmp_path)
+    done = run([python, "-c", EXECUTE, "--inplace", notebook], tmp_path, PIP_NO_BUILD_ISOLATION="0")
     assert not done.returncode, done.stderr[-3000:]
-    assert list((tmp_path / "fresh").glob("lib/python*/site-packages/alpaca_helpers/pocket/model"))
+    assert (site / "alpaca_helpers" / "pocket" / "model").is_dir()
     earlier = {"03_lora_finetuning": 1, "04_comparison_and_chat": 2}.get(name, 0)
     run_folder = tmp_path / "alone" / "runs" / "pocket"
     assert [path.stem for path in sorted(run_folder.glob("*.ipynb"))] == list(NOTEBOOKS)[1 : 1 + earlier]
     assert ("first, about" in printed(notebook)) == bool(earlier)
 
 
-def test_without_an_address_the_first_cell_says_so_in_a_sentence(python, tmp_path):
+def test_without_an_address_the_first_cell_says_so_in_a_sentence(tmp_path):
     notebook = alone("01_base_model", tmp_path / "alone")
-    done = run([python, "-c", EXECUTE, notebook], tmp_path)
+    done = run([fresh_python(tmp_path)[0], "-c", EXECUTE, notebook], tmp_path)
     assert "alpaca_helpers is not installed: set repo_url to the project's address." in done.stderr
 
 

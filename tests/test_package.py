@@ -1,12 +1,8 @@
 """The package as others install it: what it declares, what is in its wheel: python -m pytest tests/test_package.py"""
 
 import ast
-import os
 import re
-import shutil
-import subprocess
 import sys
-import sysconfig
 import tomllib
 import zipfile
 from importlib.metadata import packages_distributions
@@ -14,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import PROJECT
+from fresh import copy_project, fresh_python, run
 from packaging.requirements import Requirement
 
 PYPROJECT = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -114,20 +111,11 @@ def test_every_module_imports_without_what_runs_notebooks():
 # The wheel
 
 
-def run(command: list, folder: Path, **variables: str) -> subprocess.CompletedProcess:
-    """Run a command without this process's PYTHONPATH, and offline."""
-    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    env = kept | {"PIP_NO_INDEX": "1", "HF_HUB_OFFLINE": "1"} | variables
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-
-
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """The wheel of a copy of the checkout, since a build leaves its folders behind."""
+    """The wheel of a copy of the checkout."""
     folder = tmp_path_factory.mktemp("build")
-    unwanted = (".*", "build", "runs", "__pycache__", "*.egg-info")
-    shutil.copytree(PROJECT, folder / "project", ignore=shutil.ignore_patterns(*unwanted))
-    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, folder / "project"]
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, copy_project(folder / "project")]
     done = run([sys.executable, "-m", "pip", *build], folder)
     assert not done.returncode, done.stderr
     (built,) = folder.glob("*.whl")
@@ -149,12 +137,9 @@ def test_the_wheel_holds_the_package_the_pocket_and_the_notebooks_only(wheel):
 
 @pytest.mark.slow
 def test_installed_elsewhere_the_pocket_answers_and_nothing_is_left_in_site_packages(wheel, tmp_path):
-    run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "fresh"], tmp_path)
-    python = tmp_path / "fresh" / "bin" / "python"
+    python, site = fresh_python(tmp_path)
     done = run([sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", wheel], tmp_path)
     assert not done.returncode, done.stderr
-    (site,) = (tmp_path / "fresh").glob("lib/python*/site-packages")
-    (site / "outer.pth").write_text(sysconfig.get_path("purelib"))  # the other packages; its .pth files are not read
     installed = {path: path.stat().st_mtime_ns for path in site.rglob("*")}
     (tmp_path / "empty").mkdir()
     done = run([python, "-c", ANSWER], tmp_path / "empty")

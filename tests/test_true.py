@@ -74,12 +74,11 @@ QUESTIONS += ["What are the three primary colors?", "Traduit : What happened ?"]
 
 # The cell with the sentence, a part of it, and whether the stored outputs or the rows bear it out
 SENTENCES = [
-    ("01-20", "they hold lists of questions", lambda: "0 of 4" in output("01-29")),
     ("01-26", "until it is cut at the limit", lambda: "0 of 4" in output("01-29")),
     ("01-32", "the first is `True` and the second is not", lambda: output("01-31").split() == expected_31()),
     ("02-07a", "short questions with answers of one sentence", lambda: one_sentence() > 0.9),
     ("02-11", "The pocket's *Tell me who wrote this*", lambda: "Tell me who wrote this." in output("02-10")),
-    ("02-15", "appears in no training row", lambda: not any(in_training(row["instruction"]) for row in asked())),
+    ("02-15", "appears in no training row", lambda: not any(map(named_in_training, capitals()))),
     ("02-41", "With the pocket 42, one more than `document`", lambda: line("02-27", "document:")[1] + 1 == 42),
     ("02-41", "889 of the pocket's 1,030", lambda: (short(10), len(ROWS["train"])) == (889, 1030)),
     ("03-26", "ten times the learning rate, and 10 epochs", lambda: settings() == (10, 10)),
@@ -115,9 +114,17 @@ def one_sentence() -> float:
     return sum(len(re.findall(r"[.!?](?:\s|$)", row["output"])) <= 1 for row in ROWS["train"]) / len(ROWS["train"])
 
 
-def asked() -> list[dict]:
-    """The held-out questions of a capital that name the country in the instruction."""
-    return [row for row in ROWS["heldout"] if "capital" in row["instruction"] and not row["input"]]
+def capitals() -> set[str]:
+    """The countries whose capital is asked for on the held-out side."""
+    found = (re.match(r"The capital of (.+?) is ", row["output"]) for row in ROWS["heldout"])
+    countries = {country[1] for country in found if country}
+    assert countries
+    return countries
+
+
+def named_in_training(country: str) -> bool:
+    texts = (" ".join((row["instruction"], row["input"], row["output"])) for row in ROWS["train"])
+    return any(re.search(rf"\b{re.escape(country)}\b", text) for text in texts)
 
 
 def short(most: int) -> int:
