@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -48,7 +49,7 @@ from alpaca_helpers.rows import load_rows
 from alpaca_helpers.runs import run_folder
 from alpaca_helpers.series import run_series
 from alpaca_helpers.training import AnswerTrainer
-from benchmarks import chat, evaluation
+from benchmarks import chat, evaluation, graphs
 
 RESULTS = Path(__file__).with_name("results.json")
 PROJECT = Path(__file__).resolve().parents[1]
@@ -182,18 +183,27 @@ def trl_packed(*arguments) -> Trainer:
     return trl(*arguments, packing=True)
 
 
-def ours(name: str, rows: Dataset, tokenizer, settings: Settings, folder: str, steps: int) -> Trainer:
-    """The series' trainer as notebook 03 makes it."""
+def ours(
+    name: str, rows: Dataset, tokenizer, settings: Settings, folder: str, steps: int, trainer=AnswerTrainer, fp16=False
+) -> Trainer:
+    """The series' trainer as notebook 03 makes it, or another in its place.
+
+    Args:
+        fp16: hold the base in float32 and compute in float16, as on a GPU without bfloat16.
+    """
     data = tokenized(rows, tokenizer, "answers")
-    return AnswerTrainer(
-        model=get_peft_model(load_model(name, base_dtype()), lora_config()),
-        args=TrainingArguments(**common(settings, folder, steps, settings.batch_size)),
+    return trainer(
+        model=get_peft_model(load_model(name, torch.float32 if fp16 else base_dtype()), lora_config()),
+        args=TrainingArguments(**common(settings, folder, steps, settings.batch_size), fp16=fp16),
         train_dataset=data,
         data_collator=PadToLongest(tokenizer.pad_token_id),
     )
 
 
 CONTENDERS = {"document": document, "plain answers": plain, "TRL": trl, "TRL packed": trl_packed, "ours": ours}
+FOR_A_GPU = {"ours, float16": partial(ours, fp16=True)} | {
+    name: partial(ours, trainer=trainer) for name, trainer in graphs.TRAINERS.items()
+}
 
 
 def compete(contender: str, name: str, options: dict, pipe) -> None:
@@ -208,7 +218,7 @@ def compete(contender: str, name: str, options: dict, pipe) -> None:
     while pipe.recv():
         with tempfile.TemporaryDirectory() as folder:
             set_seed(settings.seed)
-            trainer = CONTENDERS[contender](name, train, tokenizer, settings, folder, warm_up + steps)
+            trainer = (CONTENDERS | FOR_A_GPU)[contender](name, train, tokenizer, settings, folder, warm_up + steps)
             watch = Stopwatch(warm_up)
             trainer.add_callback(watch)
             trainer.train()
@@ -463,8 +473,9 @@ def main() -> None:
     parser.add_argument(
         "--batch-sizes", nargs="+", type=int, default=sizes, help=f"rows a step ({' '.join(map(str, sizes))})"
     )
+    known = [*CONTENDERS, *FOR_A_GPU]
     parser.add_argument(
-        "--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), help="who trains (all)"
+        "--contenders", nargs="+", default=list(CONTENDERS), choices=known, help=f"({', '.join(CONTENDERS)})"
     )
     parser.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=list(SECTIONS), help="(all)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender (3)")

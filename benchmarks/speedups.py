@@ -28,6 +28,7 @@ SHAPES = {
     "GPT-2's width, 4 layers": {"n_layer": 4, "n_embd": 768, "n_head": 12, "vocab_size": 50257},
     "24 layers of width 16": {"n_layer": 24, "n_embd": 16, "n_head": 2, "vocab_size": 2048},
     "pocket": None,
+    "GPT-2 medium": {"n_layer": 24, "n_embd": 1024, "n_head": 16, "vocab_size": 50257},  # on request: for a GPU
 }
 
 
@@ -71,7 +72,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES)[:3])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -1,0 +1,75 @@
+"""All that a GPU is wanted for, in one call that keeps to a time limit: `python -m benchmarks.on_gpu --help`.
+
+Each part is a command of its own. It writes its figures to a file of its own in the folder given, so what is measured
+is kept whatever comes after; a part for which the time left is too short is left out, with a line.
+
+    python -m benchmarks.on_gpu --out figures --limit 560 --parts gradients race-16 race-256 generation patches
+    python -m benchmarks.on_gpu --out figures --limit 560 --parts series
+    python -m benchmarks.on_gpu --out figures --rehearse        # on a CPU, with the pocket: that all of it runs
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[1]
+BENCH = ["-m", "benchmarks.bench", "--models", "gpt2-medium", "--rounds", "2", "--sections", "matrix_product"]
+BENCH += ["training", "--contenders"]
+
+# By name: the command, the option that its file is given by, and about how many seconds it takes on an H100 or H200.
+PARTS = {
+    "gradients": (["-m", "benchmarks.graphs"], "--out", 60),
+    "race-16": ([*BENCH, "document", "TRL", "TRL packed", "ours", "graphed", "--batch-sizes", "16"], "--results", 120),
+    "compiled": ([*BENCH, "ours", "compiled", "--batch-sizes", "16"], "--results", 90),
+    "race-128": ([*BENCH, "document", "TRL", "ours", "graphed", "--batch-sizes", "128"], "--results", 150),
+    "race-256": ([*BENCH, "ours", "graphed", "--batch-sizes", "256"], "--results", 90),
+    "packed": ([*BENCH, "ours", "packed", "--batch-sizes", "256"], "--results", 120),
+    "float16": ([*BENCH, "ours", "ours, float16", "--batch-sizes", "16"], "--results", 60),
+    "generation": (["-m", "benchmarks.generation"], "--out", 60),
+    "patches": (["-m", "benchmarks.speedups", "--models", "GPT-2 medium", "--rounds", "2"], "--out", 120),
+    "series": (["benchmarks/gpu.py"], "--out", 400),
+}
+TINY = ["--models", "pocket", "--rounds", "1", "--steps", "2"]  # for a rehearsal, after the options it replaces
+REHEARSED = {  # `series` is rehearsed by the tests of the stand-in Hub
+    "gradients": ["--model", "pocket", "--rows", "4"],
+    "race-16": [*TINY, "--sections", "training", "--contenders", "ours", "graphed", "packed"],
+    "generation": ["--model", "pocket", "--prompts", "4", "--batch-sizes", "2", "4", "--max-new-tokens", "4"],
+    "patches": TINY,
+}
+
+
+def main() -> None:
+    """Run the command line; the exit status is 1 if a part failed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.on_gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the parts' files and output")
+    parser.add_argument("--limit", type=float, default=560, help="seconds for all (560)")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS), help="in this order (all)")
+    parser.add_argument("--rehearse", action="store_true", help="each part at its smallest, on any device")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    ends, failed = time.monotonic() + options.limit, []
+    for name in options.parts:
+        command, to, seconds = PARTS[name]
+        left = ends - time.monotonic()
+        if options.rehearse and name not in REHEARSED or left < (0 if options.rehearse else seconds):
+            print(f"{name}: left out, {left:.0f} s are left", flush=True)
+            continue
+        given = [sys.executable, *command, to, str(options.out.resolve() / f"{name}.json")]
+        given += REHEARSED[name] if options.rehearse else []
+        print(f"{name} …", flush=True)
+        begun = time.monotonic()
+        with (options.out / f"{name}.log").open("w", encoding="utf-8") as log:
+            try:
+                done = subprocess.run(given, cwd=PROJECT, stdout=log, stderr=subprocess.STDOUT, timeout=left)
+                ended = f"exit status {done.returncode}"
+            except subprocess.TimeoutExpired:
+                ended = "cut at the limit"
+        failed += [name] if ended != "exit status 0" else []
+        print(f"{name}: {ended} after {time.monotonic() - begun:.0f} s", flush=True)
+    sys.exit(f"Failed: {', '.join(failed)}: see their .log in {options.out}." if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
