@@ -12,7 +12,8 @@ from conftest import PROJECT
 
 pytestmark = pytest.mark.slow
 
-SERIES = [sys.executable, "-m", "alpaca_helpers.series", "--profile", "pocket", "-p", "num_train_epochs", "1"]
+SERIES = [sys.executable, "-m", "alpaca_helpers.series", "--profile", "pocket"]
+SERIES += ["-p", "num_train_epochs", "1", "-p", "max_heldout_rows", "20"]
 PROGRAM = """
 import sys
 from alpaca_helpers import AlpacaError
