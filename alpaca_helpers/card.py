@@ -8,6 +8,7 @@ from . import AlpacaError, locate
 from .data import RECIPES
 from .files import write_text
 from .hub import first_line
+from .profiles import PROFILES
 from .prompts import format_prompt
 from .runs import read_metrics, read_record
 
@@ -20,28 +21,20 @@ LICENCES = {  # of the data, by dataset: the card's tag, and the sentence
         "cc-by-nc-4.0",
         "Alpaca is CC BY-NC 4.0: non-commercial use, with attribution, the adapter's too.",
     ),
-    "alpaca_helpers/pocket/instructions/train.jsonl": (
-        None,
-        "The rows were written for this project: its licence holds.",
-    ),
+    PROFILES["pocket"].dataset: (None, "The rows were written for this project: its licence holds."),
 }
 UNKNOWN_LICENCE = (None, "Not known here: the licence of the dataset holds for the adapter too.")
 
 
 def push_adapter(adapter: Path, repository: str) -> str:
-    """Upload the adapter's folder to the Hub and return its address; a new repository is private.
-
-    Raises AlpacaError where the Hub refuses, or is out of reach.
-    """
+    """Upload the adapter's folder to the Hub and return its address; raise AlpacaError where that cannot be done."""
     try:
         name = create_repo(repository, private=True, exist_ok=True).repo_id
         return str(upload_folder(repo_id=name, folder_path=adapter, commit_message="LoRA adapter and model card"))
     except Exception as error:  # the library's exceptions differ from release to release
-        raise AlpacaError(
-            f"The adapter was not pushed to {repository} ({first_line(error)}): it is whole on disk; log in with "
-            "`hf auth login` and check the name (owner/name) and the network.",
-            "push-refused",
-        ) from error
+        what = f"The adapter was not pushed to {repository} ({first_line(error)}): it is whole on disk"
+        remedy = "log in with `hf auth login` and check the name (owner/name) and the network"
+        raise AlpacaError(f"{what}; {remedy}.", "push-refused") from error
 
 
 def write_card(folder: Path) -> None:
@@ -53,14 +46,10 @@ def write_card(folder: Path) -> None:
 
 
 def model_card(training: dict, metrics: dict) -> str:
-    """Return the model card in Markdown: what the adapter is, its prompt, what made it, what it reached, whose data.
-
-    Args:
-        training: what the run's manifest has of the adapter.
-        metrics: the content of metrics.json, or nothing.
-    """
+    """Return the model card in Markdown, made of the manifest's record of the adapter and of its metrics, if any."""
     tag, licence = LICENCES.get(training["dataset"], UNKNOWN_LICENCE)
     features = RECIPES[training["recipe"]]
+    end = ", and ends with the end-of-text token." if "eos" in features else "."
     head = ["library_name: peft", "pipeline_tag: text-generation"] + [f"license: {tag}"] * bool(tag)
     if training["model_revision"]:  # only a model on the Hub has one
         head.append(f"base_model: {training['model']}")
@@ -77,11 +66,7 @@ def model_card(training: dict, metrics: dict) -> str:
     return "\n".join(
         ["---", *head, "---", "", f"# {training['model']} with LoRA, answering instructions", "", "## Prompt", ""]
         + ["```", format_prompt("{instruction}", "{input, or no such line}" if "input" in features else ""), "```", ""]
-        + [
-            "The answer follows after a space"
-            + (", and ends with the end-of-text token." * ("eos" in features) or "."),
-            "",
-        ]
+        + [f"The answer follows after a space{end}", ""]
         + ["## Load it", "", "```python", *_loading(training["model"], training["model_revision"]), "```", ""]
         + ["## What made it", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
         + ["## What it reached on held-out rows", "", *_table(metrics), ""]
