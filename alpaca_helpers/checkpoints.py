@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import torch.distributed
+from accelerate import PartialState
 from transformers import Trainer, TrainerCallback
 
 from . import PACKAGE, AlpacaError, locate
@@ -22,9 +22,9 @@ ARGUMENTS = (  # of transformers' TrainingArguments: those that change the resul
     "learning_rate num_train_epochs max_steps lr_scheduler_type warmup_steps weight_decay max_grad_norm optim "
     "adam_beta1 adam_beta2 adam_epsilon label_smoothing_factor seed"
 ).split()
-FREE = {  # may differ when a training goes on: they change rounding and the draws of dropout at most
-    *("name", "dataset", "heldout", "micro_batch_size", "processes", "versions", "hardware", "dtype", "commit")
-}
+PLACE = ("versions", "hardware", "dtype", "commit", "processes")  # what a training was made on
+# What may differ when a training goes on: it changes rounding and the draws of dropout at most.
+FREE = {"name", "dataset", "heldout", "micro_batch_size", *PLACE}
 
 
 class CompleteCheckpoints(TrainerCallback):
@@ -32,15 +32,14 @@ class CompleteCheckpoints(TrainerCallback):
 
     def on_save(self, args, state, control, **named) -> None:
         """Mark the newest checkpoint as complete."""
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
+        PartialState().wait_for_everyone()
         if state.is_world_process_zero:
             write_checksums(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def last_complete_checkpoint(checkpoints: Path) -> Path | None:
     """Return the newest complete checkpoint in the folder, or None; warn of each newer one that is not complete."""
-    for checkpoint in sorted(_checkpoints(checkpoints), key=_step, reverse=True):
+    for checkpoint in _checkpoints(checkpoints):
         if not (wrong := verify_checksums(checkpoint)):
             return checkpoint
         warnings.warn(f"{checkpoint.name} is not used: {wrong}.", stacklevel=2)
@@ -50,13 +49,8 @@ def last_complete_checkpoint(checkpoints: Path) -> Path | None:
 def resume_point(folder: Path, trainer: Trainer, resume: bool = True) -> Path | None:
     """Record what makes this training, and return the checkpoint to go on from; None: from the beginning.
 
-    The run's lock is to be held. Other versions, another machine and so perhaps `dtype`, `micro_batch_size` or number
-    of processes change rounding and the draws of dropout alone, so a training may go on under them.
-
-    Args:
-        resume: False forgets the run's checkpoints.
-
-    Raises AlpacaError that shows the differences if the checkpoints were made by settings that give another result.
+    The run's lock is to be held. `resume` False forgets the run's checkpoints. Raises AlpacaError that shows the
+    differences if these were made by settings that give another result; what is `FREE` may differ.
     """
     checkpoints = Path(trainer.args.output_dir)
     if is_main_process():
@@ -67,11 +61,12 @@ def resume_point(folder: Path, trainer: Trainer, resume: bool = True) -> Path | 
             before = read_manifest(folder).get("training")
             before = before if isinstance(before, dict) else {}
             refuse_changes(before, now)
-            now["earlier"] = made_elsewhere(before, now)
+            place = {name: before.get(name) for name in PLACE}
+            moved = any(now[name] != value for name, value in place.items())
+            now["earlier"] = before.get("earlier", []) + [place] * moved  # on what its parts were made, if elsewhere
         write_record(folder, "training", now)
         trainer.record = now  # what is saved when the training ends tells of this, whatever the folder holds by then
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    trainer.accelerator.wait_for_everyone()
     checkpoint = last_complete_checkpoint(checkpoints)
     if checkpoint and is_main_process():
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
@@ -81,23 +76,14 @@ def resume_point(folder: Path, trainer: Trainer, resume: bool = True) -> Path | 
     return checkpoint
 
 
-def made_elsewhere(before: dict, now: dict) -> list[dict]:
-    """Return on what the parts of a training were made before it came here, if that was elsewhere."""
-    place = {name: before.get(name) for name in ("versions", "hardware", "dtype", "commit", "processes")}
-    return before.get("earlier", []) + [place] * any(now[name] != value for name, value in place.items())
-
-
 def refuse_changes(before: dict, now: dict) -> None:
     """Raise AlpacaError that shows what differs, among what changes the result, between two training records."""
-    changes = [
-        f"{key} {before.get(key)} -> {now[key]}" for key in now if key not in FREE and before.get(key) != now[key]
-    ]
-    if changes:
-        raise AlpacaError(
-            f"This run's checkpoints were made with other settings ({'; '.join(changes)}): go back to those, take "
-            "another `run`, or set `resume = False` to start over.",
-            "other-settings",
-        )
+    changed = [key for key in now if key not in FREE and before.get(key) != now[key]]
+    if changed:
+        changes = "; ".join(f"{key} {before.get(key)} -> {now[key]}" for key in changed)
+        what = f"This run's checkpoints were made with other settings ({changes})"
+        remedy = "go back to those, take another `run`, or set `resume = False` to start over"
+        raise AlpacaError(f"{what}: {remedy}.", "other-settings")
 
 
 def training_record(folder: Path, trainer: Trainer) -> dict:
@@ -144,9 +130,6 @@ def is_main_process() -> bool:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Return Trainer's own checkpoints in the folder; others, a copy or `checkpoint-best`, are not its."""
-    return [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
+    """Return Trainer's own checkpoints in the folder, the newest first; a copy or `checkpoint-best` is not its."""
+    steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
+    return sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: int(steps[path]), reverse=True)
