@@ -51,9 +51,7 @@ def question_key(row: dict) -> str:
 def split_rows(rows: Dataset, heldout_rows: int, seed: int = 0) -> DatasetDict:
     """Return `rows` as `train` and `heldout`; rows with the same question land on the same side.
 
-    At most a fifth of the questions are held out (at least one), whatever `heldout_rows` asks.
-
-    Raises AlpacaError if there are not two questions to share out.
+    At most a fifth of the questions are held out, at least one; fewer than two in all raise AlpacaError.
     """
     keys = [question_key(row) for row in rows]
     questions = sorted(set(keys))
@@ -61,17 +59,14 @@ def split_rows(rows: Dataset, heldout_rows: int, seed: int = 0) -> DatasetDict:
         holds = "one question only" if questions else "no row that the filters keep"
         raise AlpacaError(f"The dataset holds {holds}: a held-out part needs at least two questions.", "too-few-rows")
     random.Random(seed).shuffle(questions)
-    heldout = set(questions[: max(1, min(heldout_rows, len(questions) // 5))])
-    sides: dict[bool, list[int]] = {False: [], True: []}
-    for index, key in enumerate(keys):
-        sides[key in heldout].append(index)
-    return DatasetDict(train=rows.select(sides[False]), heldout=rows.select(sides[True]))
+    asked = set(questions[: max(1, min(heldout_rows, len(questions) // 5))])
+    train, heldout = ([index for index, key in enumerate(keys) if (key in asked) == side] for side in (False, True))
+    return DatasetDict(train=rows.select(train), heldout=rows.select(heldout))
 
 
 def drop_shared(dataset: DatasetDict) -> DatasetDict:
     """Return the dataset without the training rows whose question is held out too."""
-    asked = {question_key(row) for row in dataset["heldout"]}
-    train = dataset["train"]
+    train, asked = dataset["train"], set(map(question_key, dataset["heldout"]))
     kept = train.select([index for index, row in enumerate(train) if question_key(row) not in asked])
     return DatasetDict(train=kept, heldout=dataset["heldout"])
 
@@ -102,18 +97,12 @@ def fingerprint(dataset: DatasetDict) -> str:
 
 
 def tokenize(batch: dict[str, list[str]], tokenizer, recipe: str = "answers", max_length: int = 128) -> dict:
-    """Return `input_ids` and `labels` of a batch of rows, each a list of at most `max_length` ids.
+    """Return `input_ids` and `labels` of a batch of rows (`instruction`, `input`, `output`), each at most `max_length`.
 
     Prompt and answer are tokenized apart, so that training sees the very prompt ids that generation will. Labels are
     `IGNORED` where the recipe learns nothing; an answer cut at `max_length` has no end-of-text token. Without
-    `dynamic-padding` rows are padded to `max_length` with the padding token, under an `attention_mask`, as in the
-    document.
-
-    Args:
-        batch: the columns `instruction`, `input`, `output`, as `Dataset.map(batched=True)` gives them.
-        recipe: a key of `RECIPES`.
-
-    Raises AlpacaError for an unknown recipe.
+    `dynamic-padding` rows are padded to `max_length`, under an `attention_mask`, as in the document. Raises AlpacaError
+    for an unknown recipe.
     """
     if recipe not in RECIPES:
         raise AlpacaError(f"There is no recipe {recipe!r}: choose {', '.join(RECIPES)}.", "unknown-recipe")
@@ -137,8 +126,5 @@ def tokenize(batch: dict[str, list[str]], tokenizer, recipe: str = "answers", ma
 
 
 def has_answer(row: dict) -> bool:
-    """Return whether a tokenized row has anything to learn; one without gives a NaN loss.
-
-    The first token has no label: nothing precedes it.
-    """
-    return any(label != IGNORED for label in row["labels"][1:])
+    """Return whether a tokenized row has anything to learn; one without gives a NaN loss."""
+    return any(label != IGNORED for label in row["labels"][1:])  # nothing precedes the first token: it is not learned
