@@ -21,11 +21,8 @@ NO_SPACE = os.strerror(errno.ENOSPC)
 def atomic_folder(folder: Path, needed: int = 0, checksums: bool = True) -> Iterator[Path]:
     """Give an empty folder to write to, which takes the place of `folder` if the block does not fail.
 
-    Args:
-        needed: bytes that are to be free.
-        checksums: write those of its files into it, last.
-
-    Raises AlpacaError if the disk is full or cannot be written to; the earlier folder then stays.
+    Its files' `checksums` are written into it, last. Where the disk has no room for the `needed` bytes, or cannot be
+    written to, AlpacaError is raised and the earlier folder stays.
     """
     part, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
     if old.exists() and not folder.exists():  # cut between the two renames below
@@ -50,20 +47,14 @@ def atomic_folder(folder: Path, needed: int = 0, checksums: bool = True) -> Iter
 
 @contextmanager
 def check_disk_space(folder: Path, needed: int) -> Iterator[None]:
-    """Write to `folder` inside the block, where about `needed` bytes are to be free.
-
-    Raises AlpacaError that says how much room is needed, if there is less or the disk fills up.
-    """
+    """Write to `folder` in the block; raise AlpacaError if it cannot be written, or has no room for `needed` bytes."""
 
     def free() -> int:
         return shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
 
     def disk_full() -> AlpacaError:
-        return AlpacaError(
-            f"The disk under {folder} is full: {needed / 1e6:.1f} MB are needed and {free() / 1e6:.1f} MB are free; "
-            "make room and run this again.",
-            "disk-full",
-        )
+        room = f"{needed / 1e6:.1f} MB are needed and {free() / 1e6:.1f} MB are free"
+        return AlpacaError(f"The disk under {folder} is full: {room}; make room and run this again.", "disk-full")
 
     if free() < needed:
         raise disk_full()
@@ -82,7 +73,7 @@ def check_disk_space(folder: Path, needed: int) -> Iterator[None]:
 def write_checksums(folder: Path) -> None:
     """Write the SHA-256 of each file in the folder into it, last: without them the folder is incomplete."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != CHECKSUMS]
-    write_json(folder / CHECKSUMS, {path.relative_to(folder).as_posix(): _sha256(path) for path in files})
+    write_json(folder / CHECKSUMS, {path.relative_to(folder).as_posix(): content_hash(path) for path in files})
 
 
 def verify_checksums(folder: Path) -> str:
@@ -92,10 +83,9 @@ def verify_checksums(folder: Path) -> str:
     except (OSError, ValueError, TypeError):
         return "its writing was cut"
     for name, digest in saved.items():
-        path = folder / name
-        if not path.is_file():
+        if not (folder / name).is_file():
             return f"{name} is missing"
-        if _sha256(path) != digest:
+        if content_hash(folder / name) != digest:
             return f"{name} is damaged"
     return ""
 
@@ -103,12 +93,10 @@ def verify_checksums(folder: Path) -> str:
 def content_hash(path: Path, pattern: str = "*") -> str:
     """Return the SHA-256 of a file, or of a folder's own files that match `pattern`; "" where there is neither."""
     if path.is_dir():
-        listed = "".join(f"{file.name} {_sha256(file)}\n" for file in sorted(path.glob(pattern)) if file.is_file())
-        return hashlib.sha256(listed.encode()).hexdigest()
-    return _sha256(path) if path.is_file() else ""
-
-
-def _sha256(path: Path) -> str:
+        files = [file for file in sorted(path.glob(pattern)) if file.is_file()]
+        return hashlib.sha256("".join(f"{file.name} {content_hash(file)}\n" for file in files).encode()).hexdigest()
+    if not path.is_file():
+        return ""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -129,9 +117,8 @@ def write_text(path: Path, text: str) -> None:
     try:
         replace_file(path, text.encode())
     except OSError as error:
-        raise AlpacaError(
-            f"{path} cannot be written ({error.strerror}): make room, or take another `run`.", "run-unwritable"
-        ) from error
+        what = f"{path} cannot be written ({error.strerror}): make room, or take another `run`."
+        raise AlpacaError(what, "run-unwritable") from error
 
 
 def write_json(path: Path, content: dict) -> None:
