@@ -9,7 +9,7 @@ from tqdm.auto import trange
 
 from . import AlpacaError
 from .data import question_key
-from .generation import Answer, adapter_scalings, generate, only_forward
+from .generation import Answer, adapter_scalings, generate, only_forward, padded_left
 from .metrics import METRICS, chrf, contains, echoes, exact_match, repetition, rouge_l
 from .models import positions
 from .prompts import encode, format_answer, format_prompt
@@ -23,12 +23,8 @@ def evaluate(
     """Return the metrics of base and tuned model on the same rows, and a table of their answers.
 
     The prompt is `format_prompt(instruction, input)` on both sides and for every recipe, so that numbers compare. The
-    base is asked the bare question as well, without the template (`base_bare`).
-
-    Args:
-        rows: held-out rows with the columns `instruction`, `input`, `output`, `fact`.
-        max_new_tokens: where an answer that does not stop is cut.
-        seed: of the bootstrap; the answers are greedy.
+    base is asked the bare question as well, without the template (`base_bare`). Answers are greedy, cut at
+    `max_new_tokens` where they do not stop; the `seed` is the bootstrap's. Raises AlpacaError if there are no rows.
 
     Returns:
         metrics: `n` (rows), `questions` (different ones), `max_new_tokens`, the sides `base`, `tuned`, `base_bare` and
@@ -38,8 +34,6 @@ def evaluate(
             end-of-text token left out; `base_bare` has no loss.
         answers: a row a held-out row: its text; each side's answer, its token ids and their number, whether it stopped
             and whether it is right, and the loss of the expected answer.
-
-    Raises AlpacaError if there are no rows.
     """
     rows = list(rows)
     if not rows:
@@ -76,12 +70,10 @@ def evaluate(
 
 
 def answer_losses(model, tokenizer, rows: Sequence[dict], side: str = "tuned", batch_size: int = 16) -> np.ndarray:
-    """Return for each row's expected answer, given its prompt: its loss in nats, the tokens guessed right, its tokens.
+    """Return for each row's expected answer its loss in nats, the tokens guessed right and its tokens, (rows, 3).
 
     The mask is the same whatever the recipe: the answer's tokens, without prompt and end-of-text token. What does not
     fit the model's positions is cut, first from the front of the prompt.
-
-    Returns an array (rows, 3).
     """
     limit, eos = positions(model.config), tokenizer.eos_token_id
     prompts = encode([format_prompt(row["instruction"], row["input"]) for row in rows], tokenizer)
@@ -92,19 +84,11 @@ def answer_losses(model, tokenizer, rows: Sequence[dict], side: str = "tuned", b
     order = sorted(range(len(rows)), key=lambda index: len(ids[index]))
     for start in range(0, len(rows), batch_size):
         chosen = order[start : start + batch_size]
-        width = len(ids[chosen[-1]])
-        # padded on the left, so that all answers end in the last column and only their logits are made
-        tokens = torch.tensor([[eos] * (width - len(ids[i])) + ids[i] for i in chosen], device=model.device)
-        mask = torch.tensor([[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in chosen], device=model.device)
+        batch = padded_left([ids[i] for i in chosen], eos, model.device)  # so that all answers end in the last column
+        longest = max(len(answers[i]) for i in chosen)  # and only their logits are made
         with only_forward(model, adapter_scalings(model), [side] * len(chosen)):
-            output = model(
-                input_ids=tokens,
-                attention_mask=mask,
-                position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-                use_cache=False,
-                logits_to_keep=max(len(answers[i]) for i in chosen) + 1,
-            )
-        for i, row, logits in zip(chosen, tokens, output.logits):
+            output = model(**batch, use_cache=False, logits_to_keep=longest + 1)
+        for i, row, logits in zip(chosen, batch["input_ids"], output.logits):
             length = len(answers[i])
             logits, target = logits[-length - 1 : -1].float(), row[len(row) - length :]
             loss = torch.nn.functional.cross_entropy(logits, target, reduction="sum")

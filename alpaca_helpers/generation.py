@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from transformers import DynamicCache
 
@@ -36,15 +37,9 @@ class Answer:
 def generate(
     model, tokenizer, prompts: Sequence[str], *, side: str = "tuned", batch_size: int = 64, **settings
 ) -> list[Answer]:
-    """Return one answer a prompt, in order.
+    """Return one answer a prompt, in order; `settings` and errors as in `stream`.
 
-    Args:
-        prompts: made by `prompts.format_prompt`.
-        side: `tuned` uses the model as it is, `base` switches its adapter off.
-        batch_size: prompts decoded together; it changes the speed, not the answers.
-        settings: those of `stream`.
-
-    Raises AlpacaError for a setting out of range.
+    `side` is `tuned`, or `base` without the adapter; `batch_size` changes the speed, not the answers.
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # like lengths pad little
     answers: dict[int, Answer] = {}
@@ -66,13 +61,10 @@ def stream(
 ) -> Iterator[list[Answer]]:
     """Yield the answers so far, one a prompt, after each step; the last yield is the final one.
 
-    Args:
-        sides: `base` or `tuned`, one a prompt; all are decoded in one batch.
-        stop: set it to end the answers where they are.
-        settings: `max_new_tokens` (80); `temperature` (0: greedy); `top_k` (0: all) and `top_p` (1: all), what a
-            sample is drawn from; `seed` (the same prompt, settings and seed give the same answer, in any batch).
-
-    Raises AlpacaError for a setting out of range.
+    All are decoded in one batch, `base` or `tuned` as `sides` has it for each; set `stop` to end them where they are.
+    The settings are `max_new_tokens` (80); `temperature` (0: greedy); `top_k` (0: all) and `top_p` (1: all), what a
+    sample is drawn from; `seed` (the same prompt, settings and seed give the same answer, in any batch). AlpacaError
+    is raised for one out of range.
     """
     for rows in _decode(model, tokenizer, prompts, sides, **settings):
         if stop is not None and stop.is_set():
@@ -101,25 +93,14 @@ def _decode(
     if unknown := set(sides) - {"base", "tuned"}:
         raise AlpacaError(f"There is no side {sorted(unknown)[0]!r} of a model: choose base or tuned.", "bad-setting")
     ids, room = encode(list(prompts), tokenizer), positions(model.config) - max_new_tokens
-    kept = [row[-room:] or [eos] for row in ids]
     cuts = [max(0, len(row) - room) for row in ids]
     rows = [_Row(side, cut, torch.Generator().manual_seed(seed)) for side, cut in zip(sides, cuts, strict=True)]
-    width = max(map(len, kept))
-    tokens = torch.tensor([[eos] * (width - len(row)) + row for row in kept], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in kept], device=device)
-    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    batch = padded_left([row[-room:] or [eos] for row in ids], eos, device)
     adapters, one_thread = adapter_scalings(model), model.num_parameters() * len(rows) < _SMALL
     cache, left = DynamicCache(config=model.config), rows
     for _ in range(max_new_tokens):
         with only_forward(model, adapters, [row.side for row in left], one_thread):
-            output = model(
-                input_ids=tokens,
-                attention_mask=mask,
-                position_ids=places,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+            output = model(**batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits = output.logits[:, -1].float()
         if logits.isnan().any():
             raise AlpacaError("The model's output is not a number: load it in float32, or train its adapter again.")
@@ -134,10 +115,18 @@ def _decode(
         if len(going) < len(left):  # finished rows leave the batch
             chosen = torch.tensor(going, device=device)
             cache.batch_select_indices(chosen)
-            left, mask, places = [left[index] for index in going], mask[chosen], places[chosen]
-        tokens = torch.tensor([row.written[-1:] for row in left], device=device)
-        mask = torch.cat([mask, mask.new_ones(len(left), 1)], dim=1)
-        places = places[:, -1:] + 1
+            left, batch = [left[index] for index in going], {name: value[chosen] for name, value in batch.items()}
+        batch["input_ids"] = torch.tensor([row.written[-1:] for row in left], device=device)
+        batch["attention_mask"] = F.pad(batch["attention_mask"], (0, 1), value=1)
+        batch["position_ids"] = batch["position_ids"][:, -1:] + 1
+
+
+def padded_left(rows: Sequence[list[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Return `input_ids`, `attention_mask` and `position_ids` of rows of ids, each (rows, longest row)."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
 
 
 def check_settings(model, max_new_tokens, seed, temperature, top_k, top_p) -> None:
@@ -173,12 +162,9 @@ def adapter_scalings(model) -> list[dict[str, float]]:
 def only_forward(model, adapters: Sequence[dict], sides: Sequence[str], one_thread: bool = False) -> Iterator[None]:
     """Run a forward of `model` in the block on rows of these `sides`, in evaluation mode, while no other thread does.
 
-    In the rows of the base what an adapter adds is scaled by zero. A model without adapter is the base on both
-    sides. However the block ends, by Ctrl-C too, the model is left as it was.
-
-    Args:
-        adapters: the model's `adapter_scalings`, found once and not at each token.
-        one_thread: torch shares nothing among threads in the block.
+    In the rows of the base what an adapter adds is scaled by zero: `adapters` are the model's `adapter_scalings`, found
+    once and not at each token. A model without adapter is the base on both sides. With `one_thread` torch shares
+    nothing among threads. However the block ends, by Ctrl-C too, the model is left as it was.
     """
     with _FORWARD, torch.inference_mode():
         training, scalings, threads = model.training, [dict(scaling) for scaling in adapters], torch.get_num_threads()
@@ -205,16 +191,12 @@ def _next_tokens(logits: torch.Tensor, generators, temperature, top_k, top_p) ->
         return logits.argmax(-1).tolist()
     odds = (logits / float(temperature)).softmax(-1).double()
     if top_k or top_p < 1:
-        odds = odds * (odds >= _least(odds, top_k, top_p))
+        ranked = odds.topk(min(top_k or 256, odds.shape[-1])).values
+        if not top_k and (ranked.sum(-1) < top_p).any():  # seldom, and sorting a vocabulary takes long
+            ranked = odds.sort(descending=True).values
+        before = (ranked.cumsum(-1) - ranked) / (ranked.sum(-1, keepdim=True) if top_k else 1)
+        # the least odds among the `top_k` likeliest, and the fewest of these that sum up to `top_p`
+        odds = odds * (odds >= ranked.masked_fill(before >= top_p, math.inf).amin(-1, keepdim=True))
     up_to = odds.cumsum(-1)
     draws = torch.stack([1 - torch.rand(1, generator=random) for random in generators])  # above 0, up to 1
     return torch.searchsorted(up_to, draws.to(odds.device) * up_to[:, -1:])[:, 0].tolist()
-
-
-def _least(odds: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """Return the least odds, (rows, 1), among the `top_k` likeliest, and the fewest of these that sum up to `top_p`."""
-    ranked = odds.topk(min(top_k or 256, odds.shape[-1])).values
-    if not top_k and (ranked.sum(-1) < top_p).any():  # seldom, and sorting a vocabulary takes long
-        ranked = odds.sort(descending=True).values
-    before = (ranked.cumsum(-1) - ranked) / (ranked.sum(-1, keepdim=True) if top_k else 1)
-    return ranked.masked_fill(before >= top_p, math.inf).amin(-1, keepdim=True)
