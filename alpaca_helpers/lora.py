@@ -36,10 +36,8 @@ def lora_config(
 ) -> LoraConfig:
     """Return the document's LoRA configuration: low-rank updates of the attention's projections.
 
-    Args:
-        target_modules: names of layers, or `all-linear`; None: those that peft knows for the architecture, GPT-2's
-            being `c_attn`.
-        fan_in_fan_out: the base keeps its weights as (inputs, outputs), GPT-2's `Conv1D`; False for torch's `Linear`.
+    `target_modules` are names of layers, or `all-linear`; None: those that peft knows for the architecture, GPT-2's
+    being `c_attn`. With `fan_in_fan_out` the base keeps its weights as (inputs, outputs), as GPT-2's `Conv1D` does.
     """
     return LoraConfig(
         r=r,
@@ -56,13 +54,9 @@ def lora_config(
 def adapter_folder(folder: Path, model: PeftModel, base_name: str) -> Iterator[Path]:
     """Give a folder to save adapter and tokenizer to, which takes the place of `folder` if all of it was written.
 
-    When the block ends, the saved tokenizer gets the prompt as its chat template, and the folder the hash of the base's
-    weights and the checksums of its files.
-
-    Args:
-        base_name: what the adapter names as its base: a name on the Hub or a portable path.
-
-    Raises AlpacaError if there is no room on the disk; the earlier adapter then stays.
+    When the block ends, the saved tokenizer gets the prompt as its chat template, the adapter `base_name` as its base's
+    name, and the folder the hash of the base's weights and the checksums of its files. Raises AlpacaError if there is
+    no room on the disk; the earlier adapter then stays.
     """
     weights = 4 * sum(value.numel() for value in model.parameters() if value.requires_grad)
     with atomic_folder(folder, needed=weights + TOKENIZER_BYTES) as part:
@@ -84,9 +78,8 @@ def _save_template(folder: Path) -> None:
 def check_targets(base, target_modules: Sequence[str] | str | None) -> None:
     """Raise AlpacaError unless each of `target_modules` names linear layers of `base` inside its blocks.
 
-    None stands for those that peft knows for the architecture; an error where it knows none.
-
-    The output layer is refused: its matrix is the embedding's too in GPT-2, and would be changed in one place only.
+    None stands for those that peft knows for the architecture, if any. The output layer is refused: its matrix is the
+    embedding's too in GPT-2, and would be changed in one place only.
     """
     head = base.get_output_embeddings()
     inside = [name for name, layer in base.named_modules() if isinstance(layer, LINEAR) and layer is not head]
@@ -101,10 +94,7 @@ def check_targets(base, target_modules: Sequence[str] | str | None) -> None:
 
 
 def base_hash(model) -> str:
-    """Return the SHA-256 of the base's weights, each rounded to bfloat16; an adapter on them changes nothing.
-
-    So a base held in float32 and the same held in bfloat16 are one base.
-    """
+    """Return the SHA-256 of the base's weights, with or without an adapter, each rounded to bfloat16."""
     digest = hashlib.sha256()
     for name, value in model.named_parameters():
         if "lora_" not in name:
@@ -126,41 +116,30 @@ def check_adapter(base, folder: Path) -> None:
     what fits in silence and answer like the base.
     """
     folder = Path(folder).resolve()
+    what = f"The adapter in {folder}"
     if (folder / PICKLE).exists() and not (folder / WEIGHTS).exists():
-        raise AlpacaError(
-            f"The adapter in {folder} is a pickle ({PICKLE}), which could run any code: it is not loaded; save it as "
-            f"{WEIGHTS}, or run notebook 03.",
-            "adapter-pickle",
-        )
+        refused = f"{what} is a pickle ({PICKLE}), which could run any code: it is not loaded"
+        raise AlpacaError(f"{refused}; save it as {WEIGHTS}, or run notebook 03.", "adapter-pickle")
     if wrong := verify_checksums(folder):
-        raise AlpacaError(
-            f"The adapter in {folder} is missing or not whole ({wrong}): run notebook 03 again.", "adapter-broken"
-        )
+        raise AlpacaError(f"{what} is missing or not whole ({wrong}): run notebook 03 again.", "adapter-broken")
     try:
         config = PeftConfig.from_pretrained(str(folder))
         saved = load_file(folder / WEIGHTS)
         trained_on = json.loads((folder / BASE).read_text(encoding="utf-8"))["sha256"]
         wanted = _shapes(base, config)
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        raise AlpacaError(
-            f"The adapter in {folder} cannot be put on this base model ({first_line(error)}): run notebook 03 again.",
-            "adapter-broken",
-        ) from error
-    misfit = f"The adapter in {folder}, made for {config.base_model_name_or_path}, does not fit this base model"
+        wrong = f"cannot be put on this base model ({first_line(error)})"
+        raise AlpacaError(f"{what} {wrong}: run notebook 03 again.", "adapter-broken") from error
+    misfit = f"{what}, made for {config.base_model_name_or_path}, does not fit this base model"
     if odd := sorted({(name, tuple(value.shape)) for name, value in saved.items()} ^ wanted.items()):
         raise AlpacaError(f"{misfit}: {odd[0][0]} differs; {REMEDY}.", "adapter-misfit")
     if trained_on != base_hash(base):
         raise AlpacaError(f"{misfit}: the base's weights are others; {REMEDY}.", "adapter-misfit")
     if broken := sorted(name for name, value in saved.items() if not value.isfinite().all()):
-        raise AlpacaError(
-            f"The adapter in {folder} holds NaN or infinity (in {broken[0]}): train it again with a smaller "
-            "`learning_rate`.",
-            "adapter-nan",
-        )
+        holds = f"{what} holds NaN or infinity (in {broken[0]})"
+        raise AlpacaError(f"{holds}: train it again with a smaller `learning_rate`.", "adapter-nan")
     if not any(value.any() and saved[name.replace("_A", "_B")].any() for name, value in saved.items() if "_A" in name):
-        raise AlpacaError(
-            f"The adapter in {folder} is zero, it would answer as the base does: run notebook 03 again.", "adapter-zero"
-        )
+        raise AlpacaError(f"{what} is zero, it would answer as the base does: run notebook 03 again.", "adapter-zero")
 
 
 def _shapes(base, config: PeftConfig) -> dict[str, tuple[int, ...]]:
@@ -176,11 +155,8 @@ def _shapes(base, config: PeftConfig) -> dict[str, tuple[int, ...]]:
 def save_merged(base, tokenizer, adapter: Path, folder: Path) -> None:
     """Write `base` with the adapter's correction added to its weights: a plain model that needs no peft.
 
-    Its generation settings are the end and padding tokens alone, without the base's sampling; its tokenizer has the
-    prompt as chat template.
-
-    Args:
-        base: a fresh base model; it is changed. In float32 the merged logits equal the adapter's to 1e-4.
+    The fresh `base` is changed; in float32 the merged logits equal the adapter's to 1e-4. Its generation settings are
+    the end and padding tokens alone, without the base's sampling; its tokenizer has the prompt as chat template.
     """
     merged = load_adapter(base, adapter).merge_and_unload()
     ends = sorted(end_tokens(base, tokenizer))
