@@ -11,8 +11,8 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from statistics import mode
 
 import pandas as pd
 import pyarrow.parquet
@@ -25,16 +25,12 @@ from .hub import cached_folder, fetch, first_line
 
 COLUMNS = ("instruction", "input", "output", "fact")
 NO_INPUT = re.compile(r"[\W_]*(no[\W_]*input|n/a)[\W_]*", re.IGNORECASE)  # as Alpaca's generator wrote it
-OTHER_NAMES = {  # what others call our columns
-    **dict.fromkeys(("question", "prompt", "query"), "instruction"),
-    **dict.fromkeys(("response", "answer", "completion"), "output"),
-    "context": "input",
-}
+OTHER_NAMES = {"context": "input"}  # what others call our columns
+OTHER_NAMES |= dict.fromkeys(("question", "prompt", "query"), "instruction")
+OTHER_NAMES |= dict.fromkeys(("response", "answer", "completion"), "output")
 REPEATED = "text"  # in Alpaca's files: the other columns in one
 CONVERSATIONS = {"messages", "conversations", "conversation"}
-
-# A pinned dataset by its commit: its one file, columns and rows.
-KNOWN = {
+KNOWN = {  # a pinned dataset by its commit: its one file, columns and rows
     "dce01c9b08f87459cf36a430d809084718273017": (
         "data/train-00000-of-00001-a09b74b3ef9c3b56.parquet",
         ("instruction", "input", "output", "text"),
@@ -48,13 +44,8 @@ HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can spell it, UTF-8 and s
 def prepare_rows(folder: Path, dataset: str, revision: str | None = None, heldout: str | None = None) -> dict[str, str]:
     """Return the files of checked rows, by split, that `load_dataset("parquet", data_files=…)` takes.
 
-    Whatever form the rows come in, they are written to `folder` as Parquet with `COLUMNS`, all text.
-
-    Args:
-        dataset, revision: as in `load_rows`.
-        heldout: a file with rows held out already, or None.
-
-    Raises AlpacaError that names file and row.
+    Whatever form the rows come in, they are written to `folder` as Parquet. Arguments and errors as in `load_rows`;
+    `heldout` is a file with rows held out already.
     """
     sources = {"train": (dataset, revision)} | ({"heldout": (heldout, None)} if heldout else {})
     files = {}
@@ -71,9 +62,7 @@ def load_rows(dataset: str, revision: str | None = None) -> Dataset:
     """Return the rows of a file or a folder of Parquet files, or of a dataset's train split on the Hub.
 
     The columns are `COLUMNS`, all text; a missing `input` or `fact` is "". What is here is never looked up on the Hub,
-    nor what ends like a file (`READERS`, also with .gz) or is not of the form owner/name.
-
-    Raises AlpacaError that names file and row.
+    nor what ends like a file (`READERS`, also with .gz) or is not of the form owner/name. Errors name file and row.
     """
     path = locate(dataset)
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
@@ -108,25 +97,16 @@ def _hub_rows(name: str, revision: str | None) -> Dataset:
     except (OSError, ValueError, DatasetsError) as error:
         raise AlpacaError(f"The dataset {name} in {folder} has no train split ({first_line(error)}).") from error
     if known_rows and (tuple(rows.column_names), len(rows)) != (known_columns, known_rows):
-        raise AlpacaError(
-            f"{name} in {folder} has {len(rows):,} rows of {', '.join(rows.column_names)}, where "
-            f"{known_rows:,} of {', '.join(known_columns)} are known: delete that folder and run again."
-        )
+        what = f"{name} in {folder} has {len(rows):,} rows of {', '.join(rows.column_names)}"
+        known = f"{known_rows:,} of {', '.join(known_columns)} are known"
+        raise AlpacaError(f"{what}, where {known}: delete that folder and run again.")
     return rows
 
 
-@dataclass
-class Twice:
-    """Stands for a JSON object that holds a column twice: Python would keep only the last."""
-
-    column: str
-
-
-def _object(pairs: list[tuple[str, object]]) -> dict | Twice:
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    """Return a JSON object; one that holds a column twice, of which Python would keep the last, has it under None."""
     row = dict(pairs)
-    if len(row) == len(pairs):
-        return row
-    return Twice(next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1))
+    return row if len(row) == len(pairs) else {None: mode(name for name, _ in pairs)}
 
 
 def _content(path: Path) -> bytes:
@@ -147,9 +127,8 @@ def _read_json(path: Path) -> Iterable[dict]:
             return _read_jsonl(path)
         raise AlpacaError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}): mend that line.") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
-        raise AlpacaError(
-            f"{path} is no file of rows ({first_line(error)}): check that it is the right one."
-        ) from error
+        what = f"{path} is no file of rows ({first_line(error)})"
+        raise AlpacaError(f"{what}: check that it is the right one.") from error
     if not isinstance(rows, list):
         raise AlpacaError(f"{path} holds no JSON array of rows: write [{{…}}, …], or one row a line as .jsonl.")
     return rows
@@ -186,29 +165,26 @@ READERS = {"json": _read_json, "jsonl": _read_jsonl, "csv": _read_csv, "parquet"
 def check_rows(rows: Iterable[dict], source: str) -> Iterator[dict]:
     """Yield each row with only `COLUMNS`; raise AlpacaError naming `source`, the row and what is wrong.
 
-    A row with its question in `input` alone has it as its instruction. Other columns that hold text are named at the
-    end, in one line.
+    A question in `input` alone becomes the instruction. Other columns that hold text are named at the end, in a line.
     """
     number, unused = 0, Counter[str]()
     for number, row in enumerate(rows, 1):
-        if isinstance(row, Twice):
-            raise AlpacaError(f"{source}, row {number}: `{row.column}` is there twice: mend that row.")
+        where, checked = f"{source}, row {number}", {}
         if not isinstance(row, dict):
-            raise AlpacaError(f"{source}, row {number}: not an object with `instruction` and `output`: mend that row.")
-        checked = {}
+            raise AlpacaError(f"{where}: not an object with `instruction` and `output`: mend that row.")
+        if None in row:
+            raise AlpacaError(f"{where}: `{row[None]}` is there twice: mend that row.")
         for column in COLUMNS:
             value = row.get(column)
             if value is None and column in ("input", "fact"):
                 value = ""
             if column not in row and column in ("instruction", "output"):
-                raise AlpacaError(f"{source}, row {number}: no column `{column}`, {_what_there_is(row)}.")
+                raise AlpacaError(f"{where}: no column `{column}`, {_what_there_is(row)}.")
             if not isinstance(value, str):
-                raise AlpacaError(f"{source}, row {number}: `{column}` is {value!r:.40}, not text: mend that row.")
+                raise AlpacaError(f"{where}: `{column}` is {value!r:.40}, not text: mend that row.")
             if half := HALF_CHARACTER.search(value):
-                raise AlpacaError(
-                    f"{source}, row {number}: `{column}` holds half a character ({half[0]!a}, a surrogate without its "
-                    "pair): mend that row."
-                )
+                what = f"holds half a character ({half[0]!a}, a surrogate without its pair)"
+                raise AlpacaError(f"{where}: `{column}` {what}: mend that row.")
             checked[column] = value
         if NO_INPUT.fullmatch(checked["input"]):
             checked["input"] = ""
