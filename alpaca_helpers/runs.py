@@ -9,7 +9,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,8 @@ TYPES: dict[str, Any] = {  # of what is read from a manifest's record
 def run_folder(run: str, make: bool = True) -> Path:
     """Return the run's folder: `runs/<run>`, or the path that `run` is (it holds a / or is . or ..).
 
-    Args:
-        make: make it, with its `pictures` and an empty manifest, where there is none.
-
-    Raises AlpacaError if it cannot be made, or is a folder with files that no run has made.
+    With `make` a new one is made, with its `pictures` and an empty manifest. Raises AlpacaError if that cannot be, or
+    for a folder with files that no run has made.
     """
     is_path = {"/", os.sep} & set(run) or run in (".", "..", "~")
     folder = Path(run).expanduser().resolve() if is_path else project_folder() / "runs" / run
@@ -49,9 +47,8 @@ def run_folder(run: str, make: bool = True) -> Path:
                 raise AlpacaError(what, "not-a-run")
             (folder / "pictures").mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise AlpacaError(
-                f"The folder {folder} cannot be made ({error.strerror}): take another `run`.", "run-unwritable"
-            ) from error
+            what = f"The folder {folder} cannot be made ({error.strerror}): take another `run`."
+            raise AlpacaError(what, "run-unwritable") from error
         if not (folder / "manifest.json").exists():
             write_json(folder / "manifest.json", {})
     return folder
@@ -76,11 +73,10 @@ def _is_executed(path: Path) -> bool:
 def artifact(folder: Path, name: str) -> Path:
     """Return the path of a run's artifact; raise AlpacaError that says which notebook makes it if it is not whole."""
     path = folder / name
-    wrong = "" if path.exists() else f"has no {name}"
-    if path.is_dir() and (fault := verify_checksums(path)):
-        wrong = f"has no whole {name} ({fault})"
-    if wrong:
-        what = f"The run {folder} {wrong}: run notebook {PRODUCERS[name]} first, with the same `run`."
+    fault = verify_checksums(path) if path.is_dir() else ""
+    if fault or not path.exists():
+        lacks = f"whole {name} ({fault})" if fault else name
+        what = f"The run {folder} has no {lacks}: run notebook {PRODUCERS[name]} first, with the same `run`."
         raise AlpacaError(what, "no-artifact")
     return path
 
@@ -89,9 +85,7 @@ def artifact(folder: Path, name: str) -> Path:
 def lock_run(folder: Path) -> Iterator[None]:
     """Hold the run's lock in the block, for this process and those that it starts in the block.
 
-    The system releases it when the process ends, even killed.
-
-    Raises AlpacaError that names the run if another process holds it.
+    The system releases it when the process ends, even killed. Raises AlpacaError if another process holds it.
     """
     if os.environ.get(LOCKED) == str(folder.resolve()):
         yield
@@ -100,32 +94,22 @@ def lock_run(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        other, remedy = _lock_machine(folder), "wait for it to end, or take another `run`"
+        other, remedy = "", "wait for it to end, or take another `run`"
+        with suppress(OSError, IndexError):  # a mark that outlives its process, where a disk knows no locks
+            other = (folder / ".lock").read_text().splitlines()[1]
         if other not in ("", platform.node()):
             remedy += f" (if that machine is gone, delete {folder / '.lock'})"
         process = "Another process" + f" on {other}" * bool(other)
         raise AlpacaError(f"{process} is writing to the run {folder}: {remedy}.", "run-locked") from error
     except OSError as error:
-        raise AlpacaError(
-            f"The run {folder} cannot be written to ({error.strerror}): take another `run`.", "run-unwritable"
-        ) from error
+        what = f"The run {folder} cannot be written to ({error.strerror}): take another `run`."
+        raise AlpacaError(what, "run-unwritable") from error
     os.environ[LOCKED] = str(folder.resolve())
     try:
         yield
     finally:
         del os.environ[LOCKED]
         lock.release()
-
-
-def _lock_machine(folder: Path) -> str:
-    """Return which machine a process has marked the run's lock from: where a disk knows no locks, as some shared ones.
-
-    "" where the system keeps the lock; a mark outlives its process.
-    """
-    try:
-        return [*(folder / ".lock").read_text().splitlines(), "", ""][1]
-    except OSError:
-        return ""
 
 
 def artifact_hash(path: Path) -> str:
