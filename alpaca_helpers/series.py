@@ -60,51 +60,35 @@ def notebook_parameters(notebook: Path) -> list[str]:
 
 
 def run_earlier_notebooks(notebook: str, profile: str = "auto", run: str = "") -> None:
-    """Run the notebooks before `notebook` whose artifacts the run lacks, with the profile's settings.
+    """Run the notebooks before the open `notebook` whose artifacts the run lacks, with the profile's settings.
 
-    Says so in one line, and does nothing where nothing is missing.
-
-    Args:
-        notebook: the name of the one that is open.
-        profile, run: its parameters.
-
-    Raises AlpacaError with the sentence of the cell that failed.
+    Says so in one line, or does nothing. Raises AlpacaError with the sentence of the cell that failed.
     """
     name = choose_profile(profile).name
     folder = run_folder(run or name)
     missing = {by: made for made, by in PRODUCERS.items() if by < notebook and not artifact_hash(folder / made)}
-    if not missing:
-        return
-    what = " and ".join(f"no {made}" for made in missing.values())
-    minutes = sum(MINUTES[name][by] for by in missing)
-    print(
-        f"The run {folder} has {what}: running {' and '.join(missing)} first, about {minutes:.0f} minutes. "
-        "(If you have such a run elsewhere, set `run` to its folder.)",
-        flush=True,
-    )
-    run_series({"profile": name, "run": run or name}, [path for path in NOTEBOOKS if path.stem in missing])
+    if missing:
+        what = " and ".join(f"no {made}" for made in missing.values())
+        minutes = sum(MINUTES[name][by] for by in missing)
+        first = f"running {' and '.join(missing)} first, about {minutes:.0f} minutes"
+        elsewhere = "(If you have such a run elsewhere, set `run` to its folder.)"
+        print(f"The run {folder} has {what}: {first}. {elsewhere}", flush=True)
+        run_series({"profile": name, "run": run or name}, [path for path in NOTEBOOKS if path.stem in missing])
 
 
 def run_series(parameters: dict[str, object], notebooks: Sequence[Path] | None = None) -> Path:
     """Execute the notebooks in order into the folder of the run that `parameters` names, and return that folder.
 
     A notebook is skipped while its cells, its parameters, the helpers, the files of model and dataset, what it left
-    in the run and the notebooks before it are those of its last complete execution. The run's lock is held.
-
-    Args:
-        parameters: of the notebooks, checked here; without a `run` the run has the profile's name.
-        notebooks: those to execute; None: all.
-
-    Raises AlpacaError with the sentence of the cell that failed.
+    in the run and the notebooks before it are those of its last complete execution. The parameters are checked here;
+    without a `run` the run has the profile's name. Raises AlpacaError with the sentence of the cell that failed.
     """
     chosen: dict[str, Any] = {name: check_parameters(**{name: value}) for name, value in parameters.items()}
     profile = choose_profile(chosen.get("profile", "auto"), chosen.get("model"), chosen.get("dataset"))
     chosen |= {"profile": profile.name, "run": chosen.get("run") or profile.name, "run_earlier": False}
     folder = run_folder(chosen["run"])
-    sources = [
-        *sorted(Path(__file__).parent.rglob("*.py")),
-        *(locate(path) for path in (profile.model, profile.dataset, profile.heldout) if path),
-    ]
+    used = [locate(path) for path in (profile.model, profile.dataset, profile.heldout) if path]
+    sources = [*sorted(Path(__file__).parent.rglob("*.py")), *used]
     with lock_run(folder), check_disk_space(folder, needed=2_000_000):
         _execute(notebooks or NOTEBOOKS, chosen, folder, _hash(*map(content_hash, sources)))
     return folder
@@ -119,9 +103,11 @@ def _execute(notebooks: Sequence[Path], parameters: dict[str, object], folder: P
     for number, notebook in enumerate(notebooks, 1):
         known = notebook_parameters(notebook)
         chosen = {key: value for key, value in parameters.items() if key in known}
-        inputs = _hash(inputs, _cells(notebook), json.dumps(chosen, sort_keys=True))
-        executed, made = folder / notebook.name, [name for name, by in PRODUCERS.items() if by == notebook.stem]
-        unchanged = executed.exists() and done.get(notebook.stem) == [inputs, *_left(folder, made)]
+        cells = [cell["source"] for cell in json.loads(notebook.read_bytes())["cells"]]
+        inputs = _hash(inputs, json.dumps(cells), json.dumps(chosen, sort_keys=True))
+        made = [folder / name for name, by in PRODUCERS.items() if by == notebook.stem]
+        executed = folder / notebook.name
+        unchanged = executed.exists() and done.get(notebook.stem) == [inputs, *map(artifact_hash, made)]
         print(f"[{number}/{len(notebooks)}] {notebook.stem}{': unchanged' if unchanged else ''}", flush=True)
         if unchanged:
             continue
@@ -141,7 +127,7 @@ def _execute(notebooks: Sequence[Path], parameters: dict[str, object], folder: P
                 raise OSError(errno.ENOSPC, NO_SPACE) from error
             what = f"{error.ename}: {error.evalue} [cell {error.exec_count} of {executed}]"
             raise AlpacaError(what, "cell-failed") from error
-        done[notebook.stem] = [inputs, *_left(folder, made)]
+        done[notebook.stem] = [inputs, *map(artifact_hash, made)]
         write_record(folder, "notebooks", done)
 
 
@@ -152,16 +138,8 @@ def _times(executed) -> str:
     return f"    {executed.metadata.papermill.duration:.0f} s; the longest cells: {'; '.join(longest)}"
 
 
-def _left(folder: Path, names: list[str]) -> list[str]:
-    return [artifact_hash(folder / name) for name in names]
-
-
 def _hash(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-
-
-def _cells(notebook: Path) -> str:
-    return json.dumps([cell["source"] for cell in json.loads(notebook.read_bytes())["cells"]])
 
 
 def main() -> None:
