@@ -4,41 +4,34 @@ A check calls the function that the reader wrote, and compares what it returns w
 what the usual mistakes give.
 """
 
-import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 
+from . import AlpacaError
 from .data import IGNORED
 from .generation import adapter_scalings, only_forward
 from .prompts import format_answer, format_example, format_prompt
 
 
-class _Off(Exception):
-    """What is off, as a sentence."""
-
-
-def _exercise(check: Callable) -> Callable:
-    """Let a check print the sentence that it raises, or that the answer is right."""
-
-    @functools.wraps(check)
-    def printed(*arguments) -> None:
-        try:
-            check(*arguments)
-            print("Right.")
-        except _Off as off:
-            print(off)
-
-    return printed
+@contextmanager
+def _exercise() -> Iterator[None]:
+    """Print, as the decorator of a check, the sentence that it raises on what is off, or that the answer is right."""
+    try:
+        yield
+        print("Right.")
+    except AlpacaError as off:
+        print(off)
 
 
 def _expect(holds: object, sentence: str) -> None:
     if not holds:
-        raise _Off(sentence)
+        raise AlpacaError(sentence)
 
 
 def _call(function: Callable, *arguments):
@@ -57,10 +50,10 @@ def _compare(made, truth: torch.Tensor, mistakes: Mapping[str, torch.Tensor], ot
     """Raise the sentence of the mistake that gives the same, unless it is the truth."""
     made = torch.as_tensor(made, dtype=torch.float32)
     if not _close(made, truth, rtol):
-        raise _Off(next((sentence for sentence, wrong in mistakes.items() if _close(made, wrong, rtol)), otherwise))
+        raise AlpacaError(next((what for what, wrong in mistakes.items() if _close(made, wrong, rtol)), otherwise))
 
 
-@_exercise
+@_exercise()
 def check_next_token(function: Callable, model, tokenizer) -> None:
     """Check `function(model, ids)`: the next token's probabilities, (vocabulary,), after ids (1, length)."""
     ids = torch.tensor([tokenizer("The capital of France is").input_ids], device=model.device)
@@ -79,7 +72,7 @@ def check_next_token(function: Callable, model, tokenizer) -> None:
     _compare(made, odds[-1], mistakes, "These are not the model's probabilities of each token of the vocabulary.")
 
 
-@_exercise
+@_exercise()
 def check_nucleus(function: Callable) -> None:
     """Check `function(probabilities, top_p)`: the probabilities, (vocabulary,), that top-p sampling draws from."""
     odds = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
@@ -95,7 +88,7 @@ def check_nucleus(function: Callable) -> None:
         _expect(_close(made[ids], odds[ids] / held), "The tokens kept do not keep their proportions.")
 
 
-@_exercise
+@_exercise()
 def check_labels(function: Callable, tokenizer, row: dict) -> None:
     """Check `function(prompt_ids, answer_ids, end, length)`: the labels of a row padded to `length` tokens."""
     prompt = tokenizer(format_prompt(row["instruction"], row["input"])).input_ids
@@ -114,7 +107,7 @@ def check_labels(function: Callable, tokenizer, row: dict) -> None:
     _expect(made == truth, "Padding is learned.")
 
 
-@_exercise
+@_exercise()
 def check_same_question(function: Callable) -> None:
     """Check `function(row, other)`: whether two rows ask the same, whatever their case, spacing and answers."""
     row = {"instruction": "Tell me who wrote this.", "input": "Hamlet", "output": "William Shakespeare"}
@@ -130,7 +123,7 @@ def check_same_question(function: Callable) -> None:
         _expect(bool(_call(function, dict(row), row | change)) == same, sentence)
 
 
-@_exercise
+@_exercise()
 def check_delta_w(function: Callable, model) -> None:
     """Check `function(A, B, alpha, r, transposed)`: what LoRA adds to a weight of `model`, in that weight's shape."""
     layer = next(module for module in model.modules() if isinstance(module, LoraLayer))
@@ -140,7 +133,7 @@ def check_delta_w(function: Callable, model) -> None:
     try:
         made = _call(function, A, B, alpha, r, transposed)
     except RuntimeError:  # torch's, of shapes that do not fit
-        raise _Off(f"A is {tuple(A.shape)}, B is {tuple(B.shape)}: they do not combine like this.") from None
+        raise AlpacaError(f"A is {tuple(A.shape)}, B is {tuple(B.shape)}: they do not combine like this.") from None
     scale = made.norm() / truth.norm()
     turned = f"Lying on its side: the base keeps this weight as {tuple(truth.shape)}, transposed is {transposed}."
     otherwise = f"This is {tuple(made.shape)}, the weight {tuple(truth.shape)}, and it is not the product of the two."
@@ -149,7 +142,7 @@ def check_delta_w(function: Callable, model) -> None:
     _expect(math.isclose(factor, 1, rel_tol=1e-3), f"Right but for its scale: it is {factor:.3g} times as large.")
 
 
-@_exercise
+@_exercise()
 def check_loss(function: Callable) -> None:
     """Check `function(logits, labels)`: the mean loss of a learned token, over a batch of two rows."""
     logits = 3 * torch.randn(2, 6, 200, generator=torch.Generator().manual_seed(0))
@@ -172,7 +165,7 @@ def check_loss(function: Callable) -> None:
     _compare(made, truth, mistakes, "That is not the mean loss of the learned tokens.")
 
 
-@_exercise
+@_exercise()
 def check_interval(function: Callable) -> None:
     """Check `function(values)`: the ends of a 95% bootstrap interval of their mean."""
     values = np.linspace(0, 1, 200) ** 2
@@ -188,7 +181,7 @@ def check_interval(function: Callable) -> None:
     _expect(width < 1.1, f"Too wide, {width:.2f} times: does each resample have as many values as there are?")
 
 
-@_exercise
+@_exercise()
 def check_ranks(function: Callable, model, tokenizer, row: dict) -> None:
     """Check `function(logits, ids)`: each token's rank under the base, 1 the likeliest, from the second token on."""
     text = format_example(row["instruction"], row["output"], row["input"])
