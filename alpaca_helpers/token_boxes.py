@@ -1,5 +1,6 @@
 """Texts as coloured tokens: which part of a row each is and whether it is learned, or how each one does."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -26,43 +27,32 @@ WIDTH = 116  # characters in a line
 def tokens(
     row: Mapping[str, str], tokenizer, recipes: Sequence[str] = ("document", "answers"), max_length: int = 128
 ) -> Picture:
-    """Return one row as boxes, one a token, as each recipe makes it, one recipe above the other.
+    """Return one row as boxes, one a token, as each of `recipes` makes it, one recipe above the other.
 
     Filled boxes are learned, white ones only read; the border tells prompt, answer, end of text and padding apart. A
     space shows as ·, a new line as ↵, and all padding is one hatched box.
-
-    Args:
-        row: the columns `instruction`, `input`, `output`.
-        recipes: keys of `data.RECIPES`.
     """
-    rows = {f"Recipe {recipe}": list(_boxes(row, tokenizer, recipe, max_length)) for recipe in recipes}
-    looks = {
-        title: [
-            (text, PARTS[part] if learned else {**PARTS[part], "facecolor": "white"}) for part, text, learned in boxes
-        ]
-        for title, boxes in rows.items()
-    }
-    picture = _drawn(looks, PARTS, "filled: learned; white: only read")
-    counts = (f"{title}: {sum(learned for *_, learned in boxes)} tokens are learned." for title, boxes in rows.items())
-    picture.alt = f"One row as coloured tokens. {' '.join(counts)}"
+    lines, counts, white = {}, "", {"facecolor": "white"}
+    for recipe in recipes:
+        boxes = list(_boxes(row, tokenizer, recipe, max_length))
+        lines[f"Recipe {recipe}"] = [(text, PARTS[part] | ({} if learned else white)) for part, text, learned in boxes]
+        counts += f" Recipe {recipe}: {sum(learned for *_, learned in boxes)} tokens are learned."
+    picture = _drawn(lines, PARTS, "filled: learned; white: only read")
+    picture.alt = f"One row as coloured tokens.{counts}"
     return picture
 
 
 @in_style
 def shaded(lines: Mapping[str, Sequence[tuple[str, str]]], shades: Sequence[str]) -> Picture:
-    """Return texts as boxes, one a token, the darker the later its shade stands in `shades`; a text under each title.
-
-    Args:
-        lines: by title, each token's text and which of `shades` it has.
-    """
-    fills = dict(zip(shades, colormaps["Blues"](np.linspace(0, 0.85, len(shades)))))
-    looks = {shade: {"facecolor": fill, "linewidth": 0.8} for shade, fill in fills.items()}
+    """Return each text under its title as boxes, one a token, the darker the later its shade stands in `shades`."""
+    fills = colormaps["Blues"](np.linspace(0, 0.85, len(shades)))
+    looks = {shade: {"facecolor": fill, "linewidth": 0.8} for shade, fill in zip(shades, fills)}
     drawn = {title: [(_visible(text), looks[shade]) for text, shade in tokens] for title, tokens in lines.items()}
     picture = _drawn(drawn, looks)
-    picture.alt = "Tokens in shades. " + " ".join(
-        f"{title}: {', '.join(f'{shade} {sum(had == shade for _, had in tokens)}' for shade in shades)}."
-        for title, tokens in lines.items()
-    )
+    picture.alt = "Tokens in shades."
+    for title, tokens in lines.items():
+        counts = Counter(shade for _, shade in tokens)
+        picture.alt += f" {title}: {', '.join(f'{shade} {counts[shade]}' for shade in shades)}."
     return picture
 
 
