@@ -110,10 +110,7 @@ class AnswerTrainer(Trainer):
         return 0
 
     def train(self, resume_from_checkpoint: Path | str | None = None, **named):
-        """Train, from a checkpoint on if one is given.
-
-        Raises AlpacaError where memory or disk are too small, saying what to change.
-        """
+        """Train, from a checkpoint on if one is given; AlpacaError says what to change where memory or disk lack."""
         self.since_log.zero_()
         space = check_disk_space(Path(self.args.output_dir), needed=self.disk_bytes())
         with explained_out_of_memory(self.args.train_batch_size), space, faster_training(self.model):
@@ -158,11 +155,8 @@ class ProgressLines(TrainerCallback):
         took, done = time.monotonic() - self.begun, state.global_step - self.first
         left = took / done * (state.max_steps - state.global_step)
         rows = done * args.train_batch_size * args.gradient_accumulation_steps * args.world_size / took
-        print(
-            f"step {state.global_step} of {state.max_steps}: loss {float(logs['loss']):.3f}, {rows:.0f} rows a second, "
-            f"{took:.0f} s passed, about {left:.0f} s left",
-            flush=True,
-        )
+        speed = f"{rows:.0f} rows a second, {took:.0f} s passed, about {left:.0f} s left"
+        print(f"step {state.global_step} of {state.max_steps}: loss {float(logs['loss']):.3f}, {speed}", flush=True)
 
 
 def measure_step(trainer: Trainer) -> tuple[float, int, int]:
@@ -170,9 +164,7 @@ def measure_step(trainer: Trainer) -> tuple[float, int, int]:
 
     Forward and backward are run for real: on the longest rows for the memory, then on rows of average length for the
     time. Weights, gradients and random state stay as they were. On a CPU the bytes are those of the whole process,
-    Python and the libraries included.
-
-    Raises AlpacaError if they do not fit.
+    Python and the libraries included. Raises AlpacaError if they do not fit.
     """
     args, model, rows = trainer.args, trainer.model, trainer.train_dataset
     cuda, training, peaks = args.device.type == "cuda", model.training, []
@@ -202,17 +194,11 @@ def measure_step(trainer: Trainer) -> tuple[float, int, int]:
 
 
 def split_batch(batch_size: int, micro_batch_size: int) -> tuple[int, int]:
-    """Return the rows in a device's memory at once, and how often they add up to its share of a batch.
-
-    Raises AlpacaError if the devices cannot share the batch evenly.
-    """
+    """Return how many rows a device holds at once, and how often they make up its share; AlpacaError if uneven."""
     devices = processes()
     if batch_size % devices:
-        raise AlpacaError(
-            f"A batch of {batch_size} rows cannot be shared by {devices} processes: choose a --batch-size that "
-            f"{devices} divides.",
-            "uneven-batch",
-        )
+        what = f"A batch of {batch_size} rows cannot be shared by {devices} processes"
+        raise AlpacaError(f"{what}: choose a --batch-size that {devices} divides.", "uneven-batch")
     share = batch_size // devices
     rows = max(size for size in range(1, share + 1) if share % size == 0 and size <= micro_batch_size)
     return rows, share // rows
@@ -250,9 +236,7 @@ def make_trainer(
     """Return the trainer of the run's prepared data, as notebook 03's cells make it.
 
     The parameters are the notebook's, with its values; those that are None are the profile's, and `target_modules`
-    those that peft knows for the model.
-
-    Raises AlpacaError for `target_modules` that LoRA cannot correct.
+    those that peft knows for the model. Raises AlpacaError for `target_modules` that LoRA cannot correct.
     """
     prepared, data = read_record(folder, "data"), load_from_disk(artifact(folder, "data"))
     rows, accumulation = split_batch(batch_size, micro_batch_size)
@@ -289,12 +273,7 @@ def make_trainer(
 
 
 def finetune(folder: Path, resume: bool = True, **settings) -> None:
-    """Train the run's adapter and save it, on all of torchrun's devices.
-
-    Args:
-        resume: False starts over; True goes on from the run's last complete checkpoint.
-        settings: those of `make_trainer`.
-    """
+    """Train and save the run's adapter on all of torchrun's devices; without `resume` it starts over."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # before anything is put on a GPU
     with lock_run(folder) if is_main_process() else nullcontext():
