@@ -34,11 +34,8 @@ class _Textarea(_WellFormed, widgets.Textarea): ...
 class ChatBox:
     """A chat with a model: the last expression of a cell shows it, `ask` talks through it in a script.
 
-    Args:
-        model: tuned (its adapter makes base and tuned answers from one model in memory) or plain.
-        settings: those of `Conversation`: what the box starts with.
-
-    Raises AlpacaError for a setting that does not exist, or is out of range.
+    The model is tuned (its adapter makes base and tuned answers from one model in memory) or plain. The settings, which
+    the box starts with, and the errors are those of `Conversation`.
     """
 
     # A thread generates and changes no widget, since updates from threads do not reach Colab's front end. The front

@@ -61,11 +61,8 @@ class Exchange:
 class Conversation:
     """Messages to one model in memory and its replies, one after the other; it shows itself as static text.
 
-    Args:
-        settings: `compare` (base and tuned on the same question; by default where the model has an adapter) and those
-            of `generation.stream`, where they differ from `DEFAULTS`.
-
-    Raises AlpacaError for a setting that does not exist, or is out of range.
+    The settings are `compare` (base and tuned on the same question; by default where the model has an adapter) and
+    those of `generation.stream`, where they differ from `DEFAULTS`; AlpacaError is raised for a bad one.
     """
 
     def __init__(self, model, tokenizer, **settings):
@@ -91,10 +88,7 @@ class Conversation:
         return settings
 
     def add(self, instruction: str, input: str = "", **settings) -> Exchange:
-        """Return the new exchange at the end of the conversation, waiting for its answer.
-
-        Raises AlpacaError for a blank message, or a setting that does not exist or is out of range.
-        """
+        """Return the new exchange, which waits for its answer; AlpacaError for a blank message or a bad setting."""
         if not (isinstance(instruction, str) and isinstance(input, str) and instruction.strip()):
             raise AlpacaError("The message is blank, or no text: type an instruction.", "blank-message")
         settings = self._with(settings)
@@ -145,14 +139,9 @@ class Conversation:
                 raise AlpacaError(f"{path.name} is not a name for Markdown: choose one that ends in .md.", "bad-suffix")
             content = as_markdown(self.exchanges).encode()
             mine = path.is_file() and path.read_bytes() == self._saved.get(path)
-            if not mine:
-                path.open("xb").close()  # takes the name, or fails where there is a file
-            try:
-                replace_file(path, content)
-            except OSError:
-                if not mine:
-                    path.unlink(missing_ok=True)
-                raise
+            if path.exists() and not mine:
+                raise FileExistsError("File exists")
+            replace_file(path, content)
         except (OSError, RuntimeError, TypeError, ValueError) as error:  # such as a home folder of nobody, a null byte
             reason = getattr(error, "strerror", None) or error
             raise AlpacaError(f"{path} cannot be written ({reason}): choose another name.", "unwritable") from error

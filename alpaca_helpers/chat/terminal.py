@@ -31,15 +31,11 @@ def talk(conversation: Conversation) -> None:
 
 
 def print_answer(conversation: Conversation, exchange: Exchange, with_notes: bool = True) -> None:
-    """Print the first side's answer as it comes, then the other's; Ctrl-C ends them where they are.
-
-    Raises AlpacaError where the model could not answer.
-    """
-    several = len(exchange.replies) > 1
+    """Print the first side's answer as it comes, then the other's; Ctrl-C ends both. AlpacaError if there is none."""
     before = signal.signal(signal.SIGINT, lambda *_: exchange.stop.set())
     try:
         printed = 0
-        print(f"{exchange.replies[0].side}: " if several else "", end="", flush=True)
+        print(f"{exchange.replies[0].side}: " if len(exchange.replies) > 1 else "", end="", flush=True)
         for _ in conversation.answer(exchange):
             text = visible(exchange.replies[0].text)
             print(text[printed:], end="", flush=True)
