@@ -33,14 +33,14 @@ def _modules(modules: object) -> list[str] | str | None:
     return names
 
 
-def _number_as_text(value: object) -> object:
-    return "" if value is None else str(value) if isinstance(value, int | float) else value
-
-
 def _no_truth(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError("true and false are for yes and no")
     return value
+
+
+def _number_as_text(value: object) -> object:
+    return "" if value is None else str(_no_truth(value)) if isinstance(value, int | float) else value
 
 
 def _recipe(recipe: str) -> str:
@@ -61,9 +61,7 @@ class Parameters(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     profile: Literal["auto", "pocket", "gpt2-medium"] = "auto"
-    run: Annotated[
-        str, AfterValidator(_name_of_a_run), BeforeValidator(_number_as_text), BeforeValidator(_no_truth)
-    ] = ""
+    run: Annotated[str, AfterValidator(_name_of_a_run), BeforeValidator(_number_as_text)] = ""
     model: Name | None = None
     dataset: Name | None = None
     recipe: Annotated[str, AfterValidator(_recipe)] = "answers"

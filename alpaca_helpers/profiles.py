@@ -21,31 +21,28 @@ class Profile:
 
 
 PROFILES = {
-    profile.name: profile
-    for profile in (
-        Profile(
-            name="pocket",
-            model="alpaca_helpers/pocket/model",
-            model_revision=None,
-            dataset="alpaca_helpers/pocket/instructions/train.jsonl",
-            dataset_revision=None,
-            heldout="alpaca_helpers/pocket/instructions/heldout.jsonl",
-            heldout_rows=200,
-            learning_rate=3e-3,
-            num_train_epochs=10,
-        ),
-        Profile(
-            name="gpt2-medium",
-            model="openai-community/gpt2-medium",
-            model_revision="6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
-            dataset="tatsu-lab/alpaca",
-            dataset_revision="dce01c9b08f87459cf36a430d809084718273017",
-            heldout=None,
-            heldout_rows=500,
-            learning_rate=3e-4,
-            num_train_epochs=2,
-        ),
-    )
+    "pocket": Profile(
+        name="pocket",
+        model="alpaca_helpers/pocket/model",
+        model_revision=None,
+        dataset="alpaca_helpers/pocket/instructions/train.jsonl",
+        dataset_revision=None,
+        heldout="alpaca_helpers/pocket/instructions/heldout.jsonl",
+        heldout_rows=200,
+        learning_rate=3e-3,
+        num_train_epochs=10,
+    ),
+    "gpt2-medium": Profile(
+        name="gpt2-medium",
+        model="openai-community/gpt2-medium",
+        model_revision="6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
+        dataset="tatsu-lab/alpaca",
+        dataset_revision="dce01c9b08f87459cf36a430d809084718273017",
+        heldout=None,
+        heldout_rows=500,
+        learning_rate=3e-4,
+        num_train_epochs=2,
+    ),
 }
 
 
@@ -54,10 +51,8 @@ def choose_profile(
 ) -> Profile:
     """Return the profile of that name, with another model, dataset or number of held-out rows where one is given.
 
-    `auto` is gpt2-medium where torch sees a GPU, else pocket. Another `model` or `dataset` than the profile's
-    drops the profile's pinned revision, and another dataset its held-out file too.
-
-    Raises AlpacaError for a name that no profile has.
+    `auto` is gpt2-medium where torch sees a GPU, else pocket; a name that no profile has raises AlpacaError. Another
+    `model` or `dataset` than the profile's drops its pinned revision, and another dataset its held-out file too.
     """
     if name == "auto":
         import torch
