@@ -8,11 +8,7 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 class AlpacaError(Exception):
-    """Something a user can put right: one sentence with what is wrong, where, and what to do.
-
-    Args:
-        code: a short name of the fault, for programs: `no-artifact`, `run-locked`, …
-    """
+    """One sentence with what is wrong, where, and what to do; `code` names the fault for programs: `no-artifact`, …"""
 
     def __init__(self, message: str, code: str = ""):
         super().__init__(message)

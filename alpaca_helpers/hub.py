@@ -20,11 +20,8 @@ OFFLINE_WAY = "or run the model that comes with the project: PROFILE=pocket (in 
 def fetch(name: str, revision: str | None, kind: str, patterns: list[str]) -> Path:
     """Return the cache's folder of `name` on the Hub; files of `patterns` not yet in it are announced and downloaded.
 
-    Args:
-        revision: the commit, branch or tag; None is the newest commit.
-        kind: `model` or `dataset`.
-
-    Raises AlpacaError within 5 s if the Hub cannot be reached; later, if it breaks off.
+    `revision` is a commit, branch or tag, None the newest commit; `kind` is `model` or `dataset`. Raises AlpacaError
+    within 5 s if the Hub cannot be reached; later, if it breaks off.
     """
     which: dict = {"repo_type": kind, "revision": revision}
     try:

@@ -45,10 +45,7 @@ def positions(config) -> int:
 def fetch_model(name: str, revision: str | None = None) -> Path:
     """Return the absolute folder of a base model, ready for `from_pretrained`; downloaded only if it is not here.
 
-    Args:
-        name: a folder, or a name on the Hub.
-        revision: the commit on the Hub; None is the one in the cache, else the newest.
-
+    `name` is a folder, or a name on the Hub; `revision` the commit there, None the one in the cache, else the newest.
     Raises AlpacaError if there is none, or if it is not a whole causal language model with its tokenizer, its weights
     in safetensors. Headers are read, not weights: see `check_weights`.
     """
@@ -82,10 +79,7 @@ def check_weights(model: PreTrainedModel) -> None:
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a base model; where it has no padding token, the end-of-text token is that too.
-
-    Arguments and errors as in `fetch_model`.
-    """
+    """Return a base model's tokenizer, which pads with its end-of-text token if need be; errors as in `fetch_model`."""
     tokenizer = AutoTokenizer.from_pretrained(fetch_model(name, revision), **FOLDER_ONLY)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -94,10 +88,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
 
 
 def load_base(name: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Return the base model on the best device, in evaluation mode.
-
-    Arguments and errors as in `fetch_model`, and those of `check_weights`.
-    """
+    """Return the base model on the best device, in evaluation mode; errors as in `fetch_model` and `check_weights`."""
     model = AutoModelForCausalLM.from_pretrained(fetch_model(name, revision), dtype=dtype, **FOLDER_ONLY)
     # what an adapter names as its base is the model, not a folder of this machine
     model.name_or_path = model.config._name_or_path = name

@@ -18,10 +18,8 @@ SIDES = {"base_bare": ("base, bare question", BARE), "base": ("base", BASE), "tu
 def losses(log_history: Sequence[Mapping[str, float]], base_loss: float | None = None) -> Picture:
     """Return train and held-out loss over the steps, on a logarithmic axis, and below them the learning rate.
 
-    Args:
-        log_history: `trainer.state.log_history`. Its `loss` is the mean over the steps since the last line of the log,
-            so it is drawn as a level over these steps.
-        base_loss: the `eval_loss` of `trainer.evaluate()` before training, in nats per learned token; None: not drawn.
+    The `loss` in `trainer.state.log_history` is the mean over the steps since the last line of the log, so it is drawn
+    as a level over these steps. `base_loss` is the `eval_loss` before training, in nats per learned token.
     """
     log = pd.DataFrame(log_history, columns=["step", "loss", "eval_loss", "learning_rate"], dtype=float)
     train, heldout, rate = (log.set_index("step")[name].dropna() for name in ("loss", "eval_loss", "learning_rate"))
@@ -52,11 +50,7 @@ def losses(log_history: Sequence[Mapping[str, float]], base_loss: float | None =
 
 @in_style
 def before_after(metrics: Mapping) -> Picture:
-    """Return the metrics of `comparison` as bars with 95% intervals, base and tuned.
-
-    Args:
-        metrics: as `evaluation.evaluate` returns them, or `metrics.json` holds them.
-    """
+    """Return the metrics of `comparison` as bars with 95% intervals, base and tuned."""
     picture = Picture(figsize=(9, 3.6), layout="constrained")
     panels = picture.subplot_mosaic([["shares", "answer_loss"], ["shares", "mean_answer_tokens"]], width_ratios=[2, 1])
     names = main_metrics(metrics)
@@ -92,12 +86,7 @@ def _bars(axes, metrics: Mapping, names: Sequence[str]) -> None:
 
 @in_style
 def answer_lengths(answers: pd.DataFrame, max_new_tokens: int = 80) -> Picture:
-    """Return how long the answers of base and tuned model and the expected ones are, in tokens.
-
-    Args:
-        answers: the table that `evaluation.evaluate` returns.
-        max_new_tokens: where an answer that did not stop was cut.
-    """
+    """Return how long `evaluate`'s answers of base and tuned model and the expected ones are, in tokens."""
     picture = Picture(figsize=(7.5, 4.2), layout="constrained")
     panels = picture.subplots(3, sharex=True)
     longest = max(max_new_tokens, answers["output_tokens"].max())

@@ -1,8 +1,7 @@
 """The prompt format, its inverse, and text to token ids: the one place where the template is spelled.
 
-Training, generation, evaluation and the chat box all come through here, so that the prompt
-a user types into can never drift from the one the adapter was trained on. It also goes with the saved tokenizer, as
-its chat template.
+Training, generation, evaluation and the chat box all come through here, so that the prompt a user types into can never
+drift from the one the adapter was trained on. It also goes with the saved tokenizer, as its chat template.
 """
 
 import json
@@ -25,19 +24,14 @@ def format_answer(output: str) -> str:
 
 
 def parse_answer(continuation: str) -> str:
-    """Return the answer in what follows a prompt: the inverse of `format_answer`.
-
-    A prompt is cut off by its length, never searched for: a user may type the template's own words.
-    """
+    """Return the answer in what follows a prompt; that is cut off by its length, since a user may type its words."""
     return continuation.removeprefix(" ")
 
 
 def encode(texts: list[str], tokenizer, add_special_tokens: bool = True) -> list[list[int]]:
     """Return the ids of each text; special tokens typed in a text stay plain text.
 
-    Args:
-        add_special_tokens: begin as the tokenizer does by itself, with a BOS token if it has one; False for a text
-            that goes on after another, such as an answer.
+    Without `add_special_tokens` a text has no BOS token before it: it goes on after another, as an answer does.
     """
     # not verbose: that a text is longer than the model's positions is seen to by whoever cuts it
     quiet = {"return_attention_mask": False, "verbose": False}

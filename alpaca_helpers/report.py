@@ -43,11 +43,7 @@ def with_interval(metrics: Mapping, side: str, name: str) -> str:
 
 
 def comparison(metrics: dict, every: bool = False) -> pd.DataFrame:
-    """Return the before/after table: base, tuned and change of each metric, with 95% intervals.
-
-    Args:
-        every: show all metrics that were measured, not only `main_metrics`.
-    """
+    """Return a table of base, tuned and change of `main_metrics`, or of `every` metric, with 95% intervals."""
     lines: dict[str, dict[str, str]] = {}
     for name in METRICS if every else main_metrics(metrics):
         if metrics["change"][name] is not None:
