@@ -1,7 +1,6 @@
 """Checks of the notebooks' exercises: each prints "Right.", or one sentence on what is off, and never the solution.
 
-A check calls the function that the reader wrote, and compares what it returns with the truth, computed here, and with
-what the usual mistakes give.
+A check calls the reader's function and compares what it returns with the truth, and with what usual mistakes give.
 """
 
 import math

@@ -1,7 +1,6 @@
 """The notebooks' parameters: the type and range of each, checked in one place whatever the way they came in.
 
-A command line and papermill hand over text ("3e-4", "false", "c_attn"), a YAML file numbers or text; what spells a
-value of the right type becomes that value.
+A command line hands over text ("3e-4", "false", "c_attn"); what spells a value of the right type becomes that value.
 """
 
 import re

@@ -1,7 +1,4 @@
-"""Fine-tuning: the trainer and its loss; `python -m alpaca_helpers.training --help` for several devices.
-
-Notebook 03 does the same, cell by cell, with the same classes and values.
-"""
+"""Fine-tuning, as notebook 03's cells do it, and `python -m alpaca_helpers.training --help` for several devices."""
 
 import argparse
 import inspect
