@@ -97,12 +97,18 @@ def fingerprint(dataset: DatasetDict) -> str:
 
 
 def tokenize(batch: dict[str, list[str]], tokenizer, recipe: str = "answers", max_length: int = 128) -> dict:
-    """Return `input_ids` and `labels` of a batch of rows (`instruction`, `input`, `output`), each at most `max_length`.
+    """Return `input_ids` and `labels` of a batch of rows, each a list of at most `max_length` ids.
 
     Prompt and answer are tokenized apart, so that training sees the very prompt ids that generation will. Labels are
     `IGNORED` where the recipe learns nothing; an answer cut at `max_length` has no end-of-text token. Without
-    `dynamic-padding` rows are padded to `max_length`, under an `attention_mask`, as in the document. Raises AlpacaError
-    for an unknown recipe.
+    `dynamic-padding` rows are padded to `max_length` with the padding token, under an `attention_mask`, as in the
+    document.
+
+    Args:
+        batch: the columns `instruction`, `input`, `output`, as `Dataset.map(batched=True)` gives them.
+        recipe: a key of `RECIPES`.
+
+    Raises AlpacaError for an unknown recipe.
     """
     if recipe not in RECIPES:
         raise AlpacaError(f"There is no recipe {recipe!r}: choose {', '.join(RECIPES)}.", "unknown-recipe")

@@ -23,8 +23,12 @@ def evaluate(
     """Return the metrics of base and tuned model on the same rows, and a table of their answers.
 
     The prompt is `format_prompt(instruction, input)` on both sides and for every recipe, so that numbers compare. The
-    base is asked the bare question as well, without the template (`base_bare`). Answers are greedy, cut at
-    `max_new_tokens` where they do not stop; the `seed` is the bootstrap's. Raises AlpacaError if there are no rows.
+    base is asked the bare question as well, without the template (`base_bare`).
+
+    Args:
+        rows: held-out rows with the columns `instruction`, `input`, `output`, `fact`.
+        max_new_tokens: where an answer that does not stop is cut.
+        seed: of the bootstrap; the answers are greedy.
 
     Returns:
         metrics: `n` (rows), `questions` (different ones), `max_new_tokens`, the sides `base`, `tuned`, `base_bare` and
@@ -34,6 +38,8 @@ def evaluate(
             end-of-text token left out; `base_bare` has no loss.
         answers: a row a held-out row: its text; each side's answer, its token ids and their number, whether it stopped
             and whether it is right, and the loss of the expected answer.
+
+    Raises AlpacaError if there are no rows.
     """
     rows = list(rows)
     if not rows:

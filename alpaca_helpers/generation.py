@@ -37,9 +37,15 @@ class Answer:
 def generate(
     model, tokenizer, prompts: Sequence[str], *, side: str = "tuned", batch_size: int = 64, **settings
 ) -> list[Answer]:
-    """Return one answer a prompt, in order; `settings` and errors as in `stream`.
+    """Return one answer a prompt, in order.
 
-    `side` is `tuned`, or `base` without the adapter; `batch_size` changes the speed, not the answers.
+    Args:
+        prompts: made by `prompts.format_prompt`.
+        side: `tuned` uses the model as it is, `base` switches its adapter off.
+        batch_size: prompts decoded together; it changes the speed, not the answers.
+        settings: those of `stream`.
+
+    Raises AlpacaError for a setting out of range.
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # like lengths pad little
     answers: dict[int, Answer] = {}
@@ -61,10 +67,13 @@ def stream(
 ) -> Iterator[list[Answer]]:
     """Yield the answers so far, one a prompt, after each step; the last yield is the final one.
 
-    All are decoded in one batch, `base` or `tuned` as `sides` has it for each; set `stop` to end them where they are.
-    The settings are `max_new_tokens` (80); `temperature` (0: greedy); `top_k` (0: all) and `top_p` (1: all), what a
-    sample is drawn from; `seed` (the same prompt, settings and seed give the same answer, in any batch). AlpacaError
-    is raised for one out of range.
+    Args:
+        sides: `base` or `tuned`, one a prompt; all are decoded in one batch.
+        stop: set it to end the answers where they are.
+        settings: `max_new_tokens` (80); `temperature` (0: greedy); `top_k` (0: all) and `top_p` (1: all), what a
+            sample is drawn from; `seed` (the same prompt, settings and seed give the same answer, in any batch).
+
+    Raises AlpacaError for a setting out of range.
     """
     for rows in _decode(model, tokenizer, prompts, sides, **settings):
         if stop is not None and stop.is_set():

@@ -36,8 +36,10 @@ def lora_config(
 ) -> LoraConfig:
     """Return the document's LoRA configuration: low-rank updates of the attention's projections.
 
-    `target_modules` are names of layers, or `all-linear`; None: those that peft knows for the architecture, GPT-2's
-    being `c_attn`. With `fan_in_fan_out` the base keeps its weights as (inputs, outputs), as GPT-2's `Conv1D` does.
+    Args:
+        target_modules: names of layers, or `all-linear`; None: those that peft knows for the architecture, GPT-2's
+            being `c_attn`.
+        fan_in_fan_out: the base keeps its weights as (inputs, outputs), GPT-2's `Conv1D`; False for torch's `Linear`.
     """
     return LoraConfig(
         r=r,

@@ -24,7 +24,10 @@ def format_answer(output: str) -> str:
 
 
 def parse_answer(continuation: str) -> str:
-    """Return the answer in what follows a prompt; that is cut off by its length, since a user may type its words."""
+    """Return the answer in what follows a prompt: the inverse of `format_answer`.
+
+    A prompt is cut off by its length, never searched for: a user may type the template's own words.
+    """
     return continuation.removeprefix(" ")
 
 

@@ -107,7 +107,7 @@ class AnswerTrainer(Trainer):
         return 0
 
     def train(self, resume_from_checkpoint: Path | str | None = None, **named):
-        """Train, from a checkpoint on if one is given; AlpacaError says what to change where memory or disk lack."""
+        """Train, from a checkpoint on if one is given; AlpacaError where memory or disk are too small."""
         self.since_log.zero_()
         space = check_disk_space(Path(self.args.output_dir), needed=self.disk_bytes())
         with explained_out_of_memory(self.args.train_batch_size), space, faster_training(self.model):

@@ -51,7 +51,7 @@ class ChatBox:
         self.widget = self._build()
 
     def ask(self, instruction: str, input: str = "", **settings) -> Exchange:
-        """Return the exchange with its answer, also shown in the box; AlpacaError as `add`, or if no answer comes."""
+        """Return the exchange with its answer, also shown in the box; AlpacaError for a bad message or no answer."""
         with self._lock:
             exchange = self._append(instruction, input, **settings)
         for _ in self.conversation.answer(exchange):
