@@ -285,6 +285,7 @@ def test_the_base_does_not_answer(model, tokenizer, rows):
 # The run of the document's recipe that is shipped beside it
 
 
+@pytest.mark.slow
 def test_the_run_of_the_documents_recipe_is_of_this_model_and_does_not_stop(tokenizer):
     assert read_record(DOCUMENT, "adapter")["recipe"] == "document"
     tuned = load_adapter(AutoModelForCausalLM.from_pretrained(MODEL), artifact(DOCUMENT, "adapter"))
