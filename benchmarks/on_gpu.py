@@ -24,7 +24,7 @@ PARTS = {
     "race-16": ([*BENCH, "document", "TRL", "TRL packed", "ours", "graphed", "--batch-sizes", "16"], "--results", 120),
     "compiled": ([*BENCH, "ours", "compiled", "--batch-sizes", "16"], "--results", 90),
     "race-128": ([*BENCH, "document", "TRL", "ours", "graphed", "--batch-sizes", "128"], "--results", 150),
-    "race-256": ([*BENCH, "ours", "graphed", "--batch-sizes", "256"], "--results", 90),
+    "race-256": ([*BENCH, "document", "TRL", "ours", "graphed", "--batch-sizes", "256"], "--results", 150),
     "packed": ([*BENCH, "ours", "packed", "--batch-sizes", "256"], "--results", 120),
     "float16": ([*BENCH, "ours", "ours, float16", "--batch-sizes", "16"], "--results", 60),
     "generation": (["-m", "benchmarks.generation"], "--out", 60),

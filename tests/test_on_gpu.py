@@ -26,7 +26,7 @@ def on_gpu(*options):
 
 def test_few_shapes_hold_the_same_tokens_and_labels():
     batch = graphs.static_batch(PadToLongest(1), ROWS)
-    assert batch["input_ids"].shape == (2, 16) and len(batch["before"]) == len(batch["targets"]) == 64
+    assert batch["input_ids"].shape == (2, 16) and len(batch["before"]) == len(batch["targets"]) == 256
     assert batch["input_ids"][:, :5].tolist() == [[5, 6, 7, 8, 9], [4, 3, 1, 1, 1]]
     real = batch["targets"] != IGNORED
     pairs = list(zip(batch["input_ids"].flatten()[batch["before"]][real].tolist(), batch["targets"][real].tolist()))
