@@ -27,7 +27,10 @@ UNKNOWN_LICENCE = (None, "Not known here: the licence of the dataset holds for t
 
 
 def push_adapter(adapter: Path, repository: str) -> str:
-    """Upload the adapter's folder to the Hub and return its address; raise AlpacaError where that cannot be done."""
+    """Upload the adapter's folder to the Hub and return its address; a new repository is private.
+
+    Raises AlpacaError where the Hub refuses, or is out of reach.
+    """
     try:
         name = create_repo(repository, private=True, exist_ok=True).repo_id
         return str(upload_folder(repo_id=name, folder_path=adapter, commit_message="LoRA adapter and model card"))

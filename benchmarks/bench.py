@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
@@ -77,6 +77,15 @@ def load_model(name: str, dtype: torch.dtype) -> GPT2LMHeadModel:
     torch.manual_seed(0)
     with torch.device(best_device()):
         return GPT2LMHeadModel(GPT2Config(**SHAPES[name])).to(dtype)
+
+
+def load_tuned(name: str, **settings) -> PeftModel:
+    """Return the model under an adapter that changes what it says; `settings` are LoRA's."""
+    model = get_peft_model(load_model(name, base_dtype()), lora_config(**settings))
+    for parameter_name, value in model.named_parameters():
+        if "lora_B" in parameter_name:  # zero as it comes, so that A would have no gradient
+            torch.nn.init.normal_(value, std=0.02)
+    return model
 
 
 def load_data(name: str) -> tuple[Dataset, GPT2Tokenizer]:
@@ -201,9 +210,9 @@ def ours(
 
 
 CONTENDERS = {"document": document, "plain answers": plain, "TRL": trl, "TRL packed": trl_packed, "ours": ours}
-FOR_A_GPU = {"ours, float16": partial(ours, fp16=True)} | {
-    name: partial(ours, trainer=trainer) for name, trainer in graphs.TRAINERS.items()
-}
+EVERYWHERE = list(CONTENDERS)  # those after them are for a GPU
+CONTENDERS["ours, float16"] = partial(ours, fp16=True)
+CONTENDERS |= {name: partial(ours, trainer=trainer) for name, trainer in graphs.TRAINERS.items()}
 
 
 def compete(contender: str, name: str, options: dict, pipe) -> None:
@@ -218,7 +227,7 @@ def compete(contender: str, name: str, options: dict, pipe) -> None:
     while pipe.recv():
         with tempfile.TemporaryDirectory() as folder:
             set_seed(settings.seed)
-            trainer = (CONTENDERS | FOR_A_GPU)[contender](name, train, tokenizer, settings, folder, warm_up + steps)
+            trainer = CONTENDERS[contender](name, train, tokenizer, settings, folder, warm_up + steps)
             watch = Stopwatch(warm_up)
             trainer.add_callback(watch)
             trainer.train()
@@ -473,9 +482,8 @@ def main() -> None:
     parser.add_argument(
         "--batch-sizes", nargs="+", type=int, default=sizes, help=f"rows a step ({' '.join(map(str, sizes))})"
     )
-    known = [*CONTENDERS, *FOR_A_GPU]
     parser.add_argument(
-        "--contenders", nargs="+", default=list(CONTENDERS), choices=known, help=f"({', '.join(CONTENDERS)})"
+        "--contenders", nargs="+", default=EVERYWHERE, choices=list(CONTENDERS), help=f"({', '.join(EVERYWHERE)})"
     )
     parser.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=list(SECTIONS), help="(all)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender (3)")

@@ -9,12 +9,7 @@ import json
 import time
 from pathlib import Path
 
-import torch
-from peft import get_peft_model
-
 from alpaca_helpers.generation import generate
-from alpaca_helpers.lora import lora_config
-from alpaca_helpers.models import base_dtype
 from alpaca_helpers.prompts import format_prompt
 from benchmarks import bench
 
@@ -25,10 +20,7 @@ def measure(name: str, prompts: int, batch_sizes: list[int], max_new_tokens: int
     """
     rows, tokenizer = bench.load_data(name)
     asked = [format_prompt(row["instruction"], row["input"]) for row in rows.select(range(prompts))]
-    model = get_peft_model(bench.load_model(name, base_dtype()), lora_config()).eval()
-    for parameter_name, value in model.named_parameters():
-        if "lora_B" in parameter_name:
-            torch.nn.init.normal_(value, std=0.02)
+    model = bench.load_tuned(name).eval()
     generate(model, tokenizer, asked[:2], max_new_tokens=4)  # kernels are loaded
     results, first = [], {}
     for size in batch_sizes:

@@ -1,28 +1,19 @@
 """Training steps that a GPU need not wait for: tried against `AnswerTrainer`, which the series uses.
 
-    python -m benchmarks.graphs           loss and gradients of each against AnswerTrainer's, on one batch
-
-How fast they are, `python -m benchmarks.bench --contenders ours graphed compiled packed` measures. On a GPU a step of
-few rows takes as long as Python needs to launch its kernels. A CUDA graph launches them all at once, but only over the
-same memory and in the same shapes: so rows are padded to a multiple of 16 tokens, and the labels to learn to a multiple
-of 256, which leaves few shapes to capture. Of many rows, the padding takes time: packed, they are one under a mask of
-blocks.
+That they compute the same, `python -m benchmarks.gradients` shows; how fast they are, `python -m benchmarks.bench
+--contenders ours graphed compiled packed` measures. On a GPU a step of few rows takes as long as Python needs to launch
+its kernels. A CUDA graph launches them all at once, but only over the same memory and in the same shapes: so rows are
+padded to a multiple of 16 tokens, and the labels to learn to a multiple of 256, which leaves few shapes to capture. Of
+many rows, the padding takes time: packed, they are one under a mask of blocks.
 """
 
-import argparse
-import json
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
-from peft import get_peft_model
-from transformers import TrainingArguments, set_seed
 
+from alpaca_helpers.batches import add_learned
 from alpaca_helpers.data import IGNORED
-from alpaca_helpers.lora import lora_config
-from alpaca_helpers.speedups import faster_training
 from alpaca_helpers.training import AnswerTrainer
 
 # What lengths, labels to learn and packed rows are padded to a multiple of. 64 batches of 16 real rows then have 14
@@ -35,31 +26,30 @@ def padded(values: torch.Tensor, multiple: int, value: int) -> torch.Tensor:
     return F.pad(values, (0, -values.shape[-1] % multiple), value=value)
 
 
-def static_batch(collate, rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Return a batch in one of few shapes: `input_ids` (rows, length); `before` and `targets`, (labels,): where in the
-    flattened batch the token stands that predicts a label, and the label, ignored where it is padding.
-    """
+def padded_rows(collate, rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Return the batch of `rows` in one of few lengths: `input_ids` and `labels`, each (rows, length)."""
     batch = collate(rows)
-    ids, labels = padded(batch["input_ids"], TOKENS, 0), padded(batch["labels"], TOKENS, IGNORED)
-    learned = F.pad(labels[:, 1:] != IGNORED, (1, 0)).flatten().nonzero().squeeze(1)
-    targets = padded(labels.flatten()[learned], LABELS, IGNORED)
-    return {"input_ids": ids, "before": padded(learned - 1, LABELS, 0), "targets": targets}
+    return {name: padded(batch[name], TOKENS, value) for name, value in (("input_ids", 0), ("labels", IGNORED))}
 
 
-def packed_batch(collate, rows: list[dict]) -> dict[str, torch.Tensor]:
+def packed_rows(collate, rows: list[dict]) -> dict[str, torch.Tensor]:
     """Return the rows one after the other as a single one, (1, tokens), with each token's position in its own row."""
-    lengths = [len(row["input_ids"]) for row in rows]
     ids = torch.tensor([id for row in rows for id in row["input_ids"]])
     labels = torch.tensor([label for row in rows for label in [IGNORED, *row["labels"][1:]]])
-    places = torch.cat([torch.arange(length) for length in lengths])
-    learned = (labels != IGNORED).nonzero().squeeze(1)
-    rest = torch.arange(-len(ids) % PACKED)  # of the padding, rows of a single token: all at position 0
-    return {
-        "input_ids": padded(ids, PACKED, 0)[None],
-        "position_ids": torch.cat([places, 0 * rest])[None],
-        "before": padded(learned - 1, LABELS, 0),
-        "targets": padded(labels[learned], LABELS, IGNORED),
-    }
+    places = torch.cat([torch.arange(len(row["input_ids"])) for row in rows])
+    # at position 0, each padding token is a row of its own
+    padding = {"input_ids": (ids, 0), "labels": (labels, IGNORED), "position_ids": (places, 0)}
+    return {name: padded(values, PACKED, value)[None] for name, (values, value) in padding.items()}
+
+
+def static_batch(arrange, collate, rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Return the batch that `arrange` makes of the rows, and in place of its labels `before` and `targets`, (labels,).
+
+    They are where in the flattened batch the token stands that predicts a label, and the label, ignored in padding.
+    """
+    batch = add_learned(partial(arrange, collate), rows)
+    learned, labels = batch.pop("learned"), batch.pop("labels").flatten()
+    return batch | {"before": padded(learned - 1, LABELS, 0), "targets": padded(labels[learned], LABELS, IGNORED)}
 
 
 def nats(model, before: torch.Tensor, targets: torch.Tensor, **inputs) -> torch.Tensor:
@@ -73,11 +63,11 @@ def nats(model, before: torch.Tensor, targets: torch.Tensor, **inputs) -> torch.
 class StaticTrainer(AnswerTrainer):
     """AnswerTrainer on batches of few shapes; the subclasses say what is done with a shape."""
 
-    collate = staticmethod(static_batch)
+    arrange = staticmethod(padded_rows)
 
     def __init__(self, data_collator, **named):
         super().__init__(data_collator=data_collator, **named)
-        self.data_collator = partial(self.collate, data_collator)
+        self.data_collator = partial(static_batch, self.arrange, data_collator)
         self.trained = [value for value in self.model.parameters() if value.requires_grad]
 
     def gradients(self, **batch) -> tuple[torch.Tensor, ...]:
@@ -165,7 +155,7 @@ class CompiledTrainer(StaticTrainer):
 class PackedTrainer(StaticTrainer):
     """All rows of a batch in one, each attending to itself alone: flex attention on a GPU, else a mask of all pairs."""
 
-    collate = staticmethod(packed_batch)
+    arrange = staticmethod(packed_rows)
 
     def __init__(self, model, **named):
         if model.device.type == "cuda":
@@ -182,78 +172,3 @@ class PackedTrainer(StaticTrainer):
 
 
 TRAINERS = {"graphed": GraphedTrainer, "compiled": CompiledTrainer, "packed": PackedTrainer}
-
-
-def differences(contender: str, load, rows: Dataset, collate, folder: str) -> dict[str, float]:
-    """Return how far loss and gradients of a batch are from AnswerTrainer's, relative, and whether dropout is random.
-
-    Args:
-        load: makes the base model.
-        rows: one batch, tokenized.
-    """
-
-    def trainer(kind, dropout: float):
-        set_seed(0)
-        model = get_peft_model(load(), lora_config(lora_dropout=dropout))
-        for name, value in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(value, std=0.02)  # else A has no gradient
-        args = TrainingArguments(
-            output_dir=folder, per_device_train_batch_size=len(rows), report_to=[], fp16=False, max_steps=1
-        )
-        return kind(model=model, args=args, train_dataset=rows, data_collator=collate)
-
-    usual, other = trainer(AnswerTrainer, 0.0), trainer(TRAINERS[contender], 0.0)
-    found = []
-    for made in (usual, other):
-        batch = made._prepare_inputs(made.data_collator(list(rows)))
-        made.model.train()
-        with faster_training(made.model):
-            if made is usual:
-                loss = made.compute_loss(made.model, batch, num_items_in_batch=made.labels_per_batch)
-                loss.backward()
-                gradients = [value.grad for value in made.model.parameters() if value.requires_grad]
-            else:
-                made.gradients(**batch)  # the first call captures, the second replays
-                loss, *gradients = made.gradients(**batch)
-        found.append((loss.detach().double(), torch.cat([value.flatten().double() for value in gradients])))
-    (loss, wanted), (its_loss, its) = found
-    dropped = trainer(TRAINERS[contender], 0.5)
-    batch = dropped._prepare_inputs(dropped.data_collator(list(rows)))
-    dropped.model.train()
-    with faster_training(dropped.model):
-        losses = [dropped.gradients(**batch)[0].item() for _ in range(4)]
-    return {
-        "loss": (its_loss - loss).abs().item() / loss.item(),
-        "gradients": ((its - wanted).norm() / wanted.norm()).item(),
-        "different losses of four under dropout": len(set(losses)),
-    }
-
-
-def main() -> None:
-    """Run the command line."""
-    from benchmarks import bench  # it lists these trainers among its contenders
-
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.graphs", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="gpt2-medium", choices=["pocket", *bench.SHAPES])
-    parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--contenders", nargs="+", default=list(TRAINERS), choices=list(TRAINERS))
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    rows, tokenizer = bench.load_data(options.model)
-    data = bench.tokenized(rows.select(range(options.rows)), tokenizer, "answers")
-    load = partial(bench.load_model, options.model, bench.base_dtype())
-    results = {}
-    for contender in options.contenders:
-        try:
-            found = differences(contender, load, data, bench.PadToLongest(tokenizer.pad_token_id), "build")
-        except Exception as error:  # whatever a library raises: the others are still tried
-            found = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-        print(contender, found, flush=True)
-        results[contender] = found
-        if options.out:
-            options.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

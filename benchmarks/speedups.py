@@ -23,13 +23,14 @@ from alpaca_helpers.data import tokenize
 from alpaca_helpers.lora import lora_config
 from alpaca_helpers.models import base_dtype, best_device, load_base, load_tokenizer
 from alpaca_helpers.training import AnswerTrainer
+from benchmarks import bench
 
 SHAPES = {
     "GPT-2's width, 4 layers": {"n_layer": 4, "n_embd": 768, "n_head": 12, "vocab_size": 50257},
     "24 layers of width 16": {"n_layer": 24, "n_embd": 16, "n_head": 2, "vocab_size": 2048},
     "pocket": None,
-    "GPT-2 medium": {"n_layer": 24, "n_embd": 1024, "n_head": 16, "vocab_size": 50257},  # on request: for a GPU
 }
+FOR_A_GPU = {"gpt2-medium": bench.SHAPES["gpt2-medium"]}
 
 
 def seconds_per_step(shape: dict | None, rows: Dataset, steps: int, batch_size: int) -> float:
@@ -72,22 +73,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES)[:3])
+    parser.add_argument("--models", nargs="+", choices=[*SHAPES, *FOR_A_GPU], default=list(SHAPES))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     tokenizer = load_tokenizer(str(pocket.MODEL))
     text = Dataset.from_json(str(pocket.TRAIN))
     rows = text.map(tokenize, batched=True, fn_kwargs={"tokenizer": tokenizer})
-    patches, table = list(speedups.PATCHES), []
+    patches, table, shapes = list(speedups.PATCHES), [], SHAPES | FOR_A_GPU
     for name in options.models:
         steps = options.steps * (1 if name.startswith("GPT") else 5)
         ratios: dict[str, list[float]] = {patch.__name__: [] for patch in patches} | {"all of them": []}
         for _ in range(options.rounds):
-            base = seconds_per_step(SHAPES[name], rows, steps, options.batch_size)
+            base = seconds_per_step(shapes[name], rows, steps, options.batch_size)
             for left_out in [*patches, None]:
                 speedups.PATCHES[:] = [patch for patch in patches if left_out and patch is not left_out]
-                took = seconds_per_step(SHAPES[name], rows, steps, options.batch_size)
+                took = seconds_per_step(shapes[name], rows, steps, options.batch_size)
                 ratios[left_out.__name__ if left_out else "all of them"].append(took / base)
                 speedups.PATCHES[:] = patches
         for patch, values in ratios.items():

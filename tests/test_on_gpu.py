@@ -25,7 +25,7 @@ def on_gpu(*options):
 
 
 def test_few_shapes_hold_the_same_tokens_and_labels():
-    batch = graphs.static_batch(PadToLongest(1), ROWS)
+    batch = graphs.static_batch(graphs.padded_rows, PadToLongest(1), ROWS)
     assert batch["input_ids"].shape == (2, 16) and len(batch["before"]) == len(batch["targets"]) == 256
     assert batch["input_ids"][:, :5].tolist() == [[5, 6, 7, 8, 9], [4, 3, 1, 1, 1]]
     real = batch["targets"] != IGNORED
@@ -34,7 +34,7 @@ def test_few_shapes_hold_the_same_tokens_and_labels():
 
 
 def test_packed_rows_keep_their_own_positions_and_labels():
-    batch = graphs.packed_batch(PadToLongest(1), ROWS)
+    batch = graphs.static_batch(graphs.packed_rows, PadToLongest(1), ROWS)
     assert batch["input_ids"].shape == batch["position_ids"].shape == (1, 1024)
     assert batch["position_ids"][0, :9].tolist() == [0, 1, 2, 3, 4, 0, 1, 0, 0]
     real = batch["targets"] != IGNORED

@@ -51,7 +51,10 @@ class ChatBox:
         self.widget = self._build()
 
     def ask(self, instruction: str, input: str = "", **settings) -> Exchange:
-        """Return the exchange with its answer, also shown in the box; AlpacaError for a bad message or no answer."""
+        """Return the exchange with the model's answer, also shown in the box; `settings` hold for this message.
+
+        Raises AlpacaError for a blank message or a bad setting, and where the model could not answer.
+        """
         with self._lock:
             exchange = self._append(instruction, input, **settings)
         for _ in self.conversation.answer(exchange):

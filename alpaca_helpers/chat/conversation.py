@@ -139,9 +139,14 @@ class Conversation:
                 raise AlpacaError(f"{path.name} is not a name for Markdown: choose one that ends in .md.", "bad-suffix")
             content = as_markdown(self.exchanges).encode()
             mine = path.is_file() and path.read_bytes() == self._saved.get(path)
-            if path.exists() and not mine:
-                raise FileExistsError("File exists")
-            replace_file(path, content)
+            if not mine:
+                path.open("xb").close()  # takes the name, or fails where there is a file
+            try:
+                replace_file(path, content)
+            except OSError:
+                if not mine:
+                    path.unlink(missing_ok=True)
+                raise
         except (OSError, RuntimeError, TypeError, ValueError) as error:  # such as a home folder of nobody, a null byte
             reason = getattr(error, "strerror", None) or error
             raise AlpacaError(f"{path} cannot be written ({reason}): choose another name.", "unwritable") from error
