@@ -4,7 +4,8 @@
     python benchmarks/gpu.py --layers 2 --width 64 --heads 2 --max-train-rows 200 --out /tmp/gpu.json   # a rehearsal
 
 A stand-in Hub on loopback serves a model of gpt2-medium's shape with random weights and 52,002 rows in Alpaca's form,
-so no network is needed; real rows and GPT-2's vocabulary come from --data (see tests/hub.py). The four notebooks run
+so no network is needed; real rows and GPT-2's vocabulary come from --data (see tests/support/hub.py). The four
+notebooks run
 by papermill; they are killed in the middle of the training, and started again.
 """
 
@@ -30,7 +31,7 @@ from safetensors import safe_open
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
 
-from hub import stand_in  # noqa: E402
+from support.hub import stand_in  # noqa: E402
 
 from alpaca_helpers.checkpoints import last_complete_checkpoint  # noqa: E402
 from alpaca_helpers.files import CHECKSUMS, write_json  # noqa: E402

@@ -9,14 +9,12 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these tests are the CPU's on every ma
 import pytest
 import torch
 from peft import get_peft_model
+from support import REAL
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
 from alpaca_helpers import pocket
 from alpaca_helpers.lora import lora_config
 from alpaca_helpers.models import load_tokenizer
-
-PROJECT = Path(__file__).resolve().parents[1]
-REAL = Path(os.environ.get("ALPACA_TEST_DATA", PROJECT.parent / "shared" / "data"))
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import PROJECT
-from fresh import copy_project, fresh_python, run
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
+from support import PROJECT
+from support.fresh import copy_project, fresh_python, run
 
 pytestmark = pytest.mark.slow
 

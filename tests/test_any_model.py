@@ -1,6 +1,6 @@
 """Other causal language models than GPT-2: `python -m pytest tests/test_any_model.py`.
 
-Each type is a tiny random model with a tokenizer of its kind (`tiny_models`).
+Each type is a tiny random model with a tokenizer of its kind (`support.models`).
 """
 
 import json
@@ -10,14 +10,14 @@ import matplotlib
 import nbformat
 import pytest
 import torch
-from conftest import PROJECT
 from jinja2.exceptions import TemplateError
 from matplotlib import pyplot as plt
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
-from test_any_rows import ENGLISH, execute, made_of
-from tiny_models import MODELS, OTHERS, save, tiny
-from tiny_run import save_adapter
+from support import PROJECT
+from support.models import MODELS, OTHERS, save, tiny
+from support.notebooks import ENGLISH, execute, made_of
+from support.runs import save_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, pipeline
 from transformers.pytorch_utils import Conv1D
 

@@ -7,30 +7,18 @@ import json
 import warnings
 
 import matplotlib
-import nbformat
 import pytest
-from conftest import PROJECT
-from IPython.core.inputtransformer2 import TransformerManager
 from matplotlib import pyplot as plt
+from support import PROJECT
+from support.notebooks import ENGLISH, execute, made_of
 
 from alpaca_helpers import AlpacaError
 from alpaca_helpers.runs import read_metrics
-from alpaca_helpers.series import NOTEBOOKS, notebook_parameters
+from alpaca_helpers.series import NOTEBOOKS
 
 pytestmark = pytest.mark.slow
 
 SHORT = {"profile": "pocket", "num_train_epochs": 2, "max_new_tokens": 16, "max_heldout_rows": 6}
-
-
-def execute(notebook, parameters):
-    """Return the notebook's variables after its last cell."""
-    namespace = {}
-    code = [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
-    for number, source in enumerate(code):
-        exec(compile(TransformerManager().transform_cell(source), f"{notebook.name}, cell {number}", "exec"), namespace)
-        if not number:
-            namespace |= {name: parameters[name] for name in notebook_parameters(notebook) if name in parameters}
-    return namespace
 
 
 @pytest.fixture
@@ -53,16 +41,6 @@ def series(tmp_path, monkeypatch):
     return run
 
 
-def made_of(pairs, times=4, **more):
-    """Rows of (instruction, output) pairs, each several times with a number so that the questions differ."""
-    return [
-        {"instruction": f"{question} {number}" if number else question, "output": answer, **more}
-        for number in range(times)
-        for question, answer in pairs
-    ]
-
-
-ENGLISH = [("Name a bird.", "A robin."), ("Name a fish.", "A pike."), ("Say hello.", "Hello!")]
 SHAPES = {
     "no-input": made_of(ENGLISH, 8),
     "empty-input": made_of(ENGLISH, input=""),

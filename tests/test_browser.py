@@ -18,10 +18,10 @@ import ipywidgets
 import nbformat
 import papermill
 import pytest
-from conftest import PROJECT
 from nbformat.v4 import new_code_cell
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
+from support import PROJECT
 
 pytestmark = pytest.mark.slow
 

@@ -11,9 +11,9 @@ import ipywidgets as widgets
 import nbformat
 import pytest
 import torch
-from conftest import PROJECT
 from nbclient import NotebookClient
 from peft import get_peft_model
+from support import PROJECT
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from alpaca_helpers import AlpacaError

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROJECT
 from safetensors.torch import load_file
-from tiny_run import prepare_run, save_adapter, tiny_gpt2
+from support import PROJECT, TRAIN_AND_DIE
+from support.runs import prepare_run, save_adapter, tiny_gpt2
 
 from alpaca_helpers import AlpacaError, checkpoints, training
 from alpaca_helpers.files import check_disk_space, write_checksums
@@ -32,7 +32,7 @@ def copy_run(run: Path, to: Path) -> Path:
 
 def kill_training(folder: Path, step: int, place: str) -> None:
     """Train the prepared run in a process that is killed there."""
-    command = [sys.executable, str(Path(__file__).with_name("train_and_die.py")), str(folder), str(step), place]
+    command = [sys.executable, str(TRAIN_AND_DIE), str(folder), str(step), place]
     killed = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
 
@@ -260,7 +260,7 @@ def small_disk(tmp_path):
 
 def adapter_of(rank: int):
     from peft import get_peft_model
-    from tiny_run import tiny_gpt2
+    from support.runs import tiny_gpt2
 
     from alpaca_helpers.lora import lora_config
 
@@ -268,7 +268,7 @@ def adapter_of(rank: int):
 
 
 def test_a_disk_too_small_for_the_adapter_leaves_the_earlier_one_whole(small_disk, monkeypatch):
-    from tiny_run import byte_tokenizer
+    from support.runs import byte_tokenizer
 
     monkeypatch.setattr("alpaca_helpers.lora.TOKENIZER_BYTES", 100_000)
     save_adapter(adapter_of(8), byte_tokenizer(), small_disk / "adapter")
@@ -291,7 +291,7 @@ def test_a_disk_that_fills_up_while_training_says_how_much_is_needed(small_disk,
     "failure", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("No space left on device")]
 )
 def test_a_full_disk_while_saving_leaves_the_earlier_adapter_whole(failure, tmp_path, monkeypatch):
-    from tiny_run import byte_tokenizer
+    from support.runs import byte_tokenizer
 
     model, tokenizer = adapter_of(8), byte_tokenizer()
     save_adapter(model, tokenizer, tmp_path / "adapter")

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT
+from support import PROJECT
 
 pytestmark = pytest.mark.slow
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROJECT
 from safetensors.torch import load_file
-from tiny_run import prepare_run
+from support import PROJECT, TRAIN_AND_DIE
+from support.runs import prepare_run
 
 from alpaca_helpers import checkpoints, training
 from alpaca_helpers.lora import WEIGHTS
@@ -60,7 +60,7 @@ def same_training(folder: Path, wanted: Path) -> None:
 def test_two_processes_train_as_one_and_resume_after_one_is_killed(run, tmp_path):
     folder = tmp_path / "two"
     shutil.copytree(run, folder, ignore=shutil.ignore_patterns("checkpoints", "adapter", "base"))
-    killed = torchrun(str(Path(__file__).with_name("train_and_die.py")), str(folder), "10", "step:1")
+    killed = torchrun(str(TRAIN_AND_DIE), str(folder), "10", "step:1")
     assert killed.returncode != 0 and "SIGKILL" in killed.stderr
     assert not (folder / "adapter").exists()
     assert checkpoints.last_complete_checkpoint(folder / "checkpoints").name == "checkpoint-9"

@@ -6,11 +6,11 @@ import re
 import nbformat
 import numpy as np
 import pytest
-import tiny_models
 import torch
 import torch.nn.functional as F
-from conftest import PROJECT
 from peft import get_peft_model
+from support import PROJECT
+from support import models as tiny_models
 
 from alpaca_helpers import exercises, pocket
 from alpaca_helpers.data import IGNORED

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_run import save_adapter
+from support.runs import save_adapter
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,

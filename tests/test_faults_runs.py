@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT
-from tiny_run import locked_elsewhere, prepare_run, record_adapter
+from support import PROJECT
+from support.runs import locked_elsewhere, prepare_run, record_adapter
 from transformers import TrainerCallback
 
 from alpaca_helpers import AlpacaError, training

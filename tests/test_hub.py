@@ -11,10 +11,10 @@ import time
 import datasets
 import pytest
 import torch
-from conftest import PROJECT
-from hub import ALPACA_FILE, DATASET, DATASET_COMMIT, MODEL, MODEL_COMMIT, Fault, Hub, stand_in, write_dataset
 from huggingface_hub import constants, hf_hub_download
 from safetensors.torch import load_file
+from support import PROJECT
+from support.hub import ALPACA_FILE, DATASET, DATASET_COMMIT, MODEL, MODEL_COMMIT, Fault, Hub, stand_in, write_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alpaca_helpers import AlpacaError, hub, rows

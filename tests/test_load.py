@@ -11,7 +11,7 @@ import threading
 
 import psutil
 import pytest
-from conftest import PROJECT
+from support import PROJECT
 
 from alpaca_helpers import pocket
 from alpaca_helpers.chat.conversation import Conversation

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT
+from support import PROJECT
 
 from tools.address import repository, rewrite
 

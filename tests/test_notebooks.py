@@ -7,7 +7,7 @@ import re
 
 import nbformat
 import pytest
-from conftest import PROJECT
+from support import PROJECT
 
 from alpaca_helpers import training
 from alpaca_helpers.series import NOTEBOOKS

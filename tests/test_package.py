@@ -9,9 +9,9 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
-from conftest import PROJECT
-from fresh import copy_project, fresh_python, run
 from packaging.requirements import Requirement
+from support import PROJECT
+from support.fresh import copy_project, fresh_python, run
 
 PYPROJECT = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
 DEPENDENCIES = PYPROJECT["project"]["dependencies"]

@@ -15,7 +15,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from conftest import PROJECT
+from support import PROJECT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alpaca_helpers.generation import generate

@@ -3,7 +3,7 @@ import os
 
 import pytest
 import torch
-from conftest import PROJECT
+from support import PROJECT
 
 from alpaca_helpers import AlpacaError
 from alpaca_helpers.data import drop_reason, tokenize

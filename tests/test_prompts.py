@@ -1,7 +1,7 @@
 import jinja2
 import pytest
 import yaml
-from conftest import PROJECT
+from support import PROJECT
 
 from alpaca_helpers.prompts import encode, format_answer, format_example, format_prompt, parse_answer
 

@@ -5,8 +5,8 @@ import re
 
 import nbformat
 import pytest
-from test_any_rows import ENGLISH, made_of
-from tiny_models import save
+from support.models import save
+from support.notebooks import ENGLISH, made_of
 
 from alpaca_helpers import AlpacaError
 from alpaca_helpers.series import NOTEBOOKS

@@ -6,9 +6,9 @@ import shutil
 
 import nbformat
 import pytest
-from conftest import PROJECT
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from tiny_run import locked_elsewhere
+from support import PROJECT
+from support.runs import locked_elsewhere
 
 from alpaca_helpers import AlpacaError, series
 from alpaca_helpers.profiles import PROFILES

@@ -8,8 +8,8 @@ import sys
 
 import pexpect
 import pytest
-from conftest import PROJECT
-from tiny_run import record_adapter, save_adapter
+from support import PROJECT
+from support.runs import record_adapter, save_adapter
 
 from alpaca_helpers import AlpacaError
 from alpaca_helpers.chat.conversation import Conversation, Reply

@@ -7,10 +7,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import PROJECT
 from datasets import load_from_disk
 from peft import get_peft_model
-from tiny_run import byte_tokenizer, prepare_run, random_rows, tiny_gpt2
+from support import PROJECT
+from support.runs import byte_tokenizer, prepare_run, random_rows, tiny_gpt2
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 

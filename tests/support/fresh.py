@@ -7,7 +7,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from conftest import PROJECT
+from support import PROJECT
 
 
 def run(command: list, folder: Path, **variables: str) -> subprocess.CompletedProcess:

@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from conftest import PROJECT
 from datasets import Dataset, DatasetDict
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -20,6 +19,7 @@ from alpaca_helpers.files import atomic_folder, content_hash
 from alpaca_helpers.lora import adapter_folder
 from alpaca_helpers.profiles import choose_profile
 from alpaca_helpers.runs import write_record
+from support import PROJECT
 
 HOLD = """
 import sys, time

@@ -1,6 +1,6 @@
 """A stand-in for the Hub on loopback: what `from_pretrained` and `load_dataset` ask, answered from folders.
 
-    python tests/hub.py --layers 24 --width 1024      # the true shape, with random weights, under the real names
+    python tests/support/hub.py --layers 24 --width 1024   # the true shape, with random weights, under the real names
     HF_ENDPOINT=http://127.0.0.1:PORT HF_HOME=EMPTY_FOLDER make run PROFILE=gpt2-medium
 
 Large files are redirected to another address with their size and hash in the headers, as the Hub does; small ones are

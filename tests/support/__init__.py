@@ -1,0 +1,8 @@
+"""What the tests share: paths, prepared runs, tiny models, the notebooks' cells, a Hub on loopback."""
+
+import os
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[2]
+REAL = Path(os.environ.get("ALPACA_TEST_DATA", PROJECT.parent / "shared" / "data"))
+TRAIN_AND_DIE = Path(__file__).with_name("train_and_die.py")
