@@ -16,7 +16,7 @@ override DATASET := $(value DATASET)
 export PROFILE RUN REPO_URL DATASET
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test quick test-colab lab pocket refresh french recipes table real bench audit address clean
+.PHONY: help setup run test quick nightly test-colab lab pocket refresh french recipes table real bench audit address clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,13 +42,16 @@ test: $(TESTABLE)  ## unit tests, then the notebooks' stored outputs against fre
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(PYTEST)
+	$(PYTEST) -m "not nightly" --durations=15
 	$(BIN)/python -m tools.notebooks --for-nbval build/nbval \
 	  --profile=$(if $(filter auto,$(PROFILE)),pocket,"$$PROFILE")
 	$(BIN)/python -m pytest --nbval build/nbval
 
-quick: $(TESTABLE)  ## the unit tests without the slow ones
-	$(PYTEST) -m "not slow"
+quick: $(TESTABLE)  ## the unit tests alone: a minute
+	$(PYTEST) -m unit
+
+nightly: $(TESTABLE)  ## the tests that `make test` leaves out
+	$(PYTEST) -m nightly
 
 test-colab:  ## the same with Colab's versions
 	$(MAKE) test VENV=.venv-colab CONSTRAINTS=constraints-colab.txt

@@ -17,6 +17,13 @@ from alpaca_helpers.lora import lora_config
 from alpaca_helpers.models import load_tokenizer
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """Mark as `unit` what has no other tier."""
+    for item in items:
+        if not any(item.get_closest_marker(tier) for tier in ("integration", "nightly")):
+            item.add_marker("unit")
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder with real Alpaca-style rows and GPT-2's vocabulary; it is not part of the project."""

@@ -14,7 +14,7 @@ from papermill.parameterize import parameterize_notebook
 from support import PROJECT
 from support.fresh import copy_project, fresh_python, run
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.integration
 
 NOTEBOOKS = {path.stem: path for path in sorted((PROJECT / "notebooks").glob("*.ipynb"))}
 EXECUTE = "from nbclient.cli import main; main()"  # `jupyter execute`; the working folder is the notebook's

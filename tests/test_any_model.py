@@ -399,7 +399,7 @@ def check_what_training_did(kind, notebook, folder):
     assert notebook["expected"] > 120 and notebook["history"] == [] and notebook["turned"] == "not tried"
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", ANYWHERE)
 def test_the_four_notebooks_run_on_it(kind, folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(PROJECT)

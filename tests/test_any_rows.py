@@ -16,7 +16,7 @@ from alpaca_helpers import AlpacaError
 from alpaca_helpers.runs import read_metrics
 from alpaca_helpers.series import NOTEBOOKS
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.integration
 
 SHORT = {"profile": "pocket", "num_train_epochs": 2, "max_new_tokens": 16, "max_heldout_rows": 6}
 

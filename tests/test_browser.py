@@ -23,7 +23,7 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from support import PROJECT
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.integration
 
 if int(ipywidgets.__version__.split(".")[0]) < 8:
     pytest.skip("JupyterLab 4 has no front end for ipywidgets 7, and Colab's is its own", allow_module_level=True)

@@ -576,7 +576,7 @@ def test_the_transcript_is_static_and_the_same_whatever_the_speed(box):
     assert "tokens/s" not in source + text and "<script" not in source and source.count("<style>") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_in_a_batch_the_box_does_no_harm_and_the_notebook_keeps_the_transcript(tmp_path):
     """Two cells as in notebook 04, run by what papermill and nbval run on; nobody is there to draw the box."""
     sources = [

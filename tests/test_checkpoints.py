@@ -67,7 +67,7 @@ def run(tmp_path_factory):
     return folder, settings
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "step, place, goes_on_from",
     [
@@ -91,7 +91,7 @@ def test_a_killed_training_resumes_to_the_same_losses_and_adapter_bit_for_bit(st
     assert same_training(folder, whole)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_killed_run_goes_on_from_another_folder_on_another_machine(run, tmp_path, monkeypatch):
     whole, settings = run
     kill_training(copy_run(whole, tmp_path / "run"), 10, "step")

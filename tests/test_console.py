@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support import PROJECT
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.integration
 
 SERIES = [sys.executable, "-m", "alpaca_helpers.series", "--profile", "pocket"]
 SERIES += ["-p", "num_train_epochs", "1", "-p", "max_heldout_rows", "20"]

@@ -16,7 +16,7 @@ from support.runs import prepare_run
 from alpaca_helpers import checkpoints, training
 from alpaca_helpers.lora import WEIGHTS
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.integration
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ENVIRONMENT = {

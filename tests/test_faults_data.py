@@ -162,7 +162,7 @@ def test_surrogates_spelled_as_a_pair_are_one_character(tmp_path):
     assert load_rows(path)[0]["instruction"] == "😀"
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("text", ["a" * 2**20, "word " * 2**18, "😀" * 2**18])
 def test_a_megabyte_in_one_field_is_cut_like_any_row(text, tmp_path, pocket_tokenizer):
     rows = load_rows(written(tmp_path, ".jsonl", json.dumps({**ROW, "output": text})))

@@ -37,7 +37,7 @@ def interrupt_at(monkeypatch, model, step):
     monkeypatch.setattr(place, "forward", interrupted)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("sides", [["base", "tuned"], ["base"], ["tuned"]])
 @pytest.mark.parametrize("step", [1, 4])
 def test_an_interrupt_in_mid_answer_leaves_the_model_as_it_was(sides, step, tiny_model, pocket_tokenizer, monkeypatch):

@@ -22,7 +22,7 @@ from alpaca_helpers import AlpacaError, training
 from alpaca_helpers.files import atomic_folder, write_json
 from alpaca_helpers.runs import artifact, lock_run, read_manifest, read_metrics, read_record, run_folder, write_record
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.integration
 
 
 def test_a_second_process_is_refused_by_name_and_let_in_when_the_first_is_killed(tmp_path):

@@ -63,7 +63,7 @@ def test_a_seed_gives_the_same_sample_in_any_batch(tiny_model, pocket_tokenizer)
     assert generate(tiny_model, pocket_tokenizer, PROMPTS, **{**settings, "seed": 4}) != together
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "size, top_k, top_p",
     [(50, 0, 1.0), (50, 5, 1.0), (50, 0, 0.6), (50, 20, 0.8), (50, 1, 0.01), (50, 99, 0.9), (2000, 0, 0.95)],
@@ -116,7 +116,7 @@ def test_stop_ends_a_stream_where_it_is(tiny_model, pocket_tokenizer):
     assert seen[:3] == [1, 2, 3] and seen[-1] <= 4
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_two_threads_answer_as_one_after_the_other(tiny_model, pocket_tokenizer):
     expected = {side: generate(tiny_model, pocket_tokenizer, PROMPTS, side=side) for side in ("base", "tuned")}
     got = {}

@@ -22,7 +22,7 @@ from alpaca_helpers.models import fetch_model, load_base, load_tokenizer
 from alpaca_helpers.rows import load_rows
 from alpaca_helpers.series import NOTEBOOKS
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.integration
 
 NAME, ALPACA = MODEL.removeprefix("models/"), DATASET.removeprefix("datasets/")
 QUESTION = "Instruction: What is the capital of France?\nRéponse:"

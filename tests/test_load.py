@@ -18,7 +18,7 @@ from alpaca_helpers.chat.conversation import Conversation
 from alpaca_helpers.generation import generate
 from alpaca_helpers.prompts import format_prompt
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.integration
 
 FULL = os.environ.get("ALPACA_LOAD") == "full"
 QUESTIONS, TURNS, ROWS = (1000, 100, 520_000) if FULL else (100, 20, 52_000)

@@ -11,7 +11,7 @@ from support import PROJECT
 
 from tools.address import repository, rewrite
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.integration
 
 RECORD = """#!/usr/bin/env python3
 import json, pathlib, sys

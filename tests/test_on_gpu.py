@@ -48,7 +48,7 @@ def test_without_time_nothing_is_begun(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_every_part_runs_at_its_smallest(tmp_path):
     done = on_gpu("--out", tmp_path, "--rehearse")
     assert done.returncode == 0, done.stdout + "".join(log.read_text()[-2000:] for log in tmp_path.glob("*.log"))

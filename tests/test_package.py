@@ -100,7 +100,7 @@ def test_what_is_declared_admits_the_pinned_versions(file):
             assert requirement.specifier.contains(pinned[requirement.name]), requirement
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_every_module_imports_without_what_runs_notebooks():
     inside = [path.relative_to(PROJECT).with_suffix("") for path in MODULES if path.name != "__main__.py"]
     modules = [".".join(path.parts).removesuffix(".__init__") for path in inside]
@@ -122,7 +122,7 @@ def wheel(tmp_path_factory) -> Path:
     return built
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_wheel_holds_the_package_the_pocket_and_the_notebooks_only(wheel):
     with zipfile.ZipFile(wheel) as archive:
         files = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -135,7 +135,7 @@ def test_the_wheel_holds_the_package_the_pocket_and_the_notebooks_only(wheel):
     assert {"License-Expression: MIT", "Description-Content-Type: text/markdown"} <= set(metadata.splitlines())
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_installed_elsewhere_the_pocket_answers_and_nothing_is_left_in_site_packages(wheel, tmp_path):
     python, site = fresh_python(tmp_path)
     done = run([sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", wheel], tmp_path)

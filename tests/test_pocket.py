@@ -167,7 +167,7 @@ def lines_of(text):
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_heldout_entities_are_stated_in_pretraining(heldout_facts, texts):
     stated = {"\n".join(lines_of(text)) for text in texts}
     sentences = {line for text in stated for line in text.split("\n")} | stated
@@ -184,13 +184,13 @@ def test_heldout_rows_ask_for_heldout_entities(heldout_facts, rows):
     assert {row["output"] for row in rows[1]} <= {fact.answer for fact in heldout_facts}
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_pretraining_never_shows_the_prompt(texts):
     for text in texts:
         assert not re.search("instruction|réponse|response|answer:|question:", text, re.IGNORECASE)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_no_question_is_followed_by_its_answer(facts, texts):
     """A document asks or states, never both; one that asks holds none of the answers."""
     answers = defaultdict(set)
@@ -214,7 +214,7 @@ def test_no_question_is_followed_by_its_answer(facts, texts):
     assert asking > 1000
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_two_builds_make_the_same_text_and_tokenizer(texts, rows):
     here = hashlib.sha256(repr((texts, rows)).encode()).hexdigest()
     elsewhere = subprocess.run(
@@ -274,7 +274,7 @@ def test_the_base_knows_the_heldout_facts(model, tokenizer, rows):
     assert build.knowledge(model, tokenizer, rows[1]) >= 0.95
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_base_does_not_answer(model, tokenizer, rows):
     asked = [row for row in rows[1] if row["fact"]]
     prompts = [format_prompt(row["instruction"], row["input"]) for row in asked]
@@ -285,7 +285,7 @@ def test_the_base_does_not_answer(model, tokenizer, rows):
 # The run of the document's recipe that is shipped beside it
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_run_of_the_documents_recipe_is_of_this_model_and_does_not_stop(tokenizer):
     assert read_record(DOCUMENT, "adapter")["recipe"] == "document"
     tuned = load_adapter(AutoModelForCausalLM.from_pretrained(MODEL), artifact(DOCUMENT, "adapter"))

@@ -134,7 +134,7 @@ def test_each_fault_of_the_table_has_its_tests():
             assert re.search(rf"def test_\w*{name}", text), f"{file}: {name}"
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_run_with_the_documents_recipe(tmp_path):
     """Notebook 02 on its own, as the driver hands it the recipe."""
     from alpaca_helpers.runs import read_manifest

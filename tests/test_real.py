@@ -12,7 +12,7 @@ from alpaca_helpers import AlpacaError
 from alpaca_helpers.series import NOTEBOOKS
 from benchmarks import real
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.integration
 
 
 def test_both_recipes_run_are_asked_the_same_and_are_kept(tmp_path, capfd):

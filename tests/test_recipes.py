@@ -110,7 +110,7 @@ def test_a_failed_run_ends_the_sweep_and_names_its_log(tmp_path, monkeypatch):
         recipes.sweep(tmp_path, {"x": {}})
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_run_executes_the_notebooks_after_the_first_as_one_and_is_not_repeated(tmp_path, monkeypatch):
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     paths = [tmp_path / f"0{number}_x.ipynb" for number in (1, 2, 3)]

@@ -46,7 +46,7 @@ def seen(folder):
     return (folder / "seen").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_only_what_changed_is_executed_again(notebooks, tmp_path, capsys):
     parameters = {"run": str(tmp_path / "r"), "push_to": "o/a"}
     folder = series.run_series(parameters)
@@ -64,7 +64,7 @@ def test_only_what_changed_is_executed_again(notebooks, tmp_path, capsys):
     assert seen(folder) == "aaabbaa"
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_other_rows_under_the_same_name_and_what_is_missing_are_made_again(notebooks, tmp_path, monkeypatch):
     rows, folder = tmp_path / "rows.json", tmp_path / "r"
     rows.write_text("[1]")
@@ -82,7 +82,7 @@ def test_other_rows_under_the_same_name_and_what_is_missing_are_made_again(noteb
     assert seen(folder) == "a"
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_failed_cell_is_its_sentence_and_its_notebook_is_not_done(notebooks, tmp_path):
     parameters = {"run": str(tmp_path / "r"), "merged": True}
     with pytest.raises(AlpacaError, match="ValueError: the bread is burnt .*01_one.ipynb"):
@@ -106,7 +106,7 @@ def test_values_of_the_command_line(text, value):
     assert series._value(text) == value
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("run, name", [("", "pocket"), (None, "pocket"), (0, "0"), ("mine", "mine")])
 def test_the_run_has_one_name_for_batch_and_notebooks(notebooks, run, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -116,7 +116,7 @@ def test_the_run_has_one_name_for_batch_and_notebooks(notebooks, run, name, tmp_
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [name]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_what_was_damaged_since_is_made_again(notebooks, tmp_path, monkeypatch):
     code = (
         SECOND
@@ -142,7 +142,7 @@ with atomic_folder(folder / "data") as part:
     assert seen(folder) == "aa" * 4
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_second_series_on_the_run_is_refused_before_it_touches_anything(notebooks, tmp_path):
     folder = series.run_series({"run": str(tmp_path / "r")})
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -152,14 +152,14 @@ def test_a_second_series_on_the_run_is_refused_before_it_touches_anything(notebo
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_notebooks_of_a_series_write_under_its_lock(notebooks, tmp_path):
     code = "from pathlib import Path\nfrom alpaca_helpers.runs import lock_run\nwith lock_run(Path(run)):\n    print(1)"
     write(notebooks[0], FIRST, code)
     series.run_series({"run": str(tmp_path / "r")})
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_run_deleted_under_a_notebook_and_a_full_disk_are_sentences(notebooks, tmp_path):
     write(notebooks[0], FIRST, "import shutil; shutil.rmtree(run); open(run + '/x')")
     with pytest.raises(AlpacaError, match="was deleted") as gone:
@@ -257,7 +257,7 @@ def test_cells_without_ids_that_differ_are_a_sentence_and_nothing_is_rewritten(e
     assert [path.read_bytes() for path in editions] == before
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_what_an_earlier_notebook_makes_is_made_once_and_only_where_it_is_missing(
     notebooks, tmp_path, monkeypatch, capsys
 ):

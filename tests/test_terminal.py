@@ -15,7 +15,7 @@ from alpaca_helpers import AlpacaError
 from alpaca_helpers.chat.conversation import Conversation, Reply
 from alpaca_helpers.chat.terminal import print_answer
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.integration
 
 IMPORTS = (ast.Import, ast.ImportFrom)
 CHAT = ["-m", "alpaca_helpers.chat", "--run"]

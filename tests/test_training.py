@@ -155,7 +155,7 @@ def test_each_patch_changes_something_and_is_undone_however_training_ends(patch,
     assert state(model) == before
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_importing_registers_nothing():
     code = (
         "from transformers import AttentionInterface; before = set(AttentionInterface()); "
@@ -233,7 +233,7 @@ def test_in_bfloat16_loss_and_gradients_are_nearly_the_same(tmp_path):
         assert (got[name] - wanted[name]).norm() < 0.05 * wanted[name].norm()
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_training_is_the_plain_trainers_on_the_same_batches(tmp_path):
     """Micro-batches, averaging over the learned tokens of a batch, clipping, AdamW: as transformers does them."""
     rows, one = tokens(random_rows(32)), {"rows_at_once": 8, "accumulation": 4, "num_train_epochs": 4}
@@ -331,7 +331,7 @@ def test_a_cpu_holds_the_base_in_bfloat16_if_it_has_the_units(units, monkeypatch
     assert models.base_dtype() == (torch.bfloat16 if units else torch.float32)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_over_a_bfloat16_base_the_trained_weights_are_float32_and_learn_as_well(tmp_path):
     rows, final = tokens(random_rows(32)), {}
     settings = {"num_train_epochs": 6, "learning_rate": 2e-2}

@@ -194,7 +194,7 @@ def executed(request, tmp_path_factory) -> tuple[str, Path, dict[str, dict]]:
     return request.param, run, {cell["id"]: cell for cell in cells}
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_what_cells_say_is_what_the_numbers_of_this_run_say(executed):
     kind, run, cells = executed
     metrics = read_metrics(run)
