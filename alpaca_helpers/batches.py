@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Sampler
 
+from . import AlpacaError
+from .checkpoints import processes
 from .data import IGNORED
 
 
@@ -31,9 +33,12 @@ class PadToLongest:
 def add_learned(collate: Callable, rows: list[dict]) -> dict[str, torch.Tensor]:
     """Return the batch of `rows`, and as `learned` the positions of the labels to learn in the flattened batch, (n,).
 
-    They are looked for here, in main memory: on a GPU the search forces a synchronization.
+    They are looked for here, in main memory: on a GPU the search forces a synchronization. A mask of padding on the
+    right is left out: no token of the text comes after it, so none looks at it, and attention is faster without.
     """
     batch = dict(collate(rows))
+    if batch["attention_mask"][:, 0].all() if "attention_mask" in batch else False:
+        del batch["attention_mask"]
     predicted = F.pad(batch["labels"][:, 1:] != IGNORED, (1, 0))  # nothing stands before a row's first token
     return batch | {"learned": predicted.flatten().nonzero().squeeze(1)}
 
@@ -64,3 +69,14 @@ class LengthGroups(Sampler[int]):
         rows = [row for group in groups for row in group]
         for batch in torch.randperm(len(rows) // self.batch_size, generator=generator).tolist():
             yield from rows[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+
+def split_batch(batch_size: int, micro_batch_size: int) -> tuple[int, int]:
+    """Return how many rows a device holds at once, and how often they make up its share; AlpacaError if uneven."""
+    devices = processes()
+    if batch_size % devices:
+        what = f"A batch of {batch_size} rows cannot be shared by {devices} processes"
+        raise AlpacaError(f"{what}: choose a --batch-size that {devices} divides.", "uneven-batch")
+    share = batch_size // devices
+    rows = max(size for size in range(1, share + 1) if share % size == 0 and size <= micro_batch_size)
+    return rows, share // rows

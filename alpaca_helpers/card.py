@@ -1,16 +1,19 @@
 """The adapter's model card, and the adapter on the Hub."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 from huggingface_hub import create_repo, upload_folder
 
 from . import AlpacaError, locate
 from .data import RECIPES
-from .files import write_text
+from .files import write_json, write_text
 from .hub import first_line
+from .lora import save_merged
+from .models import load_base, load_tokenizer
 from .profiles import PROFILES
 from .prompts import format_prompt
-from .runs import read_metrics, read_record
+from .runs import lock_run, read_metrics, read_record
 
 SHOWN = (  # the settings that a card lists
     "lora_rank lora_alpha lora_dropout target_modules learning_rate num_train_epochs batch_size max_words max_length "
@@ -38,6 +41,25 @@ def push_adapter(adapter: Path, repository: str) -> str:
         what = f"The adapter was not pushed to {repository} ({first_line(error)}): it is whole on disk"
         remedy = "log in with `hf auth login` and check the name (owner/name) and the network"
         raise AlpacaError(f"{what}; {remedy}.", "push-refused") from error
+
+
+def export(folder: Path, settings: SimpleNamespace) -> None:
+    """Do what the parameters `merged` and `push_to` ask for: write the run's whole model, upload its adapter."""
+    if settings.merged:
+        base, tokenizer = (load(settings.model, settings.model_revision) for load in (load_base, load_tokenizer))
+        with lock_run(folder):
+            save_merged(base, tokenizer, folder / "adapter", folder / "merged")
+    if settings.push_to:
+        print(push_adapter(folder / "adapter", settings.push_to))
+
+
+def save_metrics(folder: Path, metrics: dict) -> None:
+    """Write the run's metrics.json, with what its adapter was made by, and the adapter's card, now with its metrics."""
+    made = read_record(folder, "adapter")
+    about = {"profile": made["name"], "recipe": made["recipe"], "seed": made["seed"], "adapter": made["sha256"]}
+    with lock_run(folder):
+        write_json(folder / "metrics.json", metrics | about)
+        write_card(folder)
 
 
 def write_card(folder: Path) -> None:

@@ -9,13 +9,30 @@ from collections.abc import Callable
 
 from . import AlpacaError
 
+KNOWN_WARNINGS = (  # of libraries, about what they do among themselves: category and beginning
+    (FutureWarning, ".*is_gradient_checkpointing"),  # peft 0.21 asks transformers 5.23 for it by its old name
+    (UserWarning, ".*pin_memory"),  # Trainer's default, without a GPU
+)
+LOSS_TYPE = "`loss_type=None`"  # transformers 5.23 logs it for each GPT-2: its loss is found by the class's name
+
+
+def ignore_known_warnings() -> None:
+    """Leave out the warnings of libraries that nobody here can mend: each by its category and message."""
+    for category, message in KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=category)
+    logging.getLogger("transformers.modeling_utils").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(LOSS_TYPE)
+
 
 def run_command(main: Callable[[], None], interrupted: str = "Interrupted.") -> None:
     """Run `main` and exit: with 1 and the sentence of an AlpacaError, with 130 and `interrupted` after Ctrl-C."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):  # None where it was closed
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # "?" for what a terminal cannot spell in its encoding
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")  # peft 0.21 asks for it by its old name
+    ignore_known_warnings()
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it would tell of each task that Ctrl-C has cut
     try:
         main()

@@ -3,13 +3,19 @@
 import hashlib
 import json
 import random
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 
 from datasets import Dataset, DatasetDict
 
 from . import AlpacaError
+from .files import atomic_folder
 from .prompts import encode, format_answer, format_prompt
 from .rows import COLUMNS
+from .runs import lock_run, write_record
 from .text import words
 
 # What each recipe does beyond the document's: its name is its definition.
@@ -20,6 +26,10 @@ RECIPES = {
     "document+input": frozenset({"input"}),
     "document+dynamic-padding": frozenset({"dynamic-padding"}),
     "answers": frozenset({"eos", "answer-loss", "input", "dynamic-padding"}),
+}
+RECORDED = {  # of the settings that made a run's data, what its manifest notes
+    *("name", "model", "model_revision", "dataset", "dataset_revision", "heldout", "heldout_rows"),
+    *("learning_rate", "num_train_epochs", "recipe", "max_words", "max_length", "max_train_rows", "seed"),
 }
 REMEDIES = {  # by how the reason why a row is not used begins
     "empty instruction": "write the question as `instruction`",
@@ -79,6 +89,26 @@ def check_sides(dataset: DatasetDict) -> None:
         raise AlpacaError(f"{what}: choose another dataset or held-out file, or raise `max_length`.", "too-few-rows")
 
 
+def hold_out(rows: DatasetDict, settings: SimpleNamespace) -> tuple[DatasetDict, Counter[str]]:
+    """Return the rows that are used, as `train` and `heldout`, and how many are not used, by reason.
+
+    Rows with an empty side or too long an answer go. The rows held out are those of `rows["heldout"]`, or else
+    `heldout_rows` of the questions; a question that is held out is in no training row, and of these at most
+    `max_train_rows` are kept. Errors as in `split_rows` and `check_sides`.
+    """
+    dropped = Counter(drop_reason(row, settings.max_words) for part in rows.values() for row in part)
+    del dropped[""]
+    kept = rows.filter(lambda row: not drop_reason(row, settings.max_words), desc="usable rows")
+    divided = kept if "heldout" in kept else split_rows(kept["train"], settings.heldout_rows, settings.seed)
+    split = drop_shared(divided)
+    dropped["question held out"] = len(divided["train"]) - len(split["train"])
+    if settings.max_train_rows and settings.max_train_rows < len(split["train"]):
+        dropped["after the first max_train_rows"] = len(split["train"]) - settings.max_train_rows
+        split["train"] = split["train"].select(range(settings.max_train_rows))
+    check_sides(split)
+    return split, +dropped
+
+
 def note_losses(lost: Mapping[str, int], read: int) -> None:
     """Print a line for each reason why more than a fifth of the rows read are not used, or cut, with what to do."""
     for reason, count in lost.items():
@@ -134,3 +164,16 @@ def tokenize(batch: dict[str, list[str]], tokenizer, recipe: str = "answers", ma
 def has_answer(row: dict) -> bool:
     """Return whether a tokenized row has anything to learn; one without gives a NaN loss."""
     return any(label != IGNORED for label in row["labels"][1:])  # nothing precedes the first token: it is not learned
+
+
+@contextmanager
+def save_data(folder: Path, settings: SimpleNamespace, split: DatasetDict) -> Iterator[Path]:
+    """Give a folder to save the tokenized rows to, which becomes the run's `data`, whole or not at all.
+
+    The manifest then notes the settings that made them of the rows of text in `split`.
+    """
+    record = {name: value for name, value in vars(settings).items() if name in RECORDED}
+    with lock_run(folder):
+        with atomic_folder(folder / "data") as part:
+            yield part
+        write_record(folder, "data", record | {"fingerprint": fingerprint(split)})

@@ -77,6 +77,19 @@ def _save_template(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def choose_targets(base, target_modules: Sequence[str] | str | None) -> Sequence[str] | str | None:
+    """Return which layers of `base` LoRA is to correct: `target_modules`, checked by `check_targets`.
+
+    None stands for those that peft knows for the architecture; where it knows none, for all linear layers, and a line
+    says so.
+    """
+    if target_modules is None and base.config.model_type not in KNOWN_TARGETS:
+        print(f"Note: peft names no layers for {base.config.model_type}, so all linear ones are corrected: all-linear.")
+        return "all-linear"
+    check_targets(base, target_modules)
+    return target_modules
+
+
 def check_targets(base, target_modules: Sequence[str] | str | None) -> None:
     """Raise AlpacaError unless each of `target_modules` names linear layers of `base` inside its blocks.
 

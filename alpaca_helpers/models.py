@@ -70,6 +70,14 @@ def check_length(folder: Path, tokens: int) -> None:
         raise AlpacaError(f"{what}: choose a smaller `max_length` or `max_new_tokens`, or another model.", "too-long")
 
 
+def empty_model(folder: Path) -> PreTrainedModel:
+    """Return the model in the folder without its weights: its layers, their names and their shapes."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, **FOLDER_ONLY))
+    model.name_or_path = str(folder)
+    return model
+
+
 def check_weights(model: PreTrainedModel) -> None:
     """Raise AlpacaError with the first parameter that holds NaN or infinity."""
     for name, value in model.named_parameters():

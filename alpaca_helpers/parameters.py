@@ -61,8 +61,8 @@ class Parameters(BaseModel):
 
     profile: Literal["auto", "pocket", "gpt2-medium"] = "auto"
     run: Annotated[str, AfterValidator(_name_of_a_run), BeforeValidator(_number_as_text)] = ""
-    model: Name | None = None
-    dataset: Name | None = None
+    model_name: Name | None = None
+    dataset_name: Name | None = None
     recipe: Annotated[str, AfterValidator(_recipe)] = "answers"
     max_words: Count = 80
     max_length: Annotated[Whole, Field(ge=16, le=2**20)] = 128  # tokens; a prompt alone takes about ten

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+import torch
 from IPython.display import HTML
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
@@ -16,36 +17,64 @@ SIDES = {"base_bare": ("base, bare question", BARE), "base": ("base", BASE), "tu
 
 @in_style
 def losses(log_history: Sequence[Mapping[str, float]], base_loss: float | None = None) -> Picture:
-    """Return train and held-out loss over the steps, on a logarithmic axis, and below them the learning rate.
+    """Return train and held-out loss over the steps, on a logarithmic axis.
 
     The `loss` in `trainer.state.log_history` is the mean over the steps since the last line of the log, so it is drawn
     as a level over these steps. `base_loss` is the `eval_loss` before training, in nats per learned token.
     """
-    log = pd.DataFrame(log_history, columns=["step", "loss", "eval_loss", "learning_rate"], dtype=float)
-    train, heldout, rate = (log.set_index("step")[name].dropna() for name in ("loss", "eval_loss", "learning_rate"))
-    picture = Picture(figsize=(7.5, 4.2), layout="constrained")
-    upper, lower = picture.subplots(2, sharex=True, height_ratios=[3, 1])
+    log = pd.DataFrame(log_history, columns=["step", "loss", "eval_loss"], dtype=float)
+    train, heldout = (log.set_index("step")[name].dropna() for name in ("loss", "eval_loss"))
+    picture = Picture(figsize=(7.5, 3.6), layout="constrained")
+    axes = picture.subplots()
     if base_loss is not None:
         heldout = pd.concat([pd.Series({0: base_loss}), heldout])  # a new adapter changes nothing
-        upper.axhline(base_loss, color=INK, linestyle="--", label=f"base model, held-out rows: {base_loss:.2f}")
+        axes.axhline(base_loss, color=INK, linestyle="--", label=f"base model, held-out rows: {base_loss:.2f}")
     label = "training rows, mean since the previous log line"
-    upper.stairs(train, [0, *train.index], baseline=None, color=BLUE, linewidth=1.6, label=label)
-    upper.plot(heldout, "s-", color=ORANGE, markeredgecolor=INK, clip_on=False, label="held-out rows, at that step")
-    lower.plot(rate, color=INK, linewidth=1.3)
-    upper.set(title="Loss while training", ylabel="loss (nats per token)")
+    axes.stairs(train, [0, *train.index], baseline=None, color=BLUE, linewidth=1.6, label=label)
+    axes.plot(heldout, "s-", color=ORANGE, markeredgecolor=INK, clip_on=False, label="held-out rows, at that step")
+    axes.set(title="Loss while training", ylabel="loss (nats per token)")
     if max([0, *train, *heldout]) > 0:
-        upper.set_yscale("log")
-    low, high = upper.get_ylim()
-    upper.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if 0 < 5 * low < high else MaxNLocator(5))
-    upper.yaxis.set_major_formatter("{x:g}")
-    upper.yaxis.set_minor_locator(NullLocator())
-    upper.grid(axis="y")
-    lower.set(ylabel="learning rate", xlabel="optimizer steps", xlim=(0, max([1, *log["step"]])), ylim=(0, None))
+        axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if 0 < 5 * low < high else MaxNLocator(5))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.grid(axis="y")
+    axes.set(xlabel="optimizer steps", xlim=(0, max([1, *log["step"]])))
     picture.legend(loc="outside lower center", ncols=2)
     ends = {"training": train, "held-out": heldout}
     said = [f"{name} from {line.iloc[0]:.3g} to {line.iloc[-1]:.3g}" for name, line in ends.items() if len(line)]
     picture.alt = f"Loss over the steps: {', '.join(said) or 'none'}"
     return picture
+
+
+@in_style
+def next_tokens(tokenizer, answer_ids: Sequence[int], probabilities: Mapping[str, torch.Tensor]) -> Picture:
+    """Return each side's likeliest tokens after a prompt, and how likely it finds the end along a right answer.
+
+    `probabilities` holds for each side (`base`, `tuned`) those of the next token after the prompt and after each token
+    of the answer, (answer's tokens + 1, vocabulary).
+    """
+    picture = Picture(figsize=(7.5, 5.5), layout="constrained")
+    axes = picture.subplot_mosaic([list(probabilities), ["end"] * len(probabilities)])
+    looks, end = {"base": BASE, "tuned": TUNED}, tokenizer.eos_token_id
+    for side, said in probabilities.items():
+        top = said[0].topk(10)
+        axes[side].barh(range(10), top.values, **looks[side])
+        axes[side].set_yticks(range(10), [_as_text(tokenizer, id) for id in top.indices])
+        axes[side].set(title=f"{side} model", xlabel="probability of being next", xlim=(0, 1), ylim=(9.6, -0.6))
+        line = {"color": looks[side]["facecolor"], "markeredgecolor": INK, "linewidth": 1.6}
+        axes["end"].plot(said[:, end], "os"[side == "tuned"] + "-", label=f"{side} model", **line)
+    axes["end"].set_xticks(range(len(answer_ids) + 1), ["Réponse:", *(_as_text(tokenizer, id) for id in answer_ids)])
+    axes["end"].set(xlabel="after this token of a right answer", ylabel="probability of the end", ylim=(-0.05, 1.05))
+    axes["end"].legend()
+    ends = {side: f"{said[-1, end]:.2f}" for side, said in probabilities.items()}
+    picture.alt = f"The likeliest tokens after the prompt, by side; the end after the whole answer: {ends}"
+    return picture
+
+
+def _as_text(tokenizer, id) -> str:
+    return repr(tokenizer.decode([int(id)])).replace("$", r"\$")
 
 
 @in_style

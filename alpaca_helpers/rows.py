@@ -22,6 +22,7 @@ from datasets.exceptions import DatasetsError
 from . import AlpacaError, locate
 from .files import check_disk_space
 from .hub import cached_folder, fetch, first_line
+from .runs import lock_run
 
 COLUMNS = ("instruction", "input", "output", "fact")
 NO_INPUT = re.compile(r"[\W_]*(no[\W_]*input|n/a)[\W_]*", re.IGNORECASE)  # as Alpaca's generator wrote it
@@ -44,17 +45,18 @@ HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can spell it, UTF-8 and s
 def prepare_rows(folder: Path, dataset: str, revision: str | None = None, heldout: str | None = None) -> dict[str, str]:
     """Return the files of checked rows, by split, that `load_dataset("parquet", data_files=…)` takes.
 
-    Whatever form the rows come in, they are written to `folder` as Parquet. Arguments and errors as in `load_rows`;
-    `heldout` is a file with rows held out already.
+    Whatever form the rows come in, they are written as Parquet to `rows` in the run's `folder`, under its lock.
+    Arguments and errors as in `load_rows`; `heldout` is a file with rows held out already.
     """
     sources = {"train": (dataset, revision)} | ({"heldout": (heldout, None)} if heldout else {})
     files = {}
-    for split, source in sources.items():
-        rows = load_rows(*source)
-        with check_disk_space(folder, needed=rows.data.nbytes):
-            folder.mkdir(parents=True, exist_ok=True)
-            rows.to_parquet(folder / f"{split}.parquet")
-        files[split] = str(folder / f"{split}.parquet")
+    with lock_run(folder):
+        for split, source in sources.items():
+            rows, path = load_rows(*source), folder / "rows" / f"{split}.parquet"
+            with check_disk_space(folder, needed=rows.data.nbytes):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                rows.to_parquet(path)
+            files[split] = str(path)
     return files
 
 

@@ -1,24 +1,40 @@
 """The four notebooks in one batch, by papermill: `python -m alpaca_helpers.series --help`."""
 
 import argparse
+import ast
 import errno
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from tqdm import tqdm
 
-from . import PACKAGE, AlpacaError, locate, project_folder
-from .console import run_command
+from . import PACKAGE, AlpacaError, locate, pocket, project_folder
+from .batches import split_batch
+from .console import ignore_known_warnings, run_command
 from .files import NO_SPACE, check_disk_space, content_hash
 from .hub import first_line
+from .lora import choose_targets
+from .models import check_length, empty_model, fetch_model
 from .parameters import check_parameters
-from .profiles import choose_profile
+from .profiles import PROFILES, choose_profile
 from .report import comparison, conclusion
-from .runs import PRODUCERS, artifact_hash, lock_run, read_manifest, read_metrics, run_folder, write_record
+from .runs import (
+    PRODUCERS,
+    artifact,
+    artifact_hash,
+    lock_run,
+    read_manifest,
+    read_metrics,
+    read_record,
+    run_folder,
+    write_record,
+)
 
 QUIET = ["--log-level=CRITICAL"]  # ipykernel warns of its local sockets, and tells at length of an interrupt
 NAMES = ("01_base_model", "02_dataset_and_tokenizer", "03_lora_finetuning", "04_comparison_and_chat")
@@ -27,6 +43,11 @@ NAMES = ("01_base_model", "02_dataset_and_tokenizer", "03_lora_finetuning", "04_
 _FOLDERS = [folder / "notebooks" for folder in (project_folder(), PACKAGE.parent, PACKAGE)]
 _FOLDER = next((folder for folder in _FOLDERS if (folder / f"{NAMES[0]}.ipynb").is_file()), _FOLDERS[0])
 NOTEBOOKS = [_FOLDER / f"{name}.ipynb" for name in NAMES]
+FURTHER = [_FOLDER / "further" / f"{name}.ipynb" for name in ("sampling_and_examples", "inside_the_adapter")]
+FURTHER += [_FOLDER / "further" / "what_tuning_changed.ipynb"]
+
+NEEDS = {"data": NAMES[2:3], "adapter": (NAMES[3], *(path.stem for path in FURTHER))}  # what a notebook builds on
+PROMPT_TOKENS = 64  # room for a prompt beside the new tokens
 
 # minutes of the notebooks that others build on, by profile: the pocket's on two cores, GPT-2 medium's reckoned for a T4
 MINUTES = {"pocket": {NAMES[1]: 0.3, NAMES[2]: 1.2}, "gpt2-medium": {NAMES[1]: 1.0, NAMES[2]: 10.0}}
@@ -46,17 +67,72 @@ class ProgressFile:
 
 def notebook_parameters(notebook: Path) -> list[str]:
     """Return the names in the notebook's cell tagged `parameters`; raise AlpacaError where it cannot be read."""
-    import papermill
-
     try:
-        names = list(papermill.inspect_notebook(str(notebook)))
-    except Exception as error:  # anything, by what is in it
+        cells = json.loads(notebook.read_bytes())["cells"]
+        tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+        lines = ast.parse("".join("".join(cell["source"]) for cell in tagged)).body
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
         what = f"{notebook} cannot be read ({first_line(error)}): take it from the project again."
         raise AlpacaError(what, "notebook-broken") from error
-    if not names:
+    targets = [line.target if isinstance(line, ast.AnnAssign) else line.targets[0] for line in lines if _assigns(line)]
+    if not targets:
         what = f"{notebook} has no cell tagged `parameters`: give its first code cell that tag."
         raise AlpacaError(what, "notebook-broken")
-    return names
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def _assigns(line: ast.stmt) -> bool:
+    return isinstance(line, ast.AnnAssign | ast.Assign)
+
+
+def open_run(notebook: str, values: Mapping[str, object]) -> tuple[SimpleNamespace, Path]:
+    """Return the settings of an open notebook, and the folder of its run: what its one cell of set-up calls.
+
+    The settings are the notebook's parameters, checked, and what they leave open: in notebooks 01 and 02 the
+    profile's values (`model`, `dataset`, …), in the others those that the run was made with. `model_path` is the base
+    model's folder, ready for `from_pretrained`.
+
+    Args:
+        notebook: its name, such as `03_lora_finetuning`.
+        values: at least the notebook's parameters by name; a notebook passes `globals()`.
+
+    Makes what is missing: a model on the Hub is downloaded, and the earlier notebooks are run where the run lacks what
+    they make, unless `run_earlier` is false. Raises AlpacaError for a bad parameter, for a model that is missing,
+    broken or too short for the tokens asked for, and for a run whose artifacts are missing or damaged.
+    """
+    ignore_known_warnings()
+    path = next(path for path in [*NOTEBOOKS, *FURTHER] if path.stem == notebook)
+    given = {name: values[name] for name in notebook_parameters(path) if name in values}
+    given = {name: check_parameters(**{name: value}) for name, value in given.items()}
+    needs = next((part for part, names in NEEDS.items() if notebook in names), "")
+    profile = choose_profile(given["profile"], *(given.get(f"{kind}_name") for kind in ("model", "dataset")))
+    folder = run_folder(given.get("run") or profile.name)
+    made = asdict(profile)
+    if needs:
+        if given["run_earlier"]:
+            run_earlier_notebooks(notebook, given["profile"], given["run"])
+        artifact(folder, "data")
+        made = read_record(folder, needs)
+    settings = SimpleNamespace(**given | made | {name: value for name, value in given.items() if value is not None})
+    settings.model_path = fetch_model(settings.model, settings.model_revision)
+    writes = getattr(settings, "max_new_tokens", 0) + PROMPT_TOKENS if "max_new_tokens" in given else 0
+    check_length(settings.model_path, max(writes, getattr(settings, "max_length", 0)))
+    if "other_run" in given:
+        settings.other_run = _other_run(settings)
+    if notebook == NAMES[2]:
+        settings.rows_at_once, settings.accumulation = split_batch(settings.batch_size, settings.micro_batch_size)
+        settings.target_modules = choose_targets(empty_model(settings.model_path), given["target_modules"])
+    return settings, folder
+
+
+def _other_run(settings: SimpleNamespace) -> Path | None:
+    """Return the folder of the finished run to compare with, if any: the one named, else the pocket's own."""
+    if settings.other_run:
+        folder = run_folder(settings.other_run, make=False)
+        read_record(folder, "adapter")
+        return folder
+    ours = PROFILES["pocket"]
+    return pocket.DOCUMENT if (settings.model, settings.heldout) == (ours.model, ours.heldout) else None
 
 
 def run_earlier_notebooks(notebook: str, profile: str = "auto", run: str = "") -> None:
@@ -66,7 +142,8 @@ def run_earlier_notebooks(notebook: str, profile: str = "auto", run: str = "") -
     """
     name = choose_profile(profile).name
     folder = run_folder(run or name)
-    missing = {by: made for made, by in PRODUCERS.items() if by < notebook and not artifact_hash(folder / made)}
+    earlier = NAMES[: NAMES.index(notebook)] if notebook in NAMES else NAMES[:3]
+    missing = {by: made for made, by in PRODUCERS.items() if by in earlier and not artifact_hash(folder / made)}
     if missing:
         what = " and ".join(f"no {made}" for made in missing.values())
         minutes = sum(MINUTES[name][by] for by in missing)
@@ -84,7 +161,7 @@ def run_series(parameters: dict[str, object], notebooks: Sequence[Path] | None =
     without a `run` the run has the profile's name. Raises AlpacaError with the sentence of the cell that failed.
     """
     chosen: dict[str, Any] = {name: check_parameters(**{name: value}) for name, value in parameters.items()}
-    profile = choose_profile(chosen.get("profile", "auto"), chosen.get("model"), chosen.get("dataset"))
+    profile = choose_profile(chosen.get("profile", "auto"), chosen.get("model_name"), chosen.get("dataset_name"))
     chosen |= {"profile": profile.name, "run": chosen.get("run") or profile.name, "run_earlier": False}
     folder = run_folder(chosen["run"])
     used = [locate(path) for path in (profile.model, profile.dataset, profile.heldout) if path]

@@ -23,13 +23,14 @@ from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallba
 from transformers.pytorch_utils import Conv1D
 
 from . import AlpacaError
-from .batches import LengthGroups, PadToLongest, add_learned
+from .batches import LengthGroups, PadToLongest, add_learned, split_batch
 from .card import write_card
-from .checkpoints import CompleteCheckpoints, is_main_process, processes, resume_point
+from .checkpoints import CompleteCheckpoints, is_main_process, resume_point
 from .console import run_command
 from .data import IGNORED
 from .files import check_disk_space, content_hash
-from .lora import adapter_folder, check_targets, lora_config
+from .hub import readable_size
+from .lora import adapter_folder, choose_targets, lora_config
 from .models import base_dtype, load_base, load_tokenizer
 from .parameters import check_parameters
 from .runs import artifact, lock_run, read_record, run_folder, write_record
@@ -106,12 +107,34 @@ class AnswerTrainer(Trainer):
         """Return 0: nobody reads the count, and it takes a twentieth of the pocket's step."""
         return 0
 
-    def train(self, resume_from_checkpoint: Path | str | None = None, **named):
-        """Train, from a checkpoint on if one is given; AlpacaError where memory or disk are too small."""
+    def train(self, resume_from_checkpoint: bool | Path | str | None = None, **named):
+        """Train; AlpacaError where memory or disk are too small.
+
+        With True the run's training goes on from its last complete checkpoint, with False it starts over; both hold
+        the run's lock, and say first how long it takes and what it needs. A path is a checkpoint to go on from.
+        """
         self.since_log.zero_()
+        folder, of_a_run = self.run_folder(), isinstance(resume_from_checkpoint, bool)
         space = check_disk_space(Path(self.args.output_dir), needed=self.disk_bytes())
-        with explained_out_of_memory(self.args.train_batch_size), space, faster_training(self.model):
-            return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **named)
+        locked = lock_run(folder) if of_a_run and is_main_process() else nullcontext()
+        with locked, explained_out_of_memory(self.args.train_batch_size), space:
+            checkpoint: Path | str | None = (
+                resume_point(folder, self, resume_from_checkpoint) if of_a_run else (resume_from_checkpoint or None)
+            )
+            if of_a_run and is_main_process():
+                announce(self)
+            with faster_training(self.model):
+                return super().train(str(checkpoint) if checkpoint else None, **named)
+
+    def run_folder(self) -> Path:
+        """Return the folder of the run whose `checkpoints` the trainer writes."""
+        return Path(self.args.output_dir).parent
+
+    def steps_in_all(self) -> int:
+        """Return the optimizer steps of the whole training."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        return math.ceil(math.ceil(len(self.train_dataset) / self.batch_size) * self.args.num_train_epochs)
 
     def disk_bytes(self) -> int:
         """Return the room that the checkpoints take at most: two are kept while one is being written."""
@@ -190,15 +213,34 @@ def measure_step(trainer: Trainer) -> tuple[float, int, int]:
     return seconds * args.gradient_accumulation_steps, peak, there
 
 
-def split_batch(batch_size: int, micro_batch_size: int) -> tuple[int, int]:
-    """Return how many rows a device holds at once, and how often they make up its share; AlpacaError if uneven."""
-    devices = processes()
-    if batch_size % devices:
-        what = f"A batch of {batch_size} rows cannot be shared by {devices} processes"
-        raise AlpacaError(f"{what}: choose a --batch-size that {devices} divides.", "uneven-batch")
-    share = batch_size // devices
-    rows = max(size for size in range(1, share + 1) if share % size == 0 and size <= micro_batch_size)
-    return rows, share // rows
+def announce(trainer: "AnswerTrainer") -> None:
+    """Print how long the training will take, and the memory and disk that it needs."""
+    args = trainer.args
+    seconds, memory, there = measure_step(trainer)
+    steps = trainer.steps_in_all()
+    apart = args.eval_steps if args.eval_steps >= 1 else math.ceil(args.eval_steps * steps)
+    evaluations = math.ceil(steps / apart) if args.eval_strategy == "steps" else 0
+    evaluated = evaluations * len(trainer.eval_dataset or ()) / trainer.batch_size  # at a third of a step's work
+    minutes = (steps - trainer.state.global_step + evaluated / 3) * seconds / 60
+    print(f"The training takes about {minutes:.1f} minutes: {steps} steps of {seconds:.2f} s, and the evaluations")
+    disk = readable_size(trainer.disk_bytes())
+    print(f"The training needs {readable_size(memory)} of {readable_size(there)} of memory, at most {disk} on disk")
+    if memory > there:
+        print(f"The training needs more memory than there is: {less_memory(args.train_batch_size)}")
+
+
+@contextmanager
+def save_adapter(trainer: "AnswerTrainer") -> Iterator[Path]:
+    """Give a folder to save the trained adapter and its tokenizer to, which becomes the run's `adapter`.
+
+    All of it or nothing: the earlier adapter stays where the block fails. The manifest then notes what made it.
+    Errors as in `lora.adapter_folder`.
+    """
+    folder, base = trainer.run_folder(), read_record(trainer.run_folder(), "data")["model"]
+    with lock_run(folder):
+        with adapter_folder(folder / "adapter", trainer.model, base) as part:
+            yield part
+        record_result(folder, trainer)
 
 
 def data_collator(tokenizer, recipe: str) -> Callable:
@@ -242,7 +284,7 @@ def make_trainer(
     tenth = math.ceil(math.ceil(len(data["train"]) / batch_size) * epochs / 10)  # of the training, in steps
     tokenizer = load_tokenizer(prepared["model"], prepared["model_revision"])
     base = load_base(prepared["model"], prepared["model_revision"], dtype)
-    check_targets(base, target_modules)
+    target_modules = choose_targets(base, target_modules)
     args = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         per_device_train_batch_size=rows,
@@ -274,13 +316,13 @@ def finetune(folder: Path, resume: bool = True, **settings) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # before anything is put on a GPU
     with lock_run(folder) if is_main_process() else nullcontext():
-        trainer, prepared = make_trainer(folder, **settings), read_record(folder, "data")
-        trainer.train(resume_from_checkpoint=resume_point(folder, trainer, resume))
+        trainer = make_trainer(folder, **settings)
+        trainer.train(resume_from_checkpoint=resume)
         if is_main_process():
-            with adapter_folder(folder / "adapter", trainer.model, prepared["model"]) as part:
+            with save_adapter(trainer) as part:
                 trainer.model.save_pretrained(part)
+                prepared = read_record(folder, "data")
                 load_tokenizer(prepared["model"], prepared["model_revision"]).save_pretrained(part)
-            record_result(folder, trainer)
 
 
 def main() -> None:
