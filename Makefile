@@ -16,7 +16,7 @@ override DATASET := $(value DATASET)
 export PROFILE RUN REPO_URL DATASET
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test quick nightly test-colab lab pocket refresh french recipes table real bench audit address clean
+.PHONY: help setup run further test quick nightly test-colab lab pocket refresh french recipes table real bench audit address clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ $(TESTABLE): $(READY)
 
 run: $(READY)  ## run the four notebooks into runs/RUN and print the before/after table
 	$(BIN)/python -m alpaca_helpers.series --profile="$$PROFILE" $${RUN:+"--run=$$RUN"} $(PARAMS)
+
+further: $(READY)  ## run the notebooks that go deeper on a finished run (RUN=name)
+	$(BIN)/python -m alpaca_helpers.series --further --profile="$$PROFILE" $${RUN:+"--run=$$RUN"} $(PARAMS)
 
 test: $(TESTABLE)  ## unit tests, then the notebooks' stored outputs against fresh ones
 	$(BIN)/ruff check .

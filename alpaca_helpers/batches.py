@@ -1,4 +1,4 @@
-"""Batches of tokenized rows: padding to the longest row, and rows of like length together."""
+"""Batches of tokenized rows: rows of like length together, and where in a batch something is learned."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -10,24 +10,6 @@ from torch.utils.data import Sampler
 from . import AlpacaError
 from .checkpoints import processes
 from .data import IGNORED
-
-
-class PadToLongest:
-    """A data collator: pads the rows of a batch on the right, to the longest of them, with labels that are ignored.
-
-    A padded position needs no attention mask there: no real token comes after it, so none sees it.
-    """
-
-    def __init__(self, pad_token_id: int):
-        self.padding = {"input_ids": pad_token_id, "labels": IGNORED}
-
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        """Return `input_ids` and `labels`, each (rows, longest row)."""
-        longest = max(len(row["input_ids"]) for row in rows)
-        padded = {
-            name: [row[name] + [pad] * (longest - len(row[name])) for row in rows] for name, pad in self.padding.items()
-        }
-        return {name: torch.tensor(values) for name, values in padded.items()}
 
 
 def add_learned(collate: Callable, rows: list[dict]) -> dict[str, torch.Tensor]:

@@ -182,13 +182,16 @@ def _execute(notebooks: Sequence[Path], parameters: dict[str, object], folder: P
         chosen = {key: value for key, value in parameters.items() if key in known}
         cells = [cell["source"] for cell in json.loads(notebook.read_bytes())["cells"]]
         inputs = _hash(inputs, json.dumps(cells), json.dumps(chosen, sort_keys=True))
+        if notebook in FURTHER:
+            inputs = _hash(inputs, artifact_hash(folder / "adapter"))
         made = [folder / name for name, by in PRODUCERS.items() if by == notebook.stem]
         executed = folder / notebook.name
         unchanged = executed.exists() and done.get(notebook.stem) == [inputs, *map(artifact_hash, made)]
         print(f"[{number}/{len(notebooks)}] {notebook.stem}{': unchanged' if unchanged else ''}", flush=True)
         if unchanged:
             continue
-        done = {name: mark for name, mark in done.items() if name < notebook.stem}
+        after = {notebook.stem} if notebook in FURTHER else {name for name in done if name >= notebook.stem}
+        done = {name: mark for name, mark in done.items() if name not in after}
         write_record(folder, "notebooks", done)  # until it is through, this notebook and those after it are not done
         try:
             options = {"kernel_name": "python3", "extra_arguments": QUIET, "stdout_file": ProgressFile()}
@@ -228,11 +231,15 @@ def main() -> None:
     parser.add_argument(
         "-p", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="a notebook parameter, as papermill"
     )
+    parser.add_argument("--further", action="store_true", help="the notebooks that go deeper, on a finished run")
     options = parser.parse_args()
     if "" in (options.profile, options.run):
         parser.error("--profile and --run want a name")
     named = {"profile": options.profile} | ({"run": options.run} if options.run else {})
-    folder = run_series(named | {key: _value(value) for key, value in options.p})
+    chosen = named | {key: _value(value) for key, value in options.p}
+    folder = run_series(chosen, FURTHER if options.further else NOTEBOOKS)
+    if options.further:
+        return print(f"The executed notebooks are in {folder}.")
     metrics = read_metrics(folder)
     print(f"\n{comparison(metrics).to_string()}\n\n{conclusion(metrics)}\n\nThe executed notebooks are in {folder}.")
 

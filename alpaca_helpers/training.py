@@ -19,11 +19,18 @@ import torch.distributed
 import torch.nn.functional as F
 from datasets import load_from_disk
 from peft import get_peft_model
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.pytorch_utils import Conv1D
 
 from . import AlpacaError
-from .batches import LengthGroups, PadToLongest, add_learned, split_batch
+from .batches import LengthGroups, add_learned, split_batch
 from .card import write_card
 from .checkpoints import CompleteCheckpoints, is_main_process, resume_point
 from .console import run_command
@@ -218,8 +225,10 @@ def announce(trainer: "AnswerTrainer") -> None:
     args = trainer.args
     seconds, memory, there = measure_step(trainer)
     steps = trainer.steps_in_all()
-    apart = args.eval_steps if args.eval_steps >= 1 else math.ceil(args.eval_steps * steps)
-    evaluations = math.ceil(steps / apart) if args.eval_strategy == "steps" else 0
+    evaluations = 0
+    if args.eval_strategy == "steps":
+        every = args.eval_steps if args.eval_steps >= 1 else math.ceil(args.eval_steps * steps)
+        evaluations = math.ceil(steps / every)
     evaluated = evaluations * len(trainer.eval_dataset or ()) / trainer.batch_size  # at a third of a step's work
     minutes = (steps - trainer.state.global_step + evaluated / 3) * seconds / 60
     print(f"The training takes about {minutes:.1f} minutes: {steps} steps of {seconds:.2f} s, and the evaluations")
@@ -244,10 +253,10 @@ def save_adapter(trainer: "AnswerTrainer") -> Iterator[Path]:
 
 
 def data_collator(tokenizer, recipe: str) -> Callable:
-    """Return the document's collator for its recipe, for the others one that pads to the longest row of a batch."""
+    """Return the document's collator for its recipe, for the others one that keeps the labels and only pads."""
     if recipe == "document":
         return DataCollatorForLanguageModeling(tokenizer=tokenizer, mlm=False)
-    return PadToLongest(tokenizer.pad_token_id)
+    return DataCollatorForSeq2Seq(tokenizer)
 
 
 def record_result(folder: Path, trainer: Trainer) -> None:
@@ -281,7 +290,6 @@ def make_trainer(
     rows, accumulation = split_batch(batch_size, micro_batch_size)
     dtype = base_dtype()
     epochs = prepared["num_train_epochs"] if num_train_epochs is None else num_train_epochs
-    tenth = math.ceil(math.ceil(len(data["train"]) / batch_size) * epochs / 10)  # of the training, in steps
     tokenizer = load_tokenizer(prepared["model"], prepared["model_revision"])
     base = load_base(prepared["model"], prepared["model_revision"], dtype)
     target_modules = choose_targets(base, target_modules)
@@ -294,9 +302,8 @@ def make_trainer(
         num_train_epochs=epochs,
         fp16=torch.cuda.is_available() and dtype == torch.float32,  # older GPUs; others hold the base in bfloat16
         eval_strategy="steps",
-        logging_steps=tenth,
-        eval_steps=tenth,
-        save_steps=tenth,
+        logging_steps=0.1,  # of the training; evaluations come as often
+        save_steps=0.1,
         save_total_limit=2,  # the newest, and one to go back to should it be broken
         seed=seed,
     )

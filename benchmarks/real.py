@@ -82,7 +82,7 @@ def run(out: Path, model: Path, runs: Mapping[str, Mapping], settings: Mapping) 
     for name, choice in runs.items():
         print(f"\n{name}", flush=True)
         beside = {"other_run": first} if folders[name] != first else {}
-        parameters = {**settings, **choice, **beside, "model": str(model), "run": folders[name]}
+        parameters = {**settings, **choice, **beside, "model_name": str(model), "run": folders[name]}
         results[name] = read_metrics(run_series(parameters))
     return results
 
@@ -141,7 +141,8 @@ def main() -> None:
     options = parser.parse_args()
     model = dequantized(PROJECT / "runs" / "models" / FILE.partition(".")[0])
     out = PROJECT / "runs" / ("real-small" if options.small else "real")
-    settings = SETTINGS | (SMALL if options.small else {}) | ({"dataset": options.dataset} if options.dataset else {})
+    settings = SETTINGS | (SMALL if options.small else {})
+    settings |= {"dataset_name": options.dataset} if options.dataset else {}
     runs = RECIPES | (CHOICES if options.choices else {})
     results = run(out, model, runs, settings)
     text = table(results) + answers({name: out / name for name in RECIPES})

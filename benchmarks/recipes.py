@@ -113,7 +113,7 @@ def joined(notebooks: Sequence[Path], parameters: dict[str, object]) -> nbformat
             tags = [tag for tag in cell.metadata.get("tags", []) if "parameters" not in tag]
             cell.id, cell.metadata = f"{path.stem[:2]}-{number}", {"tags": tags}
         cells += node.cells
-    cells[0].metadata["tags"] = ["parameters"]  # run_series wants such a cell
+    next(cell for cell in cells if cell.cell_type == "code").metadata["tags"] = ["parameters"]
     node.cells = cells
     return node
 

@@ -16,7 +16,7 @@ from papermill.parameterize import parameterize_notebook
 from alpaca_helpers import AlpacaError
 from alpaca_helpers.console import run_command
 from alpaca_helpers.profiles import choose_profile
-from alpaca_helpers.series import NOTEBOOKS, notebook_parameters, run_series
+from alpaca_helpers.series import FURTHER, NOTEBOOKS, notebook_parameters, run_series
 
 
 def write_for_nbval(folder: Path, parameters: dict[str, object]) -> None:
@@ -24,12 +24,15 @@ def write_for_nbval(folder: Path, parameters: dict[str, object]) -> None:
 
     The stored outputs are the pocket's: for another profile only cells tagged `every-profile` are to be compared.
     """
-    strange = {path.name for path in folder.glob("*")} - {"run", *(notebook.name for notebook in NOTEBOOKS)}
+    strange = {path.name for path in folder.glob("*")} - {
+        "run",
+        *(notebook.name for notebook in [*NOTEBOOKS, *FURTHER]),
+    }
     if strange:
         raise AlpacaError(f"{folder} holds {min(strange)}, which was not made here: name another folder.", "not-ours")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for notebook in NOTEBOOKS:
+    for notebook in [*NOTEBOOKS, *FURTHER]:
         chosen = {key: value for key, value in parameters.items() if key in notebook_parameters(notebook)}
         prepared = parameterize_notebook(load_notebook_node(str(notebook)), chosen)
         for cell in prepared.cells:
@@ -42,8 +45,8 @@ def write_for_nbval(folder: Path, parameters: dict[str, object]) -> None:
 def refresh() -> None:
     """Execute the notebooks on the pocket and store their outputs in place, cleaned."""
     with tempfile.TemporaryDirectory() as folder:
-        executed = run_series({"profile": "pocket", "run": f"{folder}/pocket"})
-        for notebook in NOTEBOOKS:
+        executed = run_series({"profile": "pocket", "run": f"{folder}/pocket"}, [*NOTEBOOKS, *FURTHER])
+        for notebook in [*NOTEBOOKS, *FURTHER]:
             shutil.copy(executed / notebook.name, notebook)
     clean_all()
 
@@ -51,8 +54,8 @@ def refresh() -> None:
 def clean_all() -> None:
     """Clean the notebooks in place, and bring code and outputs of the French edition up to date."""
     cleaned: dict[Path, nbformat.NotebookNode] = {}
-    for path in NOTEBOOKS:
-        french = path.parent / "fr" / path.name
+    for path in [*NOTEBOOKS, *FURTHER]:
+        french = NOTEBOOKS[0].parent / "fr" / path.relative_to(NOTEBOOKS[0].parent)
         cleaned |= dict(zip((path, french), _clean_pair(path, french)))
     for path, notebook in cleaned.items():  # after all could be cleaned
         nbformat.write(notebook, path)
