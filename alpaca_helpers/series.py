@@ -102,11 +102,11 @@ def open_run(notebook: str, values: Mapping[str, object]) -> tuple[SimpleNamespa
     """
     ignore_known_warnings()
     path = next(path for path in [*NOTEBOOKS, *FURTHER] if path.stem == notebook)
-    given = {name: values[name] for name in notebook_parameters(path) if name in values}
-    given = {name: check_parameters(**{name: value}) for name, value in given.items()}
+    names = [name for name in notebook_parameters(path) if name in values]
+    given: dict[str, Any] = {name: check_parameters(**{name: values[name]}) for name in names}
     needs = next((part for part, names in NEEDS.items() if notebook in names), "")
-    profile = choose_profile(given["profile"], *(given.get(f"{kind}_name") for kind in ("model", "dataset")))
-    folder = run_folder(given.get("run") or profile.name)
+    profile = choose_profile(given["profile"], given.get("model_name"), given.get("dataset_name"))
+    folder = run_folder(given["run"] or profile.name)
     made = asdict(profile)
     if needs:
         if given["run_earlier"]:
@@ -115,8 +115,8 @@ def open_run(notebook: str, values: Mapping[str, object]) -> tuple[SimpleNamespa
         made = read_record(folder, needs)
     settings = SimpleNamespace(**given | made | {name: value for name, value in given.items() if value is not None})
     settings.model_path = fetch_model(settings.model, settings.model_revision)
-    writes = getattr(settings, "max_new_tokens", 0) + PROMPT_TOKENS if "max_new_tokens" in given else 0
-    check_length(settings.model_path, max(writes, getattr(settings, "max_length", 0)))
+    written = given["max_new_tokens"] + PROMPT_TOKENS if "max_new_tokens" in given else 0
+    check_length(settings.model_path, max(written, given.get("max_length", 0)))
     if "other_run" in given:
         settings.other_run = _other_run(settings)
     if notebook == NAMES[2]:

@@ -38,7 +38,7 @@ from .data import IGNORED
 from .files import check_disk_space, content_hash
 from .hub import readable_size
 from .lora import adapter_folder, choose_targets, lora_config
-from .models import base_dtype, load_base, load_tokenizer
+from .models import base_dtype, check_weights, load_base, load_tokenizer
 from .parameters import check_parameters
 from .runs import artifact, lock_run, read_record, run_folder, write_record
 from .speedups import faster_training
@@ -115,23 +115,22 @@ class AnswerTrainer(Trainer):
         return 0
 
     def train(self, resume_from_checkpoint: bool | Path | str | None = None, **named):
-        """Train; AlpacaError where memory or disk are too small.
+        """Train; AlpacaError where memory or disk are too small, or the base is broken.
 
         With True the run's training goes on from its last complete checkpoint, with False it starts over; both hold
         the run's lock, and say first how long it takes and what it needs. A path is a checkpoint to go on from.
         """
+        if isinstance(resume_from_checkpoint, bool):
+            check_weights(self.model.get_base_model())
+            with lock_run(self.run_folder()) if is_main_process() else nullcontext():
+                checkpoint = resume_point(self.run_folder(), self, resume_from_checkpoint)
+                if is_main_process():
+                    announce(self)
+                return self.train(checkpoint, **named)
         self.since_log.zero_()
-        folder, of_a_run = self.run_folder(), isinstance(resume_from_checkpoint, bool)
         space = check_disk_space(Path(self.args.output_dir), needed=self.disk_bytes())
-        locked = lock_run(folder) if of_a_run and is_main_process() else nullcontext()
-        with locked, explained_out_of_memory(self.args.train_batch_size), space:
-            checkpoint: Path | str | None = (
-                resume_point(folder, self, resume_from_checkpoint) if of_a_run else (resume_from_checkpoint or None)
-            )
-            if of_a_run and is_main_process():
-                announce(self)
-            with faster_training(self.model):
-                return super().train(str(checkpoint) if checkpoint else None, **named)
+        with explained_out_of_memory(self.args.train_batch_size), space, faster_training(self.model):
+            return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **named)
 
     def run_folder(self) -> Path:
         """Return the folder of the run whose `checkpoints` the trainer writes."""
