@@ -10,6 +10,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from .metrics import METRICS
 from .picture import BARE, BASE, BLUE, INK, ORANGE, PALE, TUNED, Picture, in_style
+from .prompts import format_prompt
 from .report import main_metrics, shown
 
 SIDES = {"base_bare": ("base, bare question", BARE), "base": ("base", BASE), "tuned": ("tuned", TUNED)}
@@ -55,7 +56,7 @@ def next_tokens(tokenizer, answer_ids: Sequence[int], probabilities: Mapping[str
     `probabilities` holds for each side (`base`, `tuned`) those of the next token after the prompt and after each token
     of the answer, (answer's tokens + 1, vocabulary).
     """
-    picture = Picture(figsize=(7.5, 5.5), layout="constrained")
+    picture, asked = Picture(figsize=(7.5, 5.5), layout="constrained"), format_prompt("").splitlines()[-1]
     axes = picture.subplot_mosaic([list(probabilities), ["end"] * len(probabilities)])
     looks, end = {"base": BASE, "tuned": TUNED}, tokenizer.eos_token_id
     for side, said in probabilities.items():
@@ -65,7 +66,7 @@ def next_tokens(tokenizer, answer_ids: Sequence[int], probabilities: Mapping[str
         axes[side].set(title=f"{side} model", xlabel="probability of being next", xlim=(0, 1), ylim=(9.6, -0.6))
         line = {"color": looks[side]["facecolor"], "markeredgecolor": INK, "linewidth": 1.6}
         axes["end"].plot(said[:, end], "os"[side == "tuned"] + "-", label=f"{side} model", **line)
-    axes["end"].set_xticks(range(len(answer_ids) + 1), ["Réponse:", *(_as_text(tokenizer, id) for id in answer_ids)])
+    axes["end"].set_xticks(range(len(answer_ids) + 1), [asked, *(_as_text(tokenizer, id) for id in answer_ids)])
     axes["end"].set(xlabel="after this token of a right answer", ylabel="probability of the end", ylim=(-0.05, 1.05))
     axes["end"].legend()
     ends = {side: f"{said[-1, end]:.2f}" for side, said in probabilities.items()}

@@ -74,15 +74,12 @@ def notebook_parameters(notebook: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
         what = f"{notebook} cannot be read ({first_line(error)}): take it from the project again."
         raise AlpacaError(what, "notebook-broken") from error
-    targets = [line.target if isinstance(line, ast.AnnAssign) else line.targets[0] for line in lines if _assigns(line)]
-    if not targets:
+    names = [ast.unparse(line.target) for line in lines if isinstance(line, ast.AnnAssign)]
+    names += [ast.unparse(line.targets[0]) for line in lines if isinstance(line, ast.Assign)]
+    if not names:
         what = f"{notebook} has no cell tagged `parameters`: give its first code cell that tag."
         raise AlpacaError(what, "notebook-broken")
-    return [target.id for target in targets if isinstance(target, ast.Name)]
-
-
-def _assigns(line: ast.stmt) -> bool:
-    return isinstance(line, ast.AnnAssign | ast.Assign)
+    return names
 
 
 def open_run(notebook: str, values: Mapping[str, object]) -> tuple[SimpleNamespace, Path]:

@@ -1,240 +1,269 @@
-"""The committed notebooks: hygiene, and that what nbval checks means something."""
+"""The notebooks: what is stored in them is clean and true, and they run through on any rows and any model."""
 
 import ast
-import inspect
 import json
 import re
+import warnings
+from pathlib import Path
 
+import matplotlib
 import nbformat
 import pytest
+from datasets import load_from_disk
+from matplotlib import pyplot as plt
+from safetensors.torch import load_file
 from support import PROJECT
+from support.models import save
+from support.notebooks import ENGLISH, execute, made_of
 
-from alpaca_helpers import training
-from alpaca_helpers.series import NOTEBOOKS
+from alpaca_helpers import AlpacaError, training
+from alpaca_helpers.lora import WEIGHTS
+from alpaca_helpers.report import conclusion
+from alpaca_helpers.runs import read_metrics
+from alpaca_helpers.series import FURTHER, NAMES, NOTEBOOKS, notebook_parameters, run_series
 
 IGNORED = "nbval-ignore-output"
 LOCAL_PATH = re.compile(r"(?<![\w.:/])/(home|root|tmp|Users|content|work|mnt)/|(?<![A-Za-z])[A-Z]:\\")
-HEADINGS = {
-    "01": ["# 1. "],
-    "02": ["# 2. ", "## 2.1 ", "## 2.2 "],
-    "03": ["# 3. ", "## 3.1 ", "## 3.2 ", "## 3.3 "],
-    "04": ["# 4. ", "## 4.1 ", "## 4.2 ", "## 4.3 "],
-}
+SHORT = {"profile": "pocket", "num_train_epochs": 2, "max_new_tokens": 12, "max_heldout_rows": 6, "batch_size": 4}
 
 
-@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
-def notebook(request):
-    content = nbformat.read(request.param, as_version=4)
-    nbformat.validate(content)
-    content.name = request.param.stem
-    return content
+# What is stored
 
 
-def code_cells(notebook):
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+@pytest.fixture(params=[*NOTEBOOKS, *FURTHER], ids=lambda path: path.stem)
+def path(request) -> Path:
+    return request.param
 
 
-def tags(cell):
+def cells(path: Path, kind: str = "code") -> list:
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == kind]
+
+
+def tags(cell) -> list[str]:
     return cell.metadata.get("tags", [])
 
 
-def test_there_are_four():
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04"]
+def in_french(path: Path) -> Path:
+    return PROJECT / "notebooks" / "fr" / path.relative_to(PROJECT / "notebooks")
 
 
-def test_headings_are_the_documents(notebook):
-    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    numbered = [line for line in text.splitlines() if re.match(r"#+ \d", line)]
-    wanted = HEADINGS[notebook.name[:2]]
-    assert len(numbered) == len(wanted)
-    assert all(line.startswith(start) for line, start in zip(numbered, wanted))
-    assert "## What we saw" in text
+def test_the_parts_are_the_documents():
+    headings = {"01": ["1."], "02": ["2.", "2.1", "2.2"], "03": ["3.", "3.1", "3.2", "3.3"]}
+    headings["04"] = ["4.", "4.1", "4.2", "4.3"]
+    found = {
+        path.stem[:2]: re.findall(r"^#+ (\d[\d.]*)", "\n".join(cell.source for cell in cells(path, "markdown")), re.M)
+        for path in NOTEBOOKS
+    }
+    assert found == headings
 
 
-def test_one_flat_cell_of_typed_parameters_comes_first(notebook):
-    tagged = [cell for cell in code_cells(notebook) if "parameters" in tags(cell)]
-    assert tagged == code_cells(notebook)[:1]
-    for line, node in zip(tagged[0].source.splitlines(), ast.parse(tagged[0].source).body, strict=True):
+def test_the_parameters_are_one_flat_typed_cell_before_all_other_code(path):
+    first, *others = cells(path)
+    assert "parameters" in tags(first) and not any("parameters" in tags(cell) for cell in others)
+    lines = first.source.splitlines()
+    for line, node in zip(lines, ast.parse(first.source).body, strict=True):
         assert isinstance(node, ast.AnnAssign) and "  # " in line
         ast.literal_eval(node.value)
+    assert notebook_parameters(path) == [line.partition(":")[0] for line in lines]
 
 
-def test_checked_cells_have_stored_outputs(notebook):
-    checked = [cell for cell in code_cells(notebook) if IGNORED not in tags(cell) and "parameters" not in tags(cell)]
-    comparable = [cell for cell in checked if cell.outputs]
-    silent = [cell.source for cell in checked if not cell.outputs]
-    assert len(comparable) >= 5
-    assert not silent, "a checked cell without a stored output passes whatever it does"
+def test_a_checked_cell_has_a_stored_output_or_it_would_pass_whatever_it_does(path):
+    checked = [cell for cell in cells(path)[1:] if IGNORED not in tags(cell)]
+    assert len(checked) >= 3 and [cell.source for cell in checked if not cell.outputs] == []
 
 
-def test_outputs_are_clean(notebook):
-    assert not set(notebook.metadata) - {"kernelspec", "language_info", "accelerator", "colab"}
-    for count, cell in enumerate(code_cells(notebook), 1):
+def test_stored_outputs_hold_no_error_no_machine_and_nothing_of_one_execution(path):
+    for count, cell in enumerate(cells(path), 1):
         assert cell.execution_count == count
         for output in cell.outputs:
             assert output.output_type != "error" and output.get("name") != "stderr"
-            assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
-            text = json.dumps(
-                [output.get("text"), {k: v for k, v in output.get("data", {}).items() if k[:5] != "image"}]
-            )
-            assert not LOCAL_PATH.search(text), text
+            data = {kind: value for kind, value in output.get("data", {}).items() if not kind.startswith("image/")}
+            assert "application/vnd.jupyter.widget-view+json" not in data
+            assert not LOCAL_PATH.search(json.dumps([output.get("text"), data]))
 
 
-def test_cells_are_short(notebook):
-    def lines(cell):
-        return sum(1 for line in cell.source.splitlines() if line.strip() and not line.lstrip().startswith("#"))
-
-    sizes = sorted(map(lines, code_cells(notebook)[1:]))
-    assert sizes[-1] <= 15 and sizes[len(sizes) // 2] <= 5
+def test_a_numbered_notebook_stays_a_first_reading(path):
+    lines = [len([line for line in cell.source.splitlines() if line.strip()]) for cell in cells(path)[1:]]
+    assert len(nbformat.read(path, as_version=4).cells) <= 40
+    assert max(lines) <= 17 and sorted(lines)[len(lines) // 2] <= 6
 
 
-# What a reader of the document types, by the section that it stands in: the part of a call that a cell has to hold.
-CALLS = {
-    "01": {
-        "# 1.": [
-            "AutoTokenizer.from_pretrained(model_path)",
-            "tokenizer.pad_token = tokenizer.eos_token",
-            "AutoModelForCausalLM.from_pretrained(model_path)",
-            "base_model.eval()",
-            "base_model.to(device)",
-            'pipeline("text-generation", model=base_model, tokenizer=tokenizer, device=device)',
-            "generator(format_prompt(instruction), max_new_tokens=max_new_tokens",
-        ]
-    },
-    "02": {
-        "## 2.1": ["load_dataset(", ".column_names", "def is_simple(example):", "rows.filter(is_simple"],
-        "## 2.2": ["AutoTokenizer.from_pretrained(", "tokenizer.pad_token =", "split.map(tokenize", "save_to_disk("],
-    },
-    "03": {
-        "## 3.2": [
-            "AutoModelForCausalLM.from_pretrained(model_path",
-            "LoraConfig(\n    r=lora_rank,\n    lora_alpha=lora_alpha,\n    target_modules=target_modules,",
-            'lora_dropout=lora_dropout,\n    bias="none",\n    task_type=TaskType.CAUSAL_LM,',
-            "get_peft_model(base_model, config)",
-        ],
-        "## 3.3": [
-            "TrainingArguments(\n    output_dir=",
-            "DataCollatorForLanguageModeling(tokenizer=tokenizer, mlm=False)",
-            "trainer = AnswerTrainer(",
-            "trainer.train(",
-            "model.save_pretrained(",
-            "tokenizer.save_pretrained(",
-            "PeftModel.from_pretrained(",
-        ],
-    },
-    "04": {
-        "## 4.1": [
-            "AutoTokenizer.from_pretrained(model_path)",
-            "AutoModelForCausalLM.from_pretrained(model_path)",
-            "PeftModel.from_pretrained(base_model, adapter_path)",
-            'pipeline("text-generation", model=model, tokenizer=tokenizer, device=device)',
-            "temperature=0.7,\n    top_p=0.9,\n    top_k=50,\n    eos_token_id=tokenizer.eos_token_id,",
-        ],
-        "## 4.2": [
-            "pipe_base(prompt, **sampling)",
-            "pipe(prompt, **sampling)",
-            '"do_sample": True, "temperature": 0.7',
-        ],
-        "## 4.3": ["while True:", 'in ["exit", "quit"]', "break", "pipe(prompt, max_new_tokens=100", "ChatBox("],
-    },
+CALLS = {  # of the document, by notebook: what a cell calls, and how it is told what to do
+    "01": "AutoTokenizer.from_pretrained AutoModelForCausalLM.from_pretrained base_model.eval base_model.to "
+    "pipeline(model,tokenizer,device) generator(max_new_tokens)",
+    "02": "load_dataset dataset.filter AutoTokenizer.from_pretrained tokenizer(truncation,max_length,padding) "
+    "DataCollatorForLanguageModeling(tokenizer,mlm) split.map",
+    "03": "AutoModelForCausalLM.from_pretrained get_peft_model TrainingArguments(output_dir,num_train_epochs,fp16) "
+    "LoraConfig(r,lora_alpha,target_modules,lora_dropout,bias,task_type) trainer.train model.save_pretrained "
+    "DataCollatorForLanguageModeling(tokenizer,mlm) Trainer(model,args,train_dataset,data_collator) "
+    "tokenizer.save_pretrained PeftModel.from_pretrained",
+    "04": "AutoTokenizer.from_pretrained AutoModelForCausalLM.from_pretrained PeftModel.from_pretrained "
+    "pipeline(model,tokenizer,device) pipe(max_new_tokens,temperature,top_p,top_k,eos_token_id) pipe_base ChatBox",
 }
 
 
-def sections(notebook) -> dict[str, str]:
-    """The code of each numbered section, cell after cell."""
-    code, heading = {}, ""
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            for line in cell.source.splitlines():
-                if numbered := re.match(r"#+ \d[\d.]*", line):
-                    heading = numbered[0]
+@pytest.mark.parametrize("name", NAMES)
+def test_each_call_of_the_document_is_typed_in_a_cell(name):
+    code = [re.sub(r"^( *)%.*$", r"\1pass", cell.source, flags=re.M) for cell in cells(NOTEBOOKS[NAMES.index(name)])]
+    calls = [node for source in code for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    typed = [(ast.unparse(call.func), {word.arg for word in call.keywords}) for call in calls]
+    for wanted in CALLS[name[:2]].split():
+        called, _, words = wanted.rstrip(")").partition("(")
+        assert any(called == how and set(filter(None, words.split(","))) <= given for how, given in typed), wanted
+
+
+def test_the_french_edition_differs_in_its_prose_alone(path):
+    french, english = (nbformat.read(each, as_version=4) for each in (in_french(path), path))
+    assert [cell.id for cell in french.cells] == [cell.id for cell in english.cells]
+    for cell, other in zip(french.cells, english.cells):
+        if cell.cell_type == "code":
+            assert cell == other, cell.id
         else:
-            code[heading] = code.get(heading, "") + cell.source + "\n\n"
-    return code
+            assert cell.source != other.source or cell.source.startswith("<"), f"{cell.id} is still in English"
+            code = re.compile(r"```.*?```|\$[^$]+\$", re.DOTALL)  # code and formulas
+            assert sorted(code.findall(cell.source)) == sorted(code.findall(other.source)), cell.id
 
 
-def test_each_call_of_the_document_stands_in_its_section(notebook):
-    code = sections(notebook)
-    for heading, calls in CALLS[notebook.name[:2]].items():
-        missing = [call for call in calls if call not in code[heading]]
-        assert not missing, f"{heading}: {missing}"
-
-
-def test_what_stands_in_the_cells_is_what_trains(notebook):
-    """The arguments that notebook 03 types are those that `torchrun` trains with, and so are its parameters."""
-    if notebook.name[:2] != "03":
-        return
-    tree = ast.parse(re.sub(r"^( *)%.*$", r"\1pass", sections(notebook)["## 3.3"], flags=re.MULTILINE))
-    helper = ast.parse(inspect.getsource(training.make_trainer))
-
-    def arguments(tree, name):
-        call = next(node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == name)
-        return {word.arg: ast.unparse(word.value) for word in call.keywords}
-
-    typed, made = arguments(tree, "TrainingArguments"), arguments(helper, "TrainingArguments")
-    names = {"rows_at_once": "rows", "num_train_epochs": "epochs", "base_model.dtype": "dtype"}
-    names |= {"learning_rate": "prepared['learning_rate'] if learning_rate is None else learning_rate"}
-    names |= {
-        "4 * rows_at_once": "4 * rows",
-        "device == 'cuda' and base_model.dtype == torch.float32": (
-            "torch.cuda.is_available() and dtype == torch.float32"
-        ),
-    }
-    assert {key: names.get(value, value) for key, value in typed.items()} == made
-    typed, made = arguments(tree, "AnswerTrainer"), arguments(helper, "AnswerTrainer")
-    assert typed.keys() == made.keys() and typed["train_dataset"] == made["train_dataset"]
-    parameters = {
-        node.target.id: ast.literal_eval(node.value) for node in ast.parse(code_cells(notebook)[0].source).body
-    }
-    signature = inspect.signature(training.make_trainer).parameters
-    for name in signature.keys() - {"folder"}:
-        default = signature[name].default
-        assert parameters[name] == (list(default) if isinstance(default, tuple) else default), name
-
-
-def test_no_long_source_is_shown_and_nothing_is_looked_up_by_name(notebook):
-    code = "\n".join(cell.source for cell in code_cells(notebook))
-    assert "getsource" not in code and "globals()" not in code and "importlib.import_module" not in code
-
-
-def test_the_opening_has_at_most_four_lines_of_python(notebook):
-    opening = code_cells(notebook)[1].source
-    python = [line for line in opening.splitlines() if line.strip() and not line.strip().startswith("%")]
-    assert "%pip install" in opening and len(python) <= 4
+@pytest.mark.parametrize("edition", [lambda path: path, in_french], ids=["english", "french"])
+def test_each_link_of_a_notebook_leads_to_a_file(path, edition):
+    text = edition(path).read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", text)
+    assert [link for link in links if not (edition(path).parent / link).is_file()] == []
 
 
 def test_the_template_is_spelled_in_one_module():
     spelled = [
-        path.name for path in (PROJECT / "alpaca_helpers").rglob("*.py") if "ponse:" in path.read_text(encoding="utf-8")
+        path.name for path in (PROJECT / "alpaca_helpers").rglob("*.py") if "\\nRéponse:" in path.read_text("utf-8")
     ]
     assert spelled == ["prompts.py"]
 
 
-# The French edition
-
-FRENCH_PAGE = (
-    "](../../docs/glossaire.md)",
-    "](../docs/glossary.md)",
-)  # a page of its own: the link, and the English one
-
-
-def test_the_french_edition_differs_in_its_prose_alone(notebook):
-    french = nbformat.read(PROJECT / "notebooks" / "fr" / f"{notebook.name}.ipynb", as_version=4)
-    assert french.metadata == notebook.metadata
-    assert [cell.id for cell in french.cells] == [cell.id for cell in notebook.cells]
-    for cell, english in zip(french.cells, notebook.cells):
-        if cell.cell_type == "code":
-            assert cell == english, cell.id
-        else:
-            assert cell.source != english.source, f"{cell.id} is still in English"
-            source = cell.source.replace(*FRENCH_PAGE)
-            code = re.compile(r"```.*?```|`[^`]+`|\$[^$]+\$|\]\([^)]+\)", re.DOTALL)  # code, formulas, links
-            assert sorted(code.findall(source)) == sorted(code.findall(english.source)), cell.id
+def test_the_stored_outputs_bear_out_what_the_prose_says_of_the_pocket():
+    outputs = {cell.id: json.dumps(cell.outputs, ensure_ascii=False) for path in NOTEBOOKS for cell in cells(path)}
+    claims = {
+        "01-25": "as a statement: True | as an instruction: False",
+        "02-09": "Tell me who wrote this",
+        "02-15": "held out; on both sides: 0",
+        "02-20": r"'<|endoftext|>'  before     0  after  -100",
+        "02-31": "it adds up: True",
+        "04-32": "tuned: ['ended by itself', 'ended by itself']",
+    }
+    assert [id for id, claim in claims.items() if claim not in outputs[id]] == []
+    (table,) = (cell.outputs[0].data["text/plain"] for cell in cells(NOTEBOOKS[3]) if cell.id == "04-26")
+    shares = {line.split("  ")[0]: re.findall(r"\d+\.\d+", line) for line in table.splitlines()[1:]}
+    base, ours, document = (shares[name] for name in ("base", "tuned, recipe answers", "tuned, run document"))
+    assert float(base[0]) < 0.1 and min(float(document[0]), float(ours[0])) > 0.9
+    assert [float(stops) for _, stops, *_ in (base, document, ours)] == [0, 0, 1]
 
 
-@pytest.mark.parametrize("edition", ["", "fr"])
-def test_each_link_of_a_notebook_leads_to_a_file(notebook, edition):
-    folder = PROJECT / "notebooks" / edition
-    text = (folder / f"{notebook.name}.ipynb").read_text(encoding="utf-8")
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
-    assert [link for link in links if not (folder / link).is_file()] == []
+# Any rows, any model
+
+
+@pytest.fixture
+def run_notebooks(tmp_path, monkeypatch):
+    """Executes notebooks in this process, on rows; returns the run's folder."""
+    monkeypatch.chdir(PROJECT)
+    matplotlib.use("agg")
+
+    def run(notebooks, rows=None, **parameters):
+        if rows is not None:
+            (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+            parameters["dataset_name"] = str(tmp_path / "rows.json")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for notebook in notebooks:
+                execute(notebook, SHORT | parameters | {"run": str(tmp_path / "run")})
+                plt.close("all")
+        return tmp_path / "run"
+
+    return run
+
+
+IN_INPUT = [{"instruction": "", "input": question, "output": answer} for question, answer in ENGLISH * 2]
+CHINESE = made_of([("中国的首都是哪里？", "北京是中国的首都。"), ("说出一种水果。", "苹果。")], input="请回答")
+THROUGH_ALL = {  # the type of the model, the rows
+    "two rows": ("pocket", made_of(ENGLISH, 1)[:2]),
+    "llama": ("llama", made_of(ENGLISH, 4)),
+    "qwen3, Chinese": ("qwen3", CHINESE),
+    "opt, questions in input": ("opt", IN_INPUT),
+}
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("kind, rows", THROUGH_ALL.values(), ids=THROUGH_ALL)
+def test_all_notebooks_run_on_any_rows_and_any_model(kind, rows, run_notebooks, tmp_path, capsys):
+    model = {} if kind == "pocket" else {"model_name": str(save(kind, tmp_path / "base"))}
+    folder = run_notebooks([*NOTEBOOKS, *FURTHER], rows, merged=True, **model)
+    said = capsys.readouterr().out
+    for check in ("the same as by hand", "same output as the base", "the same loss as Trainer's", "it adds up"):
+        assert f"{check}: True" in said and f"{check}: False" not in said
+    assert "adapter off is the base model: True" in said
+    assert "changed by training: True | the same loaded: True" in said and "on both sides: 0" in said
+    metrics = read_metrics(folder)
+    assert metrics["n"] >= 1 and metrics["tuned"]["answer_loss"] > 0 and conclusion(metrics) in said
+    assert (folder / "merged" / "model.safetensors").exists()
+
+    run_notebooks(NOTEBOOKS[2:3])
+    assert "This training is finished" in capsys.readouterr().out
+    adapter = load_file(folder / "adapter" / WEIGHTS)
+    training.finetune(folder, resume=False, num_train_epochs=2, batch_size=4)  # what torchrun calls
+    again = load_file(folder / "adapter" / WEIGHTS)
+    assert adapter.keys() == again.keys() and all(adapter[name].equal(again[name]) for name in adapter)
+
+
+ODD_ROWS = {
+    "no input": made_of(ENGLISH, 8),
+    "empty input": made_of(ENGLISH, input=""),
+    "five": made_of(ENGLISH, 2)[:5],
+    "Arabic": made_of([("ما هي عاصمة مصر؟", "عاصمة مصر هي القاهرة."), ("اذكر فاكهة", "تفاح")]),
+    "Vietnamese": made_of([("Thủ đô của Việt Nam là gì?", "Thủ đô là Hà Nội."), ("Kể tên một loại quả.", "Quả táo.")]),
+    "Hindi": made_of([("भारत की राजधानी क्या है?", "भारत की राजधानी नई दिल्ली है।"), ("एक फल का नाम बताओ।", "सेब।")]),
+    "one long": [*made_of(ENGLISH), {"instruction": "Go on.", "input": "", "output": "word " * 100}],
+}
+
+
+@pytest.mark.parametrize("rows", ODD_ROWS.values(), ids=ODD_ROWS)
+def test_odd_rows_become_data(rows, run_notebooks, capsys):
+    folder = run_notebooks(NOTEBOOKS[1:2], rows)
+    data = load_from_disk(folder / "data")
+    too_long = sum(len(row["output"].split()) > 80 for row in rows)
+    assert len(data["train"]) + len(data["heldout"]) == len(rows) - too_long and len(data["heldout"])
+    assert "it adds up: True" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "rows",
+    {
+        "one question": [{"instruction": "Who?", "output": f"{n}."} for n in range(9)],
+        "one row": made_of(ENGLISH, 1)[:1],
+        "no room": [{"instruction": f"{n} " + "word " * 400, "output": "A."} for n in range(9)],
+        "all too long": [{"instruction": f"{n}", "output": "word " * 100} for n in range(9)],
+    }.values(),
+)
+def test_rows_that_leave_nothing_are_one_sentence_in_notebook_02(rows, run_notebooks, tmp_path):
+    with pytest.raises(AlpacaError) as refused:
+        run_notebooks(NOTEBOOKS[1:2], rows)
+    assert refused.value.code == "too-few-rows" and not (tmp_path / "run" / "data").exists()
+
+
+@pytest.mark.parametrize("recipe", ["document", "document+eos"])
+def test_every_recipe_goes_into_the_manifest(recipe, run_notebooks):
+    folder = run_notebooks(NOTEBOOKS[1:2], made_of(ENGLISH), recipe=recipe)
+    assert json.loads((folder / "manifest.json").read_text("utf-8"))["data"]["recipe"] == recipe
+
+
+@pytest.mark.integration
+def test_a_batch_of_all_notebooks_prints_no_warning(tmp_path):
+    parameters = {"profile": "pocket", "run": str(tmp_path / "run"), "max_train_rows": 32, "num_train_epochs": 1}
+    folder = run_series({**parameters, "max_heldout_rows": 8, "max_new_tokens": 12}, [*NOTEBOOKS, *FURTHER])
+    progress = re.compile(r"\d+%\||\d+ examples|it/s|s/it|^\s*$")
+    said = {
+        (path.stem, line)
+        for path in folder.glob("*.ipynb")
+        for cell in cells(path)
+        for output in cell.outputs
+        if output.get("name") == "stderr"
+        for line in re.split(r"[\r\n]+", output.text)
+        if not progress.search(line)
+    }
+    assert said == set()
