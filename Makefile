@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TESTABLE := $(VENV)/.testable
 # two processes with a thread each: two that both want all the cores slow each other down tenfold
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 # What is handed to a program as one argument reaches the shell as a variable, not as text that it would read.
 override PROFILE := $(or $(value PROFILE),auto)
 override RUN := $(value RUN)
@@ -16,7 +17,7 @@ override DATASET := $(value DATASET)
 export PROFILE RUN REPO_URL DATASET
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run further test quick nightly test-colab lab pocket refresh french recipes table real bench audit address clean
+.PHONY: help setup run further test lint quick nbval nightly test-colab lab pocket refresh french recipes table real bench audit address clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,23 +42,28 @@ run: $(READY)  ## run the four notebooks into runs/RUN and print the before/afte
 further: $(READY)  ## run the notebooks that go deeper on a finished run (RUN=name)
 	$(BIN)/python -m alpaca_helpers.series --further --profile="$$PROFILE" $${RUN:+"--run=$$RUN"} $(PARAMS)
 
-test: $(TESTABLE)  ## unit tests, then the notebooks' stored outputs against fresh ones
+test: lint  ## lint, the unit and integration tests, then the notebooks' stored outputs against fresh ones
+	$(PYTEST) -m "not nightly" --durations=15
+	$(MAKE) nbval
+
+lint: $(TESTABLE)  ## ruff and mypy: a minute
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(PYTEST) -m "not nightly" --durations=15
-	$(BIN)/python -m tools.notebooks --for-nbval build/nbval \
-	  --profile=$(if $(filter auto,$(PROFILE)),pocket,"$$PROFILE")
-	$(BIN)/python -m pytest --nbval build/nbval
 
 quick: $(TESTABLE)  ## the unit tests alone: a minute
 	$(PYTEST) -m unit
 
-nightly: $(TESTABLE)  ## the tests that `make test` leaves out
-	$(PYTEST) -m nightly
+nbval: $(TESTABLE)  ## the notebooks' stored outputs against fresh ones
+	$(BIN)/python -m tools.notebooks --for-nbval build/nbval \
+	  --profile=$(if $(filter auto,$(PROFILE)),pocket,"$$PROFILE")
+	$(BIN)/python -m pytest --nbval build/nbval
 
-test-colab:  ## the same with Colab's versions
-	$(MAKE) test VENV=.venv-colab CONSTRAINTS=constraints-colab.txt
+nightly: $(TESTABLE)  ## the tests that `make test` leaves out: minutes each, or for a browser, a wheel, torchrun
+	$(PYTEST) -m nightly --durations=15
+
+test-colab:  ## unit tests and notebooks with Colab's versions
+	$(MAKE) quick nbval VENV=.venv-colab CONSTRAINTS=constraints-colab.txt
 
 lab: $(READY)  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
