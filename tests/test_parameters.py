@@ -1,38 +1,40 @@
-"""The notebooks' parameters: `python -m pytest tests/test_parameters.py`."""
+"""A parameter of another type or out of range, a default that is not the document's, a profile with a wrong pin."""
 
 import ast
 import inspect
 import math
+import os
 
 import nbformat
 import pytest
+import torch
+from IPython.core.inputtransformer2 import TransformerManager
+from support import PROJECT
 
 from alpaca_helpers import AlpacaError
+from alpaca_helpers.data import drop_reason, tokenize
+from alpaca_helpers.lora import KNOWN_TARGETS
 from alpaca_helpers.parameters import Parameters, check_parameters
-from alpaca_helpers.profiles import PROFILES
+from alpaca_helpers.profiles import PROFILES, choose_profile
 from alpaca_helpers.series import NOTEBOOKS
 from alpaca_helpers.training import make_trainer
 
 
-def typed_in(notebook):
-    """The names in the notebook's cell of parameters, with their defaults."""
-    cells = [cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
-    return {node.target.id: ast.literal_eval(node.value) for node in ast.parse(cells[0].source).body}
-
-
-def test_every_parameter_of_the_notebooks_has_a_type_and_its_default_is_right():
-    defaults = [typed_in(notebook) for notebook in NOTEBOOKS]
-    assert {name for each in defaults for name in each} == set(Parameters.model_fields)
-    for each in defaults:
-        for name, default in each.items():
-            assert check_parameters(**{name: default}) == default, name
-
-
-def test_every_parameter_is_checked_by_its_notebook():
+def test_every_parameter_of_the_notebooks_is_checked_there_and_its_default_is_right():
+    known = set()
     for notebook in NOTEBOOKS:
-        source = "\n".join(cell.source for cell in nbformat.read(notebook, as_version=4).cells[:8])
-        unchecked = [name for name in typed_in(notebook).keys() - {"repo_url"} if f"{name}={name}" not in source]
-        assert not unchecked, (notebook.name, unchecked)
+        cells = [cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
+        first, *others = (ast.parse(TransformerManager().transform_cell(cell.source)) for cell in cells)
+        defaults = {node.target.id: ast.literal_eval(node.value) for node in first.body}
+        for name, default in defaults.items():
+            assert check_parameters(**{name: default}) == default, name
+        checked = set()
+        for call in (node for tree in others for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            if ast.unparse(call.func) == "check_parameters":
+                checked |= {word.arg for word in call.keywords if ast.unparse(word.value) == word.arg}
+        assert defaults.keys() - checked <= {"repo_url"}, notebook.name
+        known |= defaults.keys()
+    assert known == set(Parameters.model_fields)
 
 
 def test_profiles_and_torchruns_settings_are_within_the_ranges():
@@ -44,30 +46,17 @@ def test_profiles_and_torchruns_settings_are_within_the_ranges():
             assert check_parameters(**{name: wanted}) == wanted
 
 
-@pytest.mark.parametrize(
-    "name, given, value",
-    [
-        ("target_modules", "c_attn", ["c_attn"]),
-        ("target_modules", ["c_attn", "c_proj"], ["c_attn", "c_proj"]),
-        ("target_modules", "all-linear", "all-linear"),
-        ("target_modules", ["all-linear"], "all-linear"),
-        ("target_modules", None, None),  # what peft knows for the model
-        ("learning_rate", "3e-4", 3e-4),  # YAML reads 3e-4 as text
-        ("learning_rate", None, None),
-        ("lora_dropout", ".05", 0.05),
-        ("lora_rank", "4", 4),
-        ("merged", "false", False),
-        ("merged", "True", True),
-        ("resume", "no", False),
-        ("run", 2024, "2024"),
-        ("run", 0, "0"),
-        ("run", None, ""),
-        ("run", "C:\\runs\\mine", "C:\\runs\\mine"),
-        ("run", "a b/été", "a b/été"),
-    ],
-)
-def test_what_spells_a_value_is_that_value(name, given, value):
-    assert check_parameters(**{name: given}) == value
+def test_what_spells_a_value_is_that_value():
+    for name, pairs in {
+        "target_modules": [("c_attn", ["c_attn"]), (["a", "b"], ["a", "b"]), (["all-linear"], "all-linear")],
+        "learning_rate": [("3e-4", 3e-4), (None, None)],  # YAML reads 3e-4 as text
+        "lora_dropout": [(".05", 0.05)],
+        "lora_rank": [("4", 4)],
+        "merged": [("false", False), ("True", True), ("no", False)],
+        "run": [(2024, "2024"), (0, "0"), (None, ""), ("C:\\runs\\mine", "C:\\runs\\mine"), ("a b/é", "a b/é")],
+    }.items():
+        for given, value in pairs:
+            assert check_parameters(**{name: given}) == value, (name, given)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +97,42 @@ def test_what_is_none_is_refused_by_name_and_value(name, values):
 
 def test_several_come_back_in_their_order_and_an_unknown_one_is_refused():
     assert check_parameters(seed="1", lora_rank=4) == [1, 4]
-    with pytest.raises(AlpacaError, match="has a parameter 'wrod': choose among batch_size, dataset, ") as refused:
+    with pytest.raises(AlpacaError, match="'wrod'.* batch_size, dataset, ") as refused:
         check_parameters(wrod="x")
     assert refused.value.code == "unknown-parameter"
+
+
+def test_the_documents_settings_on_gpt2_medium():
+    p, trained = PROFILES["gpt2-medium"], inspect.signature(make_trainer).parameters
+    assert (p.learning_rate, p.num_train_epochs) == (3e-4, 2)
+    defaults = {"lora_rank": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": None, "batch_size": 16}
+    assert {name: trained[name].default for name in defaults} == defaults
+    assert KNOWN_TARGETS["gpt2"] == ["c_attn"]  # what None stands for there
+    assert inspect.signature(drop_reason).parameters["max_words"].default == 80
+    assert inspect.signature(tokenize).parameters["max_length"].default == 128
+
+
+def test_auto_follows_the_gpu_and_an_unknown_profile_is_refused(monkeypatch):
+    for there, name in ((True, "gpt2-medium"), (False, "pocket")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert choose_profile("auto").name == name
+    with pytest.raises(AlpacaError, match="'big'.* auto, pocket or gpt2-medium") as refused:
+        choose_profile("big")
+    assert refused.value.code == "unknown-profile"
+
+
+def test_changes_and_what_they_unpin():
+    changed = choose_profile("gpt2-medium", model="openai-community/gpt2-large", heldout_rows=3)
+    assert (changed.model, changed.model_revision) == ("openai-community/gpt2-large", None)
+    assert (changed.heldout_rows, changed.learning_rate) == (3, 3e-4)
+    assert changed.dataset_revision == PROFILES["gpt2-medium"].dataset_revision
+    changed = choose_profile("pocket", dataset=str(PROJECT / "mine.json"))
+    assert (changed.dataset, changed.heldout) == ("mine.json", None)  # no path of this machine in a manifest
+
+
+def test_a_path_is_recorded_as_seen_from_the_project(tmp_path, monkeypatch):
+    monkeypatch.chdir(PROJECT / "notebooks")
+    assert choose_profile("pocket", model="../alpaca_helpers").model == "alpaca_helpers"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.json").write_text("[]")
+    assert choose_profile("pocket", dataset="mine.json").dataset == os.path.relpath(tmp_path / "mine.json", PROJECT)

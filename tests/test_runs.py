@@ -1,47 +1,240 @@
-import json
+"""Two processes on a run, artifacts of different trainings, folders that are no run's or cannot be written."""
+
+import errno
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
+from support import PROJECT
+from support.runs import locked_elsewhere, prepare_run, record_adapter
 
-from alpaca_helpers import AlpacaError
+from alpaca_helpers import AlpacaError, training
 from alpaca_helpers.files import atomic_folder, write_json
-from alpaca_helpers.runs import artifact, read_manifest, run_folder, write_record
+from alpaca_helpers.runs import artifact, lock_run, read_manifest, read_metrics, read_record, run_folder, write_record
 
 
-def test_a_missing_artifact_names_the_notebook_that_makes_it(tmp_path):
-    with pytest.raises(AlpacaError, match="no data: run notebook 02_dataset_and_tokenizer first"):
-        artifact(tmp_path, "data")
+def refusal(call, *given) -> AlpacaError:
+    """Return the error, which is to be one line, of a call that is to fail."""
+    with pytest.raises(AlpacaError) as raised:
+        call(*given)
+    assert "\n" not in str(raised.value)
+    return raised.value
 
 
-def test_whole_folder_is_all_or_nothing(tmp_path):
-    target = tmp_path / "adapter"
-    with atomic_folder(target) as part:
-        (part / "one").write_text("old")
-    with pytest.raises(OSError), atomic_folder(target) as part:
-        (part / "one").write_text("new")
-        raise OSError("disk full")
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
-    assert (target / "one").read_text() == "old"
-    with atomic_folder(target) as part:
+def lock(folder):
+    with lock_run(folder):
+        pass
+
+
+@pytest.mark.integration
+def test_a_second_process_is_refused_by_name_and_let_in_when_the_first_is_killed(tmp_path):
+    (tmp_path / "checkpoints" / "checkpoint-3").mkdir(parents=True)
+    settings = prepare_run(tmp_path, rows=8)
+    before = (tmp_path / "manifest.json").read_text()
+    with locked_elsewhere(tmp_path) as other:
+        refused = refusal(lambda: training.finetune(tmp_path, resume=False, **settings))
+        assert refused.code == "run-locked" and str(tmp_path) in str(refused)
+        left = (tmp_path / "manifest.json").read_text()
+        assert (tmp_path / "checkpoints" / "checkpoint-3").is_dir() and left == before
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+        lock(tmp_path)
+
+
+@pytest.mark.integration
+def test_what_a_process_starts_under_its_lock_may_write_too_until_it_lets_go(tmp_path):
+    inner = "import sys; from pathlib import Path; from alpaca_helpers.runs import lock_run\n"
+    inner += "with lock_run(Path(sys.argv[1])): print('in')"
+    command = [sys.executable, "-c", inner, str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt), lock_run(tmp_path), lock_run(tmp_path):
+        assert subprocess.run(command, capture_output=True, text=True, cwd=PROJECT).stdout == "in\n"
+        raise KeyboardInterrupt
+    with locked_elsewhere(tmp_path):  # which an error has let in
+        assert "AlpacaError" in subprocess.run(command, capture_output=True, text=True, cwd=PROJECT).stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no flock")
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_where_a_disk_knows_no_locks_a_mark_of_another_machine_is_named_with_what_to_do(tmp_path, monkeypatch):
+    import fcntl
+
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    mark = tmp_path / ".lock"
+    with lock_run(tmp_path):
+        written = mark.read_text()
+        assert platform.node() in written
+    mark.write_text(written.replace(platform.node(), "colab-1"))
+    refused = refusal(lock, tmp_path)
+    assert refused.code == "run-locked" and all(part in str(refused) for part in ("on colab-1", f"delete {mark}"))
+    mark.unlink()
+    lock(tmp_path)
+
+
+def data_record(**changes) -> dict:
+    names = dict.fromkeys(("name", "model", "dataset", "recipe", "fingerprint"), "a")
+    return names | {"max_length": 128, "seed": 0, "learning_rate": 3e-4, "num_train_epochs": 2} | changes
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """A run's folder with data and an adapter made from them, each with its record."""
+    for name, file in (("data", "rows.arrow"), ("adapter", "adapter_model.safetensors")):
+        with atomic_folder(tmp_path / name) as part:
+            (part / file).write_text(name)
+    write_record(tmp_path, "data", data_record())
+    record_adapter(tmp_path)
+    return tmp_path
+
+
+def test_a_record_is_of_the_bytes_that_are_there(recorded):
+    write_record(recorded, "training", {"lora_rank": 1})  # one that did not finish: the earlier adapter is as it was
+    assert read_record(recorded, "data")["seed"] == 0 and read_record(recorded, "adapter")["lora_rank"] == 8
+    write_record(recorded, "data", data_record(fingerprint="b"))
+    assert refusal(read_record, recorded, "adapter").code == "other-rows"
+    write_record(recorded, "data", data_record())
+    with atomic_folder(recorded / "adapter") as part:
+        (part / "adapter_model.safetensors").write_text("of a later training")
+    assert refusal(read_record, recorded, "adapter").code == "other-adapter"
+
+
+def test_no_record_or_one_of_another_version_is_a_sentence(recorded):
+    changed = [data_record(**wrong) for wrong in ({"recipe": None}, {"max_length": "128"}, {"fingerprint": ["a"]})]
+    lacking = [{name: value for name, value in data_record().items() if name != gone} for gone in ("recipe", "seed")]
+    for code, records in {"no-artifact": [None, [], "x", 3], "manifest-version": [*changed, *lacking]}.items():
+        for record in records:
+            write_record(recorded, "data", record)
+            assert refusal(read_record, recorded, "data").code == code, record
+
+
+def test_damaged_data_are_noticed_where_they_are_read(recorded):
+    rows, checksums = recorded / "data" / "rows.arrow", recorded / "data" / "checksums.json"
+    for damage in (lambda: rows.write_text("dat"), rows.unlink, checksums.unlink, lambda: shutil.rmtree(rows.parent)):
+        damage()
+        refused = refusal(artifact, recorded, "data")
+        assert refused.code == "no-artifact" and "02_dataset_and_tokenizer" in str(refused)
+
+
+def test_broken_metrics_and_manifests_are_a_sentence(tmp_path):
+    for content in (b"", b'{"base": {"re', bytes(20), b"\xff\xfe", b"[1]", b"null"):
+        for name, read in {"metrics.json": read_metrics, "manifest.json": read_manifest}.items():
+            (tmp_path / name).write_bytes(content)
+            refused = refusal(read, tmp_path)
+            assert refused.code == "json-broken" and str(tmp_path / name) in str(refused), content
+    for content in ("{}", '{"base": {}, "tuned": null}'):
+        (tmp_path / "metrics.json").write_text(content)
+        assert refusal(read_metrics, tmp_path).code == "manifest-version"
+
+
+def test_a_run_is_a_name_or_a_path_to_a_new_folder_or_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "batch"):
+        (tmp_path / name).mkdir()
+    executed = '{"metadata": {"papermill": {}}, "cells": []}'  # papermill writes before the first cell runs
+    (tmp_path / "batch" / "01_base_model.ipynb").write_text(executed)
+    paths = {
+        f"{tmp_path}/elsewhere": "elsewhere",
+        "./here": "here",
+        "a/b": "a/b",
+        "./empty": "empty",
+        "./batch": "batch",
+    }
+    for run, path in {"mine": "runs/mine", **paths}.items():
+        for _ in range(2):
+            assert run_folder(run) == tmp_path / path and (tmp_path / path / "pictures").is_dir(), run
+
+
+def test_a_folder_with_other_files_or_of_the_project_is_no_run(tmp_path, monkeypatch):
+    for name in ("papers", "site", "source"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "papers" / "thesis.txt").write_text("mine")
+    (tmp_path / "site" / "manifest.json").write_text('{"name": "a web app"}')
+    shutil.copy(PROJECT / "notebooks" / "01_base_model.ipynb", tmp_path / "source")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(PROJECT)
+    own = ("notebooks/", "./notebooks/fr", str(PROJECT / "alpaca_helpers"), ".", "runs/../tests")
+    for run in (f"{tmp_path}/papers", f"{tmp_path}/site", f"{tmp_path}/source", *own):
+        assert refusal(run_folder, run).code == "not-a-run", run
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_is_whole_or_the_earlier_one_also_after_a_cut_between_its_two_renames(tmp_path):
+    (tmp_path / "adapter.old").mkdir()  # as such a cut leaves it
+    (tmp_path / "adapter.old" / "weights").write_text("whole")
+    for error in (OSError("disk full"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), atomic_folder(tmp_path / "adapter") as part:
+            (part / "weights").write_text("half")
+            raise error
+        assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+        assert (tmp_path / "adapter" / "weights").read_text() == "whole"
+    with atomic_folder(tmp_path / "adapter") as part:
         (part / "two").write_text("new")
-    assert {path.name for path in target.iterdir()} == {"two", "checksums.json"}
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {"two", "checksums.json"}
 
 
-def test_manifest_keeps_its_parts(tmp_path):
-    write_record(tmp_path, "data", {"recipe": "answers"})
-    write_record(tmp_path, "training", {"seed": 1})
-    assert read_manifest(tmp_path) == {"data": {"recipe": "answers"}, "training": {"seed": 1}}
-
-
-def test_write_json_leaves_the_old_file_when_it_fails(tmp_path):
-    path = tmp_path / "metrics.json"
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full, a disk that is always full")
+def test_a_manifest_on_a_full_disk_stays_the_old_one(tmp_path):
+    path = tmp_path / "manifest.json"
     write_json(path, {"n": 1})
     with pytest.raises(TypeError):
         write_json(path, {"n": object()})
-    assert json.loads(path.read_text()) == {"n": 1}
+    (tmp_path / "manifest.json.part").symlink_to("/dev/full")
+    refused = refusal(write_json, path, {"n": 2})
+    assert refused.code == "run-unwritable" and os.strerror(errno.ENOSPC) in str(refused)
+    assert read_manifest(tmp_path) == {"n": 1}
 
 
-def test_a_run_is_a_name_or_a_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert run_folder("mine") == tmp_path / "runs" / "mine"
-    assert run_folder(f"{tmp_path}/elsewhere") == tmp_path / "elsewhere"
-    assert run_folder("./here") == tmp_path / "here" and run_folder("a/b") == tmp_path / "a" / "b"
+@pytest.fixture
+def read_only():
+    """A run's folder that this process may read and not write, root or not."""
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o755)
+        folder = Path(place) / "run"
+        folder.mkdir()
+        write_record(folder, "data", {"recipe": "answers"})
+        folder.chmod(0o555)
+        root = os.geteuid() == 0
+        if root:
+            os.seteuid(65534)
+        yield folder
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+def test_a_run_folder_that_cannot_be_written_is_one_sentence(read_only):
+    for write in (
+        lambda: write_record(read_only, "training", {}),
+        lambda: atomic_folder(read_only / "adapter").__enter__(),
+        lambda: lock(read_only),
+        lambda: run_folder(str(read_only / "new")),
+    ):
+        refused = refusal(write)
+        assert refused.code == "run-unwritable" and str(read_only) in str(refused)
+    assert [path.name for path in read_only.iterdir()] == ["manifest.json"]
+    assert read_manifest(read_only) == {"data": {"recipe": "answers"}}
+
+
+@pytest.mark.integration
+def test_an_interrupt_in_mid_training_leaves_a_run_that_goes_on(tmp_path, monkeypatch):
+    steps, settings = [], prepare_run(tmp_path, rows=16, num_train_epochs=5)
+
+    def step(trainer, *given, take=training.AnswerTrainer.training_step, **named):
+        steps.append(trainer.state.global_step)
+        if steps == list(range(8)):
+            raise KeyboardInterrupt
+        return take(trainer, *given, **named)
+
+    monkeypatch.setattr(training.AnswerTrainer, "training_step", step)
+    with pytest.raises(KeyboardInterrupt):
+        training.finetune(tmp_path, **settings)
+    training.finetune(tmp_path, **settings)
+    assert steps == [*range(8), *range(7, 10)]  # a checkpoint a tenth of the way: after each step

@@ -1,13 +1,14 @@
-"""The batch driver, on two small notebooks made here."""
+"""A notebook executed twice or wrongly skipped by the batch, its failures; what authors do with the notebooks."""
 
 import json
-import re
 import shutil
 
 import nbformat
+import papermill
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from support import PROJECT
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
 from support.runs import locked_elsewhere
 
 from alpaca_helpers import AlpacaError, series
@@ -23,6 +24,12 @@ open(folder / "seen", "a").write(push_to[-1])
 if merged:
     raise ValueError("the bread is burnt")
 print(push_to)"""
+WITH_DATA = """
+from alpaca_helpers.files import atomic_folder
+with atomic_folder(folder / "data") as part:
+    (part / "train").mkdir()
+    (part / "train" / "rows").write_text("rows")
+"""
 
 
 def write(path, *sources):
@@ -32,6 +39,22 @@ def write(path, *sources):
     nbformat.write(new_notebook(cells=cells, metadata=kernel), path)
 
 
+def execute(notebook, executed, parameters, **options):
+    """Stand in for papermill's `execute_notebook`: execute the cells in this process, and write after each."""
+    made, names = parameterize_notebook(load_notebook_node(str(notebook)), parameters), {}
+    made.metadata["papermill"] = {"duration": 0.0}
+    for number, cell in enumerate(made.cells):
+        nbformat.write(made, executed)
+        cell.metadata["papermill"] = {"duration": 0.0}
+        try:
+            exec(cell.source, names)
+        except BaseException as error:
+            kind = type(error).__name__
+            raise papermill.PapermillExecutionError(number, number + 1, cell.source, kind, str(error), []) from error
+    nbformat.write(made, executed)
+    return made
+
+
 @pytest.fixture
 def notebooks(tmp_path, monkeypatch):
     paths = [tmp_path / "01_one.ipynb", tmp_path / "02_two.ipynb"]
@@ -39,6 +62,7 @@ def notebooks(tmp_path, monkeypatch):
         write(path, FIRST, SECOND)
     for module in (series, authors):
         monkeypatch.setattr(module, "NOTEBOOKS", paths)
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
     return paths
 
 
@@ -47,99 +71,84 @@ def seen(folder):
 
 
 @pytest.mark.integration
-def test_only_what_changed_is_executed_again(notebooks, tmp_path, capsys):
-    parameters = {"run": str(tmp_path / "r"), "push_to": "o/a"}
-    folder = series.run_series(parameters)
-    assert seen(folder) == "aa"
+def test_in_a_real_kernel_it_writes_under_its_lock_and_fails_with_a_sentence(notebooks, tmp_path, monkeypatch, capsys):
+    monkeypatch.undo()
+    locked = "from alpaca_helpers.runs import lock_run\nwith lock_run(folder):\n    print('Note: at it')"
+    write(notebooks[0], FIRST, SECOND.replace("if merged", "if False"), locked)
+    with pytest.raises(AlpacaError, match="ValueError: the bread is burnt .cell 3 of .*02_two.ipynb") as failed:
+        series.run_series({"run": str(tmp_path / "r"), "push_to": "o/b", "merged": True}, notebooks)
+    assert failed.value.code == "cell-failed" and seen(tmp_path / "r") == "bb"
     told = capsys.readouterr().out
-    assert told.count(" s; the longest cells: ") == 2 and "0 s print(push_to)" in told
-    series.run_series(parameters)
-    assert seen(folder) == "aa" and "longest" not in capsys.readouterr().out
-    write(notebooks[1], FIRST, SECOND + "  # changed")
-    series.run_series(parameters)
-    assert seen(folder) == "aaa"
-    series.run_series({**parameters, "push_to": "o/b"})
-    assert seen(folder) == "aaabb"
-    series.run_series(parameters)  # the run was remade since
-    assert seen(folder) == "aaabbaa"
+    assert told.count("\n    Note: at it\n") == 1 == told.count("the longest cells: ") and " s print('Note" in told
+    assert list(read_manifest(tmp_path / "r")["notebooks"]) == ["01_one"]
+    assert "the bread is burnt" in (tmp_path / "r" / "02_two.ipynb").read_text()
 
 
-@pytest.mark.integration
-def test_other_rows_under_the_same_name_and_what_is_missing_are_made_again(notebooks, tmp_path, monkeypatch):
-    rows, folder = tmp_path / "rows.json", tmp_path / "r"
+def test_only_what_changed_is_executed_again(notebooks, tmp_path, monkeypatch, capsys):
+    rows, source = tmp_path / "rows.json", tmp_path / "helpers" / "series.py"
     rows.write_text("[1]")
+    source.parent.mkdir()
+    source.write_text("1")
+    monkeypatch.setattr(series, "__file__", str(source))
     write(notebooks[0], FIRST + '\ndataset: str = ""', SECOND)
-    monkeypatch.setattr(series, "PRODUCERS", {"seen": "02_two"})
-    parameters = {"run": str(folder), "dataset": str(rows)}
-    for _ in range(2):
-        series.run_series(parameters)
-    assert seen(folder) == "aa"
-    rows.write_text("[2]")
-    series.run_series(parameters)
-    assert seen(folder) == "aaaa"
-    (folder / "seen").unlink()
-    series.run_series(parameters)
-    assert seen(folder) == "a"
+    parameters = {"run": str(tmp_path / "r"), "push_to": "o/a", "dataset": str(rows)}
+    again = {
+        "nothing, at first": (lambda: None, "aa"),
+        "nothing": (lambda: None, ""),
+        "the second notebook": (lambda: write(notebooks[1], FIRST, SECOND + "  # changed"), "a"),
+        "a parameter": (lambda: parameters.update(push_to="o/b"), "bb"),
+        "it back, when the run was remade since": (lambda: parameters.update(push_to="o/a"), "aa"),
+        "other rows under the same name": (lambda: rows.write_text("[2]"), "aa"),
+        "the helpers": (lambda: source.write_text("2"), "aa"),
+        "the executed notebook": ((tmp_path / "r" / "02_two.ipynb").unlink, "a"),
+        "the first notebook": (lambda: write(notebooks[0], FIRST + '\ndataset: str = "" ', SECOND), "aa"),
+        "nothing, at last": (lambda: None, ""),
+    }
+    before = ""
+    for what, (change, executed) in again.items():
+        change()
+        folder = series.run_series(parameters)
+        assert seen(folder) == before + executed, what
+        assert capsys.readouterr().out.count(": unchanged") == 2 - len(executed), what
+        before += executed
 
 
-@pytest.mark.integration
-def test_a_failed_cell_is_its_sentence_and_its_notebook_is_not_done(notebooks, tmp_path):
-    parameters = {"run": str(tmp_path / "r"), "merged": True}
-    with pytest.raises(AlpacaError, match="ValueError: the bread is burnt .*01_one.ipynb"):
-        series.run_series(parameters)
-    assert read_manifest(tmp_path / "r")["notebooks"] == {}
-    series.run_series({**parameters, "merged": False})
-    assert seen(tmp_path / "r") == "aaa"
-
-
-def test_a_bad_parameter_is_refused_before_anything_is_made(notebooks, tmp_path):
-    for name, value, code in (("wrod", "x", "unknown-parameter"), ("seed", "x", "bad-parameter")):
-        with pytest.raises(AlpacaError) as refused:
-            series.run_series({"run": str(tmp_path / "r"), name: value})
-        assert refused.value.code == code and not (tmp_path / "r").exists()
-
-
-@pytest.mark.parametrize(
-    "text, value", [("3", "3"), ('["a", "b"]', ["a", "b"]), ("None", None), ("null", None), ("[a", "[a"), ("", "")]
-)
-def test_values_of_the_command_line(text, value):
-    assert series._value(text) == value
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize("run, name", [("", "pocket"), (None, "pocket"), (0, "0"), ("mine", "mine")])
-def test_the_run_has_one_name_for_batch_and_notebooks(notebooks, run, name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder = series.run_series({"run": run, "profile": "pocket"})
-    assert folder == tmp_path / "runs" / name and seen(folder) == "aa"
-    assert {path.name for path in folder.glob("*.ipynb")} == {"01_one.ipynb", "02_two.ipynb"}
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == [name]
-
-
-@pytest.mark.integration
-def test_what_was_damaged_since_is_made_again(notebooks, tmp_path, monkeypatch):
-    code = (
-        SECOND
-        + """
-from alpaca_helpers.files import atomic_folder
-with atomic_folder(folder / "data") as part:
-    (part / "train").mkdir()
-    (part / "train" / "rows").write_text("rows")
-"""
-    )
-    write(notebooks[0], FIRST, code)
-    monkeypatch.setattr(series, "PRODUCERS", {"data": "01_one"})
+def test_what_is_missing_or_was_damaged_since_is_made_again(notebooks, tmp_path, monkeypatch):
+    write(notebooks[0], FIRST, SECOND + WITH_DATA)
+    monkeypatch.setattr(series, "PRODUCERS", {"data": "01_one", "seen": "02_two"})
     parameters = {"run": str(tmp_path / "r")}
     folder = series.run_series(parameters)
     rows = folder / "data" / "train" / "rows"
-    for times, damage in enumerate(
-        (lambda: rows.write_text("rwos"), rows.unlink, lambda: shutil.rmtree(rows.parent)), 2
-    ):
+    damages = (lambda: rows.write_text("rwos"), rows.unlink, lambda: shutil.rmtree(rows.parent))
+    for times, damage in enumerate(damages, 2):
         damage()
         series.run_series(parameters)
         assert rows.read_text() == "rows" and seen(folder) == "aa" * times
-    series.run_series(parameters)
-    assert seen(folder) == "aa" * 4
+    (folder / "seen").unlink()
+    for _ in range(2):
+        series.run_series(parameters)
+        assert seen(folder) == "a"
+
+
+def test_a_failed_cell_is_not_done_and_its_fault_is_a_sentence(notebooks, tmp_path):
+    faults = {
+        "cell-failed": "raise ValueError('burnt')",
+        "run-deleted": "import shutil; shutil.rmtree(run); open(run + '/x')",
+        "disk-full": "print(1, file=open('/dev/full', 'w', buffering=1))",
+    }
+    for code, source in faults.items():
+        write(notebooks[1], FIRST, source, "1")
+        folder = tmp_path / code
+        with pytest.raises(AlpacaError) as failed:
+            series.run_series({"run": str(folder)})
+        assert failed.value.code == code and str(folder) in str(failed.value)
+        if code != "run-deleted":
+            assert list(read_manifest(folder)["notebooks"]) == ["01_one"]
+    write(notebooks[1], FIRST, "raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        series.run_series({"run": str(tmp_path / "cell-failed")})
+    write(notebooks[1], FIRST, SECOND)
+    assert seen(series.run_series({"run": str(tmp_path / "cell-failed")})) == "aa"
 
 
 @pytest.mark.integration
@@ -152,115 +161,27 @@ def test_a_second_series_on_the_run_is_refused_before_it_touches_anything(notebo
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.integration
-def test_the_notebooks_of_a_series_write_under_its_lock(notebooks, tmp_path):
-    code = "from pathlib import Path\nfrom alpaca_helpers.runs import lock_run\nwith lock_run(Path(run)):\n    print(1)"
-    write(notebooks[0], FIRST, code)
-    series.run_series({"run": str(tmp_path / "r")})
+def test_a_bad_parameter_is_refused_before_anything_is_made_and_the_command_lines_values_are_read(notebooks, tmp_path):
+    for name, value, code in (("wrod", "x", "unknown-parameter"), ("seed", "x", "bad-parameter")):
+        with pytest.raises(AlpacaError) as refused:
+            series.run_series({"run": str(tmp_path / "r"), name: value})
+        assert refused.value.code == code and not (tmp_path / "r").exists()
+    given = {"3": "3", '["a", "b"]': ["a", "b"], "None": None, "null": None, "[a": "[a", "": ""}
+    assert {text: series._value(text) for text in given} == given
 
 
-@pytest.mark.integration
-def test_a_run_deleted_under_a_notebook_and_a_full_disk_are_sentences(notebooks, tmp_path):
-    write(notebooks[0], FIRST, "import shutil; shutil.rmtree(run); open(run + '/x')")
-    with pytest.raises(AlpacaError, match="was deleted") as gone:
-        series.run_series({"run": str(tmp_path / "r")})
-    assert gone.value.code == "run-deleted"
-    write(notebooks[0], FIRST, "print(1, file=open('/dev/full', 'w', buffering=1))")
-    with pytest.raises(AlpacaError, match="The disk under .* is full") as full:
-        series.run_series({"run": str(tmp_path / "s")})
-    assert full.value.code == "disk-full"
+def test_the_run_has_one_name_for_batch_and_notebooks(notebooks, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for run, name in (("", "pocket"), (None, "pocket"), (0, "0"), ("mine", "mine")):
+        folder = series.run_series({"run": run, "profile": "pocket"})
+        assert folder == tmp_path / "runs" / name and seen(folder) == "aa"
+        assert {path.name for path in folder.glob("*.ipynb")} == {"01_one.ipynb", "02_two.ipynb"}
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"pocket", "0", "mine"}
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"cells": 3}', '{"cells": [], "metadata": {}, "nbformat": 4}'])
-def test_a_broken_notebook_or_one_without_parameters_is_a_sentence(notebooks, content, tmp_path):
-    notebooks[0].write_text(content)
-    with pytest.raises(AlpacaError, match="01_one.ipynb (cannot be read|has no cell tagged)") as broken:
-        series.run_series({"run": str(tmp_path / "r")})
-    assert broken.value.code == "notebook-broken" and "\n" not in str(broken.value)
-
-
-def test_clean_drops_what_belongs_to_one_execution():
-    cell = new_code_cell("1", execution_count=7, metadata={"tags": ["x"], "papermill": {"duration": 1}})
-    widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "0"}, "text/plain": "0%"}
-    cell.outputs = [
-        new_output("stream", name="stderr", text="50%"),
-        new_output("display_data", data=widget),
-        new_output("execute_result", data={"text/plain": "1"}, execution_count=7),
-    ]
-    injected = new_code_cell("run = '/x'", metadata={"tags": ["injected-parameters"]})
-    notebook = new_notebook(cells=[injected, cell], metadata={"widgets": {}, "papermill": {}, "accelerator": "GPU"})
-    cleaned = authors.clean(notebook)
-    assert [c.source for c in cleaned.cells] == ["1"]
-    assert cleaned.cells[0].metadata == {"tags": ["x"]}
-    assert [(o.output_type, o.execution_count) for o in cleaned.cells[0].outputs] == [("execute_result", 1)]
-    assert cleaned.metadata == {"accelerator": "GPU", "language_info": {"name": "python", "file_extension": ".py"}}
-
-
-def test_prepared_copies_hold_outputs_and_parameters(notebooks, tmp_path):
-    notebook = nbformat.read(notebooks[0], as_version=4)
-    notebook.cells[1].outputs = [new_output("stream", text="a\n")]
-    nbformat.write(notebook, notebooks[0])
-    authors.write_for_nbval(tmp_path / "copies", {"push_to": "b", "run": "r", "profile": "pocket"})
-    copy = nbformat.read(tmp_path / "copies" / "01_one.ipynb", as_version=4)
-    assert copy.cells[1].metadata.tags == ["injected-parameters"] and 'push_to = "b"' in copy.cells[1].source
-    assert copy.cells[2].outputs[0].text == "a\n"
-
-
-def test_of_another_profile_only_the_independent_cells_are_compared(notebooks, tmp_path):
-    notebook = nbformat.read(notebooks[0], as_version=4)
-    notebook.cells.append(new_code_cell("2 + 2", metadata={"tags": ["every-profile"]}))
-    notebook.cells.append(new_code_cell("3 + 3", metadata={"tags": ["nbval-ignore-output"]}))
-    nbformat.write(notebook, notebooks[0])
-    authors.write_for_nbval(tmp_path / "copies", {"profile": "gpt2-medium"})
-    copy = nbformat.read(tmp_path / "copies" / "01_one.ipynb", as_version=4)
-    compared = [cell.source for cell in copy.cells if "nbval-ignore-output" not in cell.metadata.tags]
-    assert compared == ["2 + 2"]
-    assert copy.cells[-1].metadata.tags == ["nbval-ignore-output"]
-
-
-@pytest.fixture
-def editions(tmp_path, monkeypatch):
-    """A notebook of two cells and its French edition, and what reads both from disk."""
-    (tmp_path / "fr").mkdir()
-    paths = [tmp_path / "01_one.ipynb", tmp_path / "fr" / "01_one.ipynb"]
-    for path, prose in zip(paths, ("A word", "Un mot")):
-        cells = [new_markdown_cell(prose, id="a"), new_code_cell("1 + 1", id="b", metadata={"tags": []})]
-        nbformat.write(new_notebook(cells=cells), path)
-    monkeypatch.setattr(authors, "NOTEBOOKS", paths[:1])
-    return paths
-
-
-def without_ids(path):
-    notebook = json.loads(path.read_text())
-    for cell in notebook["cells"]:
-        del cell["id"]
-    path.write_text(json.dumps(notebook | {"nbformat_minor": 4}))
-
-
-@pytest.mark.parametrize("which", [0, 1])
-def test_cells_saved_without_ids_get_them_back(which, editions):
-    without_ids(editions[which])
-    authors.clean_all()
-    for path, prose in zip(editions, ("A word", "Un mot")):
-        cells = nbformat.read(path, as_version=4).cells
-        assert [(cell.id, cell.source) for cell in cells] == [("a", prose), ("b", "1 + 1")]
-
-
-def test_cells_without_ids_that_differ_are_a_sentence_and_nothing_is_rewritten(editions):
-    notebook = nbformat.read(editions[0], as_version=4)
-    notebook.cells.pop()
-    nbformat.write(notebook, editions[0])
-    without_ids(editions[0])
-    before = [path.read_bytes() for path in editions]
-    with pytest.raises(AlpacaError, match="01_one.ipynb was saved without the cells' ids"):
-        authors.clean_all()
-    assert [path.read_bytes() for path in editions] == before
-
-
-@pytest.mark.integration
-def test_what_an_earlier_notebook_makes_is_made_once_and_only_where_it_is_missing(
-    notebooks, tmp_path, monkeypatch, capsys
-):
+def test_what_an_earlier_notebook_makes_is_made_once_where_it_is_missing(notebooks, tmp_path, monkeypatch, capsys):
+    builders = set(series.PRODUCERS.values()) - {series.NAMES[3]}
+    assert {name: set(minutes) for name, minutes in series.MINUTES.items()} == dict.fromkeys(PROFILES, builders)
     monkeypatch.setattr(series, "PRODUCERS", {"seen": "01_one", "later": "03_three"})
     monkeypatch.setattr(series, "MINUTES", {"pocket": {"01_one": 1.6}})
     folder = tmp_path / "r"
@@ -274,9 +195,64 @@ def test_what_an_earlier_notebook_makes_is_made_once_and_only_where_it_is_missin
     assert told.count("running") == 1
 
 
-def test_minutes_are_said_for_each_profile_and_each_notebook_that_others_build_on():
-    builders = set(series.PRODUCERS.values()) - {series.NAMES[3]}
-    assert {name: set(minutes) for name, minutes in series.MINUTES.items()} == dict.fromkeys(PROFILES, builders)
-    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
-    for name, minutes in series.MINUTES["pocket"].items():
-        assert re.search(rf"^\| .*notebooks/{name}.*\| {minutes} \|", readme, re.MULTILINE), name
+def test_a_broken_notebook_or_one_without_parameters_is_a_sentence(notebooks, tmp_path):
+    for content in ("", "{", '{"cells": 3}', '{"cells": [], "metadata": {}, "nbformat": 4}'):
+        notebooks[0].write_text(content)
+        with pytest.raises(AlpacaError, match="01_one.ipynb") as broken:
+            series.run_series({"run": str(tmp_path / "r")})
+        assert broken.value.code == "notebook-broken" and "\n" not in str(broken.value)
+
+
+def test_clean_drops_what_belongs_to_one_execution():
+    cell = new_code_cell("1", execution_count=7, metadata={"tags": ["x"], "papermill": {"duration": 1}})
+    widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "0"}, "text/plain": "0%"}
+    cell.outputs = [
+        new_output("stream", name="stderr", text="50%"),
+        new_output("display_data", data=widget),
+        new_output("execute_result", data={"text/plain": "1"}, execution_count=7),
+    ]
+    injected = new_code_cell("run = '/x'", metadata={"tags": ["injected-parameters"]})
+    notebook = new_notebook(cells=[injected, cell], metadata={"widgets": {}, "papermill": {}, "accelerator": "GPU"})
+    cleaned = authors.clean(notebook)
+    assert [(c.source, c.metadata) for c in cleaned.cells] == [("1", {"tags": ["x"]})]
+    assert [(o.output_type, o.execution_count) for o in cleaned.cells[0].outputs] == [("execute_result", 1)]
+    assert cleaned.metadata == {"accelerator": "GPU", "language_info": {"name": "python", "file_extension": ".py"}}
+
+
+def test_copies_for_nbval_have_parameters_and_of_another_profile_independent_cells_alone(notebooks, tmp_path):
+    notebook = nbformat.read(notebooks[0], as_version=4)
+    notebook.cells[1].outputs = [new_output("stream", text="a\n")]
+    notebook.cells.append(new_code_cell("2 + 2", metadata={"tags": ["every-profile"]}))
+    notebook.cells.append(new_code_cell("3 + 3", metadata={"tags": ["nbval-ignore-output"]}))
+    nbformat.write(notebook, notebooks[0])
+    for profile, compared in {"pocket": [SECOND, "2 + 2"], "gpt2-medium": ["2 + 2"]}.items():
+        authors.write_for_nbval(tmp_path / "copies", {"push_to": "b", "run": "r", "profile": profile})
+        parameters, *cells = nbformat.read(tmp_path / "copies" / "01_one.ipynb", as_version=4).cells[1:]
+        assert parameters.metadata.tags[0] == "injected-parameters" and 'push_to = "b"' in parameters.source
+        assert cells[0].outputs[0].text == "a\n" and cells[-1].metadata.tags == ["nbval-ignore-output"]
+        assert [cell.source for cell in cells if "nbval-ignore-output" not in cell.metadata.tags] == compared
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_cells_saved_without_ids_get_them_back_or_nothing_is_rewritten(which, tmp_path, monkeypatch):
+    """A notebook of two cells and its French edition, one of them as an editor of nbformat 4.4 saves it."""
+    (tmp_path / "fr").mkdir()
+    editions = {tmp_path / "01_one.ipynb": "A word", tmp_path / "fr" / "01_one.ipynb": "Un mot"}
+    monkeypatch.setattr(authors, "NOTEBOOKS", list(editions)[:1])
+    for path, prose in editions.items():
+        cells = [new_markdown_cell(prose, id="a"), new_code_cell("1 + 1", id="b", metadata={"tags": []})]
+        nbformat.write(new_notebook(cells=cells), path)
+    damaged = list(editions)[which]
+    saved = json.loads(damaged.read_text()) | {"nbformat_minor": 4}
+    for cell in saved["cells"]:
+        del cell["id"]
+    damaged.write_text(json.dumps(saved | {"cells": saved["cells"][:1]}))
+    before = [path.read_bytes() for path in editions]
+    with pytest.raises(AlpacaError, match=damaged.name) as refused:
+        authors.clean_all()
+    assert refused.value.code == "no-ids" and [path.read_bytes() for path in editions] == before
+    damaged.write_text(json.dumps(saved))
+    authors.clean_all()
+    for path, prose in editions.items():
+        cells = nbformat.read(path, as_version=4).cells
+        assert [(cell.id, cell.source) for cell in cells] == [("a", prose), ("b", "1 + 1")]

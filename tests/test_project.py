@@ -1,0 +1,320 @@
+"""Code from elsewhere, secrets, undeclared imports, dead links and commands, names that a shell would read."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from IPython.core.inputtransformer2 import TransformerManager
+from packaging.requirements import Requirement
+from support import PROJECT
+
+from alpaca_helpers.profiles import PROFILES
+from tools import address
+
+README = PROJECT / "README.md"
+DOCS = sorted((PROJECT / "docs").glob("*.md"))
+TABLE = PROJECT / "tests" / "README.md"
+TEXTS = {page: page.read_text(encoding="utf-8") for page in [README, *DOCS, PROJECT / "CONTRIBUTING.md", TABLE]}
+TESTS = {path.stem: path.read_text(encoding="utf-8") for path in PROJECT.glob("tests/test_*.py")}
+NOTEBOOKS = sorted(PROJECT.glob("notebooks/**/*.ipynb"))
+CELLS = {path: json.loads(path.read_text(encoding="utf-8"))["cells"] for path in NOTEBOOKS}
+FOLDERS = ("alpaca_helpers", "benchmarks", "pocket", "tools")
+SOURCES = {path: path.read_text(encoding="utf-8") for folder in FOLDERS for path in PROJECT.glob(f"{folder}/**/*.py")}
+for notebook, cells in CELLS.items():
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    SOURCES[notebook] = "\n".join(map(TransformerManager().transform_cell, code))
+
+
+def faults(tree: ast.AST) -> list[str]:
+    """What a piece of code does that it may not."""
+    found = []
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name, named = ast.unparse(call.func), {word.arg: ast.unparse(word.value) for word in call.keywords}
+        if named.get("trust_remote_code", "False") != "False":
+            found.append("trust_remote_code")
+        if name == "torch.load" and named.get("weights_only") != "True":
+            found.append("torch.load without weights_only")
+        if name in ("eval", "exec", "compile", "os.system", "os.popen", "pickle.load", "pickle.loads", "joblib.load"):
+            found.append(name)
+        if named.get("shell", "False") != "False":
+            found.append("shell")
+    return found
+
+
+def test_no_code_from_elsewhere_is_run():
+    for code in (
+        "load(x, trust_remote_code=True)",
+        "load(x, trust_remote_code=flag)",
+        "torch.load(x)",
+        "torch.load(x, weights_only=False)",
+        "eval(x)",
+        "os.system(x)",
+        "pickle.load(x)",
+        "subprocess.run(x, shell=True)",
+    ):
+        assert faults(ast.parse(code)), f"the search does not find {code}"
+    for path, source in SOURCES.items():
+        assert faults(ast.parse(source)) == [], path
+
+
+def test_what_comes_from_the_hub_is_pinned_to_a_commit():
+    for profile in PROFILES.values():
+        for name, revision in ((profile.model, profile.model_revision), (profile.dataset, profile.dataset_revision)):
+            if not (PROJECT / name).exists() and name.count("/") == 1:
+                assert re.fullmatch("[0-9a-f]{40}", revision or ""), name
+
+
+def test_workflows_use_githubs_own_actions_by_major_version():
+    for workflow in PROJECT.glob(".github/workflows/*.yml"):
+        used = re.findall(r"uses: *(.+)", workflow.read_text(encoding="utf-8"))
+        assert used and all(re.fullmatch(r"actions/[\w-]+@v\d+", action) for action in used), workflow
+
+
+SECRET = rb"hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16}|-----BEGIN [A-Z ]*PRIVATE KEY"
+MACHINE = r"(?<![\w.~/])/(?:home|Users|root|work|tmp|mnt|content/drive)/\w+"
+
+
+@pytest.mark.integration
+def test_no_file_holds_a_secret_or_is_over_five_megabytes():
+    listed = subprocess.run(["git", "-C", str(PROJECT), "ls-files", "-z"], capture_output=True)
+    if listed.returncode:
+        pytest.skip("this copy of the project is not a git repository")
+    assert re.search(SECRET, b"hf_" + b"a" * 34)
+    for path in (PROJECT / name for name in listed.stdout.decode().split("\0") if name):
+        if path.is_file():
+            content = path.read_bytes()
+            assert len(content) < 5_000_000 and not re.search(SECRET, content), path
+
+
+def test_no_path_of_a_machine_is_in_a_stored_output():
+    assert re.search(MACHINE, "saved in /home/me/run")
+    for path, cells in CELLS.items():
+        outputs = json.dumps([cell["outputs"] for cell in cells if cell["cell_type"] == "code"])
+        assert not re.search(MACHINE, outputs), path
+
+
+PYPROJECT = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+NEEDED, FOR_NOTEBOOKS = PYPROJECT["dependencies"], PYPROJECT["optional-dependencies"]["notebooks"]
+KNOWN = packages_distributions()
+MODULES = [path for path in SOURCES if path.is_relative_to(PROJECT / "alpaca_helpers") and path.suffix == ".py"]
+
+
+def names(lines: list[str]) -> set[str]:
+    """Return the distributions that requirements name, as an index spells them."""
+    return {re.sub(r"[-_.]+", "-", Requirement(line).name).lower() for line in lines}
+
+
+def imported(source: str, within_functions: bool = True) -> set[str]:
+    """Return the distributions of the packages that a module imports, the standard library's apart."""
+    tree, found = ast.parse(source), set()
+    for node in ast.walk(tree) if within_functions else tree.body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(str(node.module).split(".")[0])
+    return names([KNOWN.get(name, [name])[0] for name in found - set(sys.stdlib_module_names)])
+
+
+def requirements(file: str) -> list[Requirement]:
+    lines = (line.partition("#")[0].strip() for line in (PROJECT / file).read_text(encoding="utf-8").splitlines())
+    return [Requirement(line) for line in lines if line]
+
+
+def test_each_import_is_declared_and_each_dependency_imported():
+    """What only runs notebooks is imported within the functions that do."""
+    used = {"accelerate"}  # Trainer imports it
+    for path in MODULES:
+        assert imported(SOURCES[path], within_functions=False) - names(NEEDED) == set(), path
+        assert imported(SOURCES[path]) - names(NEEDED + FOR_NOTEBOOKS * (path.name == "series.py")) == set(), path
+        used |= imported(SOURCES[path])
+    assert names(NEEDED) - used == set()
+
+
+def test_requirements_txt_says_what_pyproject_says_and_both_admit_the_pinned_versions():
+    declared = [Requirement(line) for line in NEEDED + FOR_NOTEBOOKS]
+    assert set(map(str, requirements("requirements.txt"))) == set(map(str, declared))
+    for file in ("constraints.txt", "constraints-colab.txt"):
+        pinned = {requirement.name: str(requirement.specifier)[2:] for requirement in requirements(file)}
+        for requirement in declared:
+            assert requirement.specifier.contains(pinned.get(requirement.name, "999")), (file, requirement)
+
+
+NOT_IN_CI = {  # how a command begins, and part of the name of the test that runs it
+    "make run PROFILE=gpt2-medium": "the_whole_series_from_the_stand_in",
+    "make run RUN=large PROFILE=gpt2-medium PARAMS=": "the_whole_series_from_the_stand_in",
+    'make run RUN=document PARAMS="-p recipe document"': "with_every_recipe",
+    ".venv/bin/python -m alpaca_helpers.chat --run pocket": "streams_stops_at_ctrl_c",
+    ".venv/bin/python -m alpaca_helpers.series --profile gpt2-medium": "the_whole_series_from_the_stand_in",
+    ".venv/bin/torchrun --nproc-per-node 4 -m alpaca_helpers.training": "two_processes",
+    ".venv/bin/lm_eval": "by hand",  # a large package of its own
+    'pip install "transformers[serving]"': "by hand",  # a server, and what it needs
+    "transformers serve runs/pocket/merged": "by hand",
+    "curl localhost:8000/v1/chat/completions": "by hand",
+}
+
+
+def joined(text: str) -> str:
+    """Return a shell's text with the lines joined that a backslash goes on in."""
+    return re.sub(r"\s*\\\n\s*", " ", text)
+
+
+def test_each_command_of_the_pages_is_run_somewhere():
+    """The lines of the pages' blocks of shell, whole, without comments and loops."""
+    ci, places = joined((PROJECT / ".ci" / "run").read_text(encoding="utf-8")), set()
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", "\n".join(TEXTS[page] for page in [README, *DOCS]), re.DOTALL))
+    for command in (re.sub(r"\s+#.*", "", line).strip() for line in joined(blocks).splitlines()):
+        if not command or command.startswith("for ") or command == "done":
+            continue
+        if not re.search(rf"^ *{re.escape(command)}( \||$)", ci, re.MULTILINE):
+            place = max((start for start in NOT_IN_CI if command.startswith(start)), key=len, default="")
+            assert place, f"{command} is neither in .ci/run nor among NOT_IN_CI"
+            places.add(place)
+    assert places == set(NOT_IN_CI)
+    for test in set(NOT_IN_CI.values()) - {"by hand"}:
+        assert any(re.search(rf"def test_\w*{test}", text) for text in TESTS.values()), test
+
+
+def test_each_target_that_the_pages_name_is_there():
+    targets = re.findall(r"^([a-z-]+):.*## ", (PROJECT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    for page, text in TEXTS.items():
+        assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)) <= set(targets), page
+
+
+def anchors(text: str) -> set[str]:
+    """Return the names by which GitHub links to a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_each_link_and_picture_of_the_pages_is_there():
+    for page, text in TEXTS.items():
+        for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), (page, link)
+            assert not anchor or anchor in anchors(TEXTS[target]), (page, link)
+        for published in re.findall(r"OWNER/REPOSITORY/(?:blob/main|actions)/([\w./]+?)(?:/badge\.svg)?\)", text):
+            assert any((PROJECT / start / published).exists() for start in ("", ".github")), (page, published)
+
+
+def test_the_glossary_has_the_same_entries_in_both_languages():
+    english, french = (TEXTS[PROJECT / "docs" / name] for name in ("glossary.md", "glossaire.md"))
+    for pattern in (r"^## Notebook \d\d|^- (?:\*\*)?", r"https?:[^)]+|\w+\.ipynb", r"`[^`]+`", r"\b(?:19|20)\d\d\b"):
+        assert re.findall(pattern, french, re.MULTILINE) == re.findall(pattern, english, re.MULTILINE)
+
+
+def test_each_fault_of_the_table_has_its_tests():
+    rows = re.findall(r"^\|.*\| (test_.*) \|$", re.sub(r" \([^)]*\)", "", TEXTS[TABLE]), re.MULTILINE)
+    assert len(rows) > 40
+    for file, parts in (named.partition(":")[::2] for row in rows for named in row.split("; ")):
+        assert file in TESTS, file
+        for part in re.findall(r"\w+", parts):
+            found = [name for name, text in TESTS.items() if re.search(rf"def test_\w*{part}", text)]
+            assert file in found, f"{part} is not in {file}, but in {found}"
+
+
+RECORD = """#!/bin/sh
+{ printf '%s\\0' "$@"; printf '\\n'; } >> "${0%/*}/calls"
+"""
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Runs make with programs that only note their arguments; returns its status, what was printed, and the calls."""
+    (tmp_path / "bin").mkdir()
+    for name in ("bin/python", "bin/ruff", "bin/mypy", ".ready", ".testable"):
+        (tmp_path / name).write_text(RECORD)
+        (tmp_path / name).chmod(0o755)
+    variables = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}  # not what make was called with
+
+    def call(*arguments: str, **more: str) -> tuple[int, str, list[list[str]]]:
+        (tmp_path / "bin" / "calls").write_text("")
+        command = ["make", f"VENV={tmp_path}", f"PYTHON={tmp_path}/bin/python", *arguments]
+        done = subprocess.run(command, cwd=PROJECT, env=variables | more, capture_output=True, text=True)
+        calls = (tmp_path / "bin" / "calls").read_text().splitlines()
+        return done.returncode, done.stdout + done.stderr, [line.split("\0")[:-1] for line in calls]
+
+    return call
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("name", ['it\'s a "b"; echo X', "$HOME $(touch made) `touch made`", "-x"])
+def test_a_name_reaches_the_program_as_it_is(make, name):
+    for target, variable, argument in (
+        ("run", "RUN", f"--run={name}"),
+        ("run", "PROFILE", f"--profile={name}"),
+        ("test", "PROFILE", f"--profile={name}"),
+        ("real", "DATASET", f"--dataset={name}"),
+        ("address", "REPO_URL", name),
+    ):
+        for status, said, calls in (make(target, f"{variable}={name}"), make(target, **{variable: name})):
+            assert status == 0 and argument in [word for call in calls for word in call], said
+            assert "X" not in said.splitlines() and not (PROJECT / "made").exists()
+
+
+@pytest.mark.integration
+def test_without_a_name_the_program_chooses_and_parameters_are_words_as_a_shell_reads_them(make):
+    for arguments in ([], ["PROFILE=", "RUN="]):
+        assert make("run", *arguments)[2] == [["-m", "alpaca_helpers.series", "--profile=auto"]]
+    for arguments in ([], ["PROFILE="], ["PROFILE=auto"]):  # the stored outputs are the pocket's
+        assert "--profile=pocket" in [word for call in make("test", *arguments)[2] for word in call]
+    (call,) = make("run", "PROFILE=pocket", "PARAMS=-p dataset 'my rows.json' -p seed 1")[2]
+    assert call[2:] == ["--profile=pocket", "-p", "dataset", "my rows.json", "-p", "seed", "1"]
+    assert make("table", "RUNS=a 'b c'")[2] == [["-m", "benchmarks.recipes", "a", "b c"]]
+    status, said, calls = make("table")
+    assert status and not calls and "RUNS=" in said
+
+
+def test_an_address_is_as_the_browser_or_git_has_it():
+    ada = "https://github.com/ada/assistant"
+    forms = ["https://token@github.com/ada/assistant.git", "git@github.com:ada/assistant.git"]
+    for given in [ada, f"{ada}/", f"{ada}.git", f"{ada}/tree/main", *forms, "ssh://git@github.com/ada/assistant"]:
+        assert address.repository(given) == "ada/assistant", given
+    ab = "https://github.com/a/b"
+    wrong = ["somewhere", "https://github.com/a", f"{ab}#c", f"{ab}?c=d", f"{ab}/tree/other", f"{ab}/c", f"{ab} c"]
+    wrong += [f"{ab}\nc", "https://github.com/a/..", "https://github.com.example.org/a/b", "https://example.org/a/b"]
+    for given in [*wrong, "http://github.com/a/b"]:
+        assert address.repository(given) == "", given
+
+
+def test_other_projects_keep_their_address():
+    text = (
+        "https://github.com/tatsu-lab/alpaca https://github.com/a/b https://github.com/a/bc https://github.com/a/b.git."
+    )
+    assert address.rewrite(text, "a/b", "c/d") == text.replace("a/b ", "c/d ").replace("a/b.git", "c/d.git")
+
+
+@pytest.mark.integration
+def test_links_badges_and_notebooks_get_the_address_and_another_one_later(tmp_path, monkeypatch):
+    """Without an address it is the git remote's; what is none is refused, and nothing is written."""
+    shutil.copytree(PROJECT / "notebooks", tmp_path / "notebooks", ignore=shutil.ignore_patterns(".*"))
+    badge = "https://github.com/OWNER/REPOSITORY/actions/workflows/test.yml"
+    (tmp_path / "README.md").write_text(TEXTS[README] + f"\n[![test]({badge}/badge.svg)]({badge})\n", encoding="utf-8")
+
+    def contents() -> dict[Path, str]:
+        pages = [tmp_path / "README.md", *tmp_path.glob("notebooks/**/*.ipynb")]
+        return {path: path.read_text(encoding="utf-8") for path in pages}
+
+    before = contents()
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    for given in ("", "https://example.org/a/b"):
+        with pytest.raises(SystemExit, match="REPO_URL=") as refused:
+            address.main(tmp_path, given)
+        assert refused.value.code and contents() == before
+    for command in (["init", "--quiet"], ["remote", "add", "origin", "git@github.com:ada/assistant.git"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    for given, name in (("", "ada/assistant"), ("https://github.com/ada/another.one", "ada/another.one")):
+        address.main(tmp_path, given)
+        readme, *notebooks = contents().values()
+        assert readme.count(f"research.google.com/github/{name}/blob/main/notebooks") == 4
+        assert f"[![test](https://github.com/{name}/actions/workflows/test.yml/badge.svg)]" in readme
+        assert len(notebooks) == len(NOTEBOOKS) and all(json.loads(text) for text in notebooks)
+        assert all(f"https://github.com/{name}" in text and "OWNER" not in text for text in notebooks)

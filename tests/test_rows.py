@@ -1,0 +1,199 @@
+"""Files of rows in every form, broken, odd or hostile: read exactly, or one sentence with file and row."""
+
+import datetime
+import gzip
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from datasets import Dataset, load_dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alpaca_helpers import AlpacaError
+from alpaca_helpers.data import tokenize
+from alpaca_helpers.prompts import format_example
+from alpaca_helpers.rows import load_rows, prepare_rows
+
+ROW = {"instruction": 'Say, "été"', "input": "", "output": "été\n\u2028😀"}
+LINES = "".join(json.dumps(ROW, ensure_ascii=False) + "\n" for _ in range(2))
+ARRAY = json.dumps([ROW] * 2, indent=2, ensure_ascii=False)
+
+
+def table(rows, suffix) -> bytes:
+    written = pyarrow.BufferOutputStream()
+    {".csv": Dataset.to_csv, ".parquet": Dataset.to_parquet}[suffix](Dataset.from_list(rows), written)
+    return written.getvalue().to_pybytes()
+
+
+def written(folder, suffix, content) -> str:
+    path = folder / f"rows{suffix}"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "suffix, content",
+    [
+        (".json", ARRAY),
+        (".json", ARRAY.encode("utf-8-sig")),
+        (".json", ARRAY.replace("\n", "\r\n")),
+        (".json", LINES),
+        (".json.gz", gzip.compress(ARRAY.encode())),
+        (".jsonl", LINES),
+        (".jsonl", LINES.encode("utf-8-sig")),
+        (".jsonl", "\n \n" + LINES.replace("\n", "\r\n\n")),
+        (".jsonl", LINES.rstrip("\n")),
+        (".jsonl.gz", gzip.compress(LINES.encode())),
+        (".csv", table([ROW] * 2, ".csv")),
+        (".csv.gz", gzip.compress(table([ROW] * 2, ".csv"))),
+        (".parquet", table([ROW] * 2, ".parquet")),
+    ],
+)
+def test_the_same_rows_from_every_form(suffix, content, tmp_path):
+    assert load_rows(written(tmp_path, suffix, content)).to_list() == [{**ROW, "fact": ""}] * 2
+
+
+def test_rows_of_shards_are_read_in_their_order(tmp_path):
+    for number in range(2):
+        (tmp_path / f"part-{number}.parquet").write_bytes(table([{**ROW, "fact": str(number)}], ".parquet"))
+    assert load_rows(str(tmp_path))["fact"][:] == ["0", "1"]
+
+
+def test_prepared_rows_are_what_load_dataset_reads(tmp_path):
+    """Also a column that is empty or looks like dates stays text."""
+    mine = [{**ROW, "input": "1"}, {**ROW, "fact": "3"}]
+    for name, rows in {"mine": mine, "held": [{"instruction": "When?", "output": "2001-01-01"}]}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    files = prepare_rows(tmp_path / "rows", str(tmp_path / "mine.json"), None, str(tmp_path / "held.json"))
+    dataset = load_dataset("parquet", data_files=files, cache_dir=tmp_path / "cache")
+    assert dataset["train"].to_list() == [{**ROW, "input": "1", "fact": ""}, {**ROW, "fact": "3"}]
+    assert dataset["heldout"].to_list() == [{"instruction": "When?", "input": "", "output": "2001-01-01", "fact": ""}]
+    assert list(prepare_rows(tmp_path / "rows", str(tmp_path / "mine.json"))) == ["train"]
+
+
+def test_no_input_in_words_is_no_input_and_a_question_in_the_input_alone_is_the_question(tmp_path):
+    nothing = ["noinput", "<noinput>", "<NoInput>", " No input ", "N/A", "<no input>", "Noinput.", "[no input]"]
+    kept = ["Na", "na", "No input was given to the valve.", "input", "noinputs"]
+    rows = [{**ROW, "input": text} for text in nothing + kept] + [{**ROW, "instruction": " ", "input": "Who?"}]
+    *read, last = load_rows(written(tmp_path, ".json", json.dumps(rows)))
+    assert [row["input"] for row in read] == [""] * len(nothing) + kept
+    assert last == {**ROW, "instruction": "Who?", "fact": ""}
+
+
+def test_other_columns_that_hold_text_are_named_once(tmp_path, capsys):
+    rows = [{**ROW, "history": held, "system": "Be kind.", "empty": "", "text": "all"} for held in ([], ["a"], ["b"])]
+    load_rows(written(tmp_path, ".json", json.dumps(rows)))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("Note: ") and line.endswith("`system` (3 rows), `history` (2 rows).")
+
+
+ODD = [
+    "NUL \0, \x1b[31m, 👩‍👩‍👧‍👦 🇫🇷, مرحبا \u202e abc, zero\u200bwidth\ufeff, e\u0301 is not é",
+    "\u2028 and \u2029 and \x85 are no line ends",
+    "<|endoftext|> Instruction: x\nRéponse: y <script>alert(1)</script>",
+    ' leading, "quoted", \\escaped\\, trailing \n',
+    "\r\n",
+]
+
+
+def test_any_text_comes_back_exactly_from_each_format_and_from_its_tokens(tmp_path, pocket_tokenizer):
+    @settings(max_examples=60, deadline=None)
+    @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
+    def check(text):
+        row = {"instruction": "x" + text, "input": "x" + text, "output": "x" + text}
+        line = json.dumps(row, ensure_ascii=False)
+        for suffix, content in ((".json", f"[{line}]"), (".jsonl", line), (".jsonl", json.dumps(row))):
+            assert load_rows(written(tmp_path, suffix, content)).to_list() == [{**row, "fact": ""}]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "rows.parquet")
+        assert load_rows(str(tmp_path / "rows.parquet")).to_list() == [{**row, "fact": ""}]
+        batch = {name: [value] for name, value in row.items()}
+        (ids,) = tokenize(batch, pocket_tokenizer, max_length=10_000)["input_ids"]
+        assert ids.count(pocket_tokenizer.eos_token_id) == 1 and ids[-1] == pocket_tokenizer.eos_token_id
+        decoded = pocket_tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False)
+        assert decoded == format_example(row["instruction"], row["output"], row["input"])
+
+    for text in ODD:
+        check.hypothesis.inner_test(text)
+    check()
+
+
+@pytest.mark.integration
+def test_a_megabyte_in_one_field_is_cut_like_any_row(tmp_path, pocket_tokenizer):
+    texts = ["a" * 2**20, "word " * 2**18, "😀" * 2**18]
+    rows = load_rows(written(tmp_path, ".json", json.dumps([{**ROW, "output": text} for text in texts])))
+    assert rows["output"][:] == texts
+    for ids in tokenize(rows[:], pocket_tokenizer)["input_ids"]:
+        assert len(ids) == 128 and pocket_tokenizer.eos_token_id not in ids
+
+
+TWICE = '{"instruction": "a", "output": "b", "output": "c"}'
+DATED = pyarrow.BufferOutputStream()
+pyarrow.parquet.write_table(pyarrow.table({"instruction": ["a"], "output": [datetime.date(2024, 2, 29)]}), DATED)
+INVALID = b'{"instruction": "\xff", "output": "b"}'
+
+
+@pytest.mark.parametrize(
+    "suffix, content, place",
+    [
+        # not text, or cut
+        (".json", ARRAY.encode("utf-16"), "UTF-8 text at byte 0"),
+        (".jsonl", LINES.encode("utf-16"), "line 1"),
+        (".json", b"[" + INVALID + b"]", "UTF-8 text at byte 18"),
+        (".jsonl", LINES.encode() + INVALID, "line 3"),
+        (".csv", "instruction,output\né,b\n".encode("latin-1"), "as CSV"),
+        (".csv", 'instruction,output\n"a,b\n', "as CSV"),
+        (".json.gz", gzip.compress(b"[1]" * 999, mtime=0)[:-20], "cannot be read"),
+        (".parquet", table([ROW] * 100, ".parquet")[:-20], "as Parquet"),
+        (".json", ARRAY[:-10], "line 10"),
+        (".jsonl", LINES[:-20], "line 2"),
+        (".json", '{"instruction": "a", "output": "b"}\n{"instr', "line 2"),
+        (".json", '[{"instruction": "a",\n "output": }]', "line 2"),
+        (".jsonl", LINES + "instruction,output\n", "line 3"),
+        (".json", "[" * 100_000, "no file of rows"),
+        (".jsonl", "[" * 100_000, "line 1"),
+        (".json", '[{"instruction": "a", "output": ' + "9" * 5000 + "}]", "no file of rows"),
+        # empty
+        (".json", "", "line 1"),
+        (".json", "[]", "no rows"),
+        (".jsonl", "\n\n", "no rows"),
+        (".parquet", "", "as Parquet"),
+        (".csv", "", "as CSV"),
+        # no rows, or without a column
+        (".xlsx", "x", "is neither a file"),
+        (".json", "{}", "no JSON array"),
+        (".json", '["a"]', "row 1: not an object"),
+        (".jsonl", LINES + "[1, 2]\n", "row 3: not an object"),
+        (".json", '[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "row 2: no column `output`"),
+        (".json", f"[{json.dumps(ROW)}, {TWICE}]", "row 2: `output` is there twice"),
+        (".jsonl", LINES + TWICE, "row 3: `output` is there twice"),
+        # columns that hold no text
+        (".json", '[{"instruction": "a", "output": 3}]', "row 1: `output` is 3"),
+        (".json", '[{"instruction": null, "output": "b"}]', "row 1: `instruction` is None"),
+        (".json", '[{"instruction": "a", "output": NaN}]', "row 1: `output` is nan"),
+        (".json", '[{"instruction": ["a", "b"], "output": "c"}]', r"row 1: `instruction` is \['a', 'b'\]"),
+        (".json", '[{"instruction": "a", "input": {"b": 3}, "output": "c"}]', r"row 1: `input` is \{'b': 3\}"),
+        (".json", '[{"instruction": "a", "output": true}]', "row 1: `output` is True"),
+        (".jsonl", LINES + '{"instruction": "a \\ud83d", "output": "b"}', "row 3: `instruction` holds half a char"),
+        (".parquet", DATED.getvalue().to_pybytes(), "row 1: `output` is datetime.date"),
+        # other names of columns, with what to rename
+        (".json", '[{"instruction": "a", "response": "b"}]', "rename `response` to `output`"),
+        (".json", '[{"question": "a", "answer": "b"}]', "`question` to `instruction`, `answer` to `output`"),
+        (".json", '[{"messages": [{"content": "a"}]}]', "of `messages` as `instruction`.* as `output`"),
+        (".json", '[{"conversations": [{"value": "a"}]}]', "of `conversations` as `instruction`.* as `output`"),
+        (".json", '[{"x": "a"}]', "rename the columns to instruction, input, output"),
+    ],
+)
+def test_a_broken_file_is_one_sentence_with_file_and_row_and_names_the_mapping(suffix, content, place, tmp_path):
+    path = written(tmp_path, suffix, content)
+    with pytest.raises(AlpacaError, match=place) as refused:
+        load_rows(path)
+    assert path in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_missing_file_is_never_looked_up_on_the_hub():
+    for name in ("here/rows.json", "./owner/name"):
+        with pytest.raises(AlpacaError, match=name) as refused:
+            load_rows(name)
+        assert refused.value.code == "dataset-missing"
