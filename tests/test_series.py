@@ -149,6 +149,10 @@ def test_a_failed_cell_is_not_done_and_its_fault_is_a_sentence(notebooks, tmp_pa
         series.run_series({"run": str(tmp_path / "cell-failed")})
     write(notebooks[1], FIRST, SECOND)
     assert seen(series.run_series({"run": str(tmp_path / "cell-failed")})) == "aa"
+    write(notebooks[0], FIRST, "1 / 0")
+    with pytest.raises(AlpacaError):
+        series.run_series({"run": str(tmp_path / "cell-failed")})
+    assert read_manifest(tmp_path / "cell-failed")["notebooks"] == {}  # nor the one that rests on it
 
 
 @pytest.mark.integration
