@@ -139,8 +139,8 @@ def run_earlier_notebooks(notebook: str, profile: str = "auto", run: str = "") -
     """
     name = choose_profile(profile).name
     folder = run_folder(run or name)
-    earlier = NAMES[: NAMES.index(notebook)] if notebook in NAMES else NAMES[:3]
-    missing = {by: made for made, by in PRODUCERS.items() if by in earlier and not artifact_hash(folder / made)}
+    end = NAMES[3] if notebook in {path.stem for path in FURTHER} else notebook
+    missing = {by: made for made, by in PRODUCERS.items() if by < end and not artifact_hash(folder / made)}
     if missing:
         what = " and ".join(f"no {made}" for made in missing.values())
         minutes = sum(MINUTES[name][by] for by in missing)

@@ -14,7 +14,7 @@ from papermill.parameterize import parameterize_notebook
 from support import PROJECT
 from support.fresh import copy_project, fresh_python, run
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.nightly
 
 NOTEBOOKS = {path.stem: path for path in sorted((PROJECT / "notebooks").glob("*.ipynb"))}
 EXECUTE = "from nbclient.cli import main; main()"  # `jupyter execute`; the working folder is the notebook's
@@ -69,3 +69,12 @@ def test_with_run_earlier_off_the_notebook_that_is_missing_is_named(tmp_path):
     notebook = alone("04_comparison_and_chat", tmp_path / "alone", run_earlier=False, profile="pocket")
     done = run([sys.executable, "-c", EXECUTE, notebook], tmp_path, PYTHONPATH=str(PROJECT))
     assert "has no adapter: run notebook 03_lora_finetuning first, with the same `run`" in done.stderr
+
+
+def test_papermill_alone_runs_a_notebook_and_nbval_checks_it(tmp_path):
+    notebook, executed = NOTEBOOKS["02_dataset_and_tokenizer"], tmp_path / "02.ipynb"
+    command = [sys.executable, "-m", "papermill", notebook, executed, "-p", "profile", "pocket"]
+    done = run([*command, "-p", "run", tmp_path / "r"], PROJECT, PYTHONPATH=str(PROJECT))
+    assert not done.returncode and (tmp_path / "r" / "data").is_dir(), done.stderr
+    done = run([sys.executable, "-m", "pytest", "--nbval", executed], PROJECT, PYTHONPATH=str(PROJECT))
+    assert not done.returncode, done.stdout

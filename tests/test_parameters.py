@@ -16,25 +16,37 @@ from alpaca_helpers.data import drop_reason, tokenize
 from alpaca_helpers.lora import KNOWN_TARGETS
 from alpaca_helpers.parameters import Parameters, check_parameters
 from alpaca_helpers.profiles import PROFILES, choose_profile
-from alpaca_helpers.series import NOTEBOOKS
+from alpaca_helpers.series import FURTHER, NOTEBOOKS, open_run
 from alpaca_helpers.training import make_trainer
 
 
 def test_every_parameter_of_the_notebooks_is_checked_there_and_its_default_is_right():
     known = set()
-    for notebook in NOTEBOOKS:
+    for notebook in [*NOTEBOOKS, *FURTHER]:
         cells = [cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
         first, *others = (ast.parse(TransformerManager().transform_cell(cell.source)) for cell in cells)
         defaults = {node.target.id: ast.literal_eval(node.value) for node in first.body}
         for name, default in defaults.items():
             assert check_parameters(**{name: default}) == default, name
-        checked = set()
-        for call in (node for tree in others for node in ast.walk(tree) if isinstance(node, ast.Call)):
-            if ast.unparse(call.func) == "check_parameters":
-                checked |= {word.arg for word in call.keywords if ast.unparse(word.value) == word.arg}
-        assert defaults.keys() - checked <= {"repo_url"}, notebook.name
+        calls = [ast.unparse(node) for tree in others for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        assert f"open_run('{notebook.stem}', globals())" in calls
         known |= defaults.keys()
     assert known == set(Parameters.model_fields)
+
+
+def test_open_run_checks_what_the_notebook_sets_and_fills_in_what_it_leaves_open(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = {"profile": "pocket", "run": "r", "model_name": None, "max_new_tokens": "60", "seed": 0, "repo_url": ""}
+    settings, folder = open_run("01_base_model", values | {"lora_rank": "of another notebook"})
+    assert (settings.max_new_tokens, settings.model, folder) == (60, PROFILES["pocket"].model, tmp_path / "runs" / "r")
+    assert (settings.model_path / "config.json").is_file() and not hasattr(settings, "lora_rank")
+    for name, value, code in (("seed", "x", "bad-parameter"), ("max_new_tokens", 250, "too-long")):
+        with pytest.raises(AlpacaError) as refused:
+            open_run("01_base_model", values | {name: value})
+        assert refused.value.code == code
+    with pytest.raises(AlpacaError, match="02_dataset_and_tokenizer") as refused:
+        open_run("03_lora_finetuning", values | dict.fromkeys(("lora_rank", "seed"), 1) | {"run_earlier": False})
+    assert refused.value.code == "no-artifact"
 
 
 def test_profiles_and_torchruns_settings_are_within_the_ranges():
@@ -77,8 +89,8 @@ def test_what_spells_a_value_is_that_value():
         "lora_dropout": [1.0, -0.1, math.nan],
         "target_modules": [[], "", [""], ["a", 1], 3],
         "seed": [-1, 2**40, "text"],
-        "model": [True, "", "a" * 5000, ["a"]],
-        "dataset": [123, ""],
+        "model_name": [True, "", "a" * 5000, ["a"]],
+        "dataset_name": [123, ""],
         "profile": ["", "big", ["pocket"], None],
         "run": [["a"], True, "a::b", "a{b}", "a\0b", "x" * 300],
         "recipe": ["", "best", None],
@@ -97,7 +109,7 @@ def test_what_is_none_is_refused_by_name_and_value(name, values):
 
 def test_several_come_back_in_their_order_and_an_unknown_one_is_refused():
     assert check_parameters(seed="1", lora_rank=4) == [1, 4]
-    with pytest.raises(AlpacaError, match="'wrod'.* batch_size, dataset, ") as refused:
+    with pytest.raises(AlpacaError, match="'wrod'.* batch_size, dataset_name, ") as refused:
         check_parameters(wrod="x")
     assert refused.value.code == "unknown-parameter"
 

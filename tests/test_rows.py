@@ -66,11 +66,11 @@ def test_prepared_rows_are_what_load_dataset_reads(tmp_path):
     mine = [{**ROW, "input": "1"}, {**ROW, "fact": "3"}]
     for name, rows in {"mine": mine, "held": [{"instruction": "When?", "output": "2001-01-01"}]}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
-    files = prepare_rows(tmp_path / "rows", str(tmp_path / "mine.json"), None, str(tmp_path / "held.json"))
+    files = prepare_rows(tmp_path, str(tmp_path / "mine.json"), None, str(tmp_path / "held.json"))
     dataset = load_dataset("parquet", data_files=files, cache_dir=tmp_path / "cache")
     assert dataset["train"].to_list() == [{**ROW, "input": "1", "fact": ""}, {**ROW, "fact": "3"}]
     assert dataset["heldout"].to_list() == [{"instruction": "When?", "input": "", "output": "2001-01-01", "fact": ""}]
-    assert list(prepare_rows(tmp_path / "rows", str(tmp_path / "mine.json"))) == ["train"]
+    assert list(prepare_rows(tmp_path, str(tmp_path / "mine.json"))) == ["train"]
 
 
 def test_no_input_in_words_is_no_input_and_a_question_in_the_input_alone_is_the_question(tmp_path):

@@ -62,6 +62,7 @@ def notebooks(tmp_path, monkeypatch):
         write(path, FIRST, SECOND)
     for module in (series, authors):
         monkeypatch.setattr(module, "NOTEBOOKS", paths)
+        monkeypatch.setattr(module, "FURTHER", [])
     monkeypatch.setattr(papermill, "execute_notebook", execute)
     return paths
 
@@ -90,8 +91,8 @@ def test_only_what_changed_is_executed_again(notebooks, tmp_path, monkeypatch, c
     source.parent.mkdir()
     source.write_text("1")
     monkeypatch.setattr(series, "__file__", str(source))
-    write(notebooks[0], FIRST + '\ndataset: str = ""', SECOND)
-    parameters = {"run": str(tmp_path / "r"), "push_to": "o/a", "dataset": str(rows)}
+    write(notebooks[0], FIRST + '\ndataset_name: str = ""', SECOND)
+    parameters = {"run": str(tmp_path / "r"), "push_to": "o/a", "dataset_name": str(rows)}
     again = {
         "nothing, at first": (lambda: None, "aa"),
         "nothing": (lambda: None, ""),
@@ -101,7 +102,7 @@ def test_only_what_changed_is_executed_again(notebooks, tmp_path, monkeypatch, c
         "other rows under the same name": (lambda: rows.write_text("[2]"), "aa"),
         "the helpers": (lambda: source.write_text("2"), "aa"),
         "the executed notebook": ((tmp_path / "r" / "02_two.ipynb").unlink, "a"),
-        "the first notebook": (lambda: write(notebooks[0], FIRST + '\ndataset: str = "" ', SECOND), "aa"),
+        "the first notebook": (lambda: write(notebooks[0], FIRST + '\ndataset_name: str = "" ', SECOND), "aa"),
         "nothing, at last": (lambda: None, ""),
     }
     before = ""
@@ -243,6 +244,7 @@ def test_cells_saved_without_ids_get_them_back_or_nothing_is_rewritten(which, tm
     (tmp_path / "fr").mkdir()
     editions = {tmp_path / "01_one.ipynb": "A word", tmp_path / "fr" / "01_one.ipynb": "Un mot"}
     monkeypatch.setattr(authors, "NOTEBOOKS", list(editions)[:1])
+    monkeypatch.setattr(authors, "FURTHER", [])
     for path, prose in editions.items():
         cells = [new_markdown_cell(prose, id="a"), new_code_cell("1 + 1", id="b", metadata={"tags": []})]
         nbformat.write(new_notebook(cells=cells), path)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 PLACEHOLDER = "OWNER/REPOSITORY"
-FILES = ("*.md", "docs/*.md", "notebooks/*.ipynb", "notebooks/fr/*.ipynb")
+FILES = ("*.md", "docs/*.md", "notebooks/**/*.ipynb")
 WANTED = "say where it is published: make address REPO_URL=https://github.com/owner/name"
 
 
