@@ -1,3 +1,5 @@
+"""The numbers: how an answer is scored, what metrics.json holds, its intervals, and what table and conclusion say."""
+
 import json
 import math
 import subprocess
@@ -10,9 +12,9 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from alpaca_helpers import AlpacaError, evaluation, report
+from alpaca_helpers import AlpacaError, evaluation
 from alpaca_helpers.evaluation import answer_losses, evaluate
-from alpaca_helpers.generation import Answer, generate
+from alpaca_helpers.generation import Answer
 from alpaca_helpers.lora import lora_config
 from alpaca_helpers.metrics import METRICS, chrf, contains, echoes, exact_match, repetition, rouge_l
 from alpaca_helpers.prompts import encode, format_prompt
@@ -24,145 +26,86 @@ ROWS = [
     {"instruction": "Add them.", "input": "1 and 2", "output": "3", "fact": ""},
     {"instruction": "Say hello.", "input": "", "output": "Hello there, my friend.", "fact": "hello"},
 ]
+LIST = "red, yellow and blue"
 
 
 @pytest.mark.parametrize(
-    ("answer", "fact", "right"),
+    "fact, holding, lacking",
     [
-        ("It is Paris.", "Paris", True),
-        ("it is PARIS", "paris", True),
-        ("Parisian", "Paris", False),
-        ("the new  York\ntimes", "New York", True),
-        ("York New", "New York", False),
-        ("", "Paris", False),
-        ("Paris", "Paris", True),
-        ("Bogota\u0301", "Bogotá", True),  # composed and decomposed
-        ("Bogota", "Bogotá", False),
-        ("中国的首都是北京。", "北京", True),
-        ("中国的首都是东京。", "北京", False),
-        ("ประเทศไทยมีกรุงเทพเป็นเมืองหลวง", "กรุงเทพ", True),
-        ("राजधानी दिल्ली है", "दिल्ली", True),
-        ("राजधानी दिल्ली है", "दिल", False),  # a vowel sign does not end a word
-        ("Столица — Москва", "москва", True),
-        ("use C++ here", "C++", True),
-        ("use C here", "C++", False),
-        ("it is 3.5 m", "3.5", True),
-        ("it is 3.5 m", "5", False),
-        ("3, 5", "3.5", False),
-        ("it is 1,000,000.", "1,000,000", True),
-        ("at 5km/h", "5km", True),
-        ("a cat", "…", False),
-        ("They are red, blue, and yellow.", "red, yellow and blue", True),  # a list in any order
-        ("Blue; yellow & red", "red, yellow and blue", True),
-        ("rouge, bleu et jaune", "bleu, jaune et rouge", True),
-        ("red, yellow and green", "red, yellow and blue", False),
-        ("red and blue", "red, yellow and blue", False),
-        ("red yellow blue", "red, yellow and blue", False),
-        ("red, red and blue", "red, yellow and blue", False),
-        ("light red, yellow and blue", "red, yellow and blue", True),  # as whole words
-        ("It is salt, and pepper", "salt and pepper", True),
+        ("Paris", ["It is Paris.", "Paris", "it is PARIS"], ["Parisian", ""]),
+        ("New York", ["the new  York\ntimes"], ["York New"]),
+        ("Bogotá", ["Bogota\u0301"], ["Bogota"]),  # composed and decomposed
+        ("北京", ["中国的首都是北京。"], ["中国的首都是东京。"]),
+        ("กรุงเทพ", ["ประเทศไทยมีกรุงเทพเป็นเมืองหลวง"], []),
+        ("दिल", [], ["राजधानी दिल्ली है"]),  # a vowel sign does not end a word
+        ("C++", ["use C++ here"], ["use C here"]),
+        ("3.5", ["it is 3.5 m"], ["3, 5", "35"]),
+        ("5", [], ["it is 3.5 m"]),
+        (
+            LIST,
+            ["They are red, blue, and yellow.", "Blue; yellow & red", "light red, yellow and blue"],
+            [],
+        ),  # any order
+        (LIST, [], ["red, yellow and green", "red and blue", "red yellow blue", "red, red and blue"]),
+        ("bleu, jaune et rouge", ["rouge, bleu et jaune"], []),
     ],
 )
-def test_contains_the_fact_as_whole_words(answer, fact, right):
-    assert contains(answer, fact) is right
+def test_contains_the_fact_as_whole_words(fact, holding, lacking):
+    assert [answer for answer in [*holding, *lacking] if contains(answer, fact)] == holding
 
 
 @pytest.mark.parametrize(
-    ("answer", "output", "same"),
+    "output, same, other",
     [
-        ("Paris", "Paris.", True),
-        (" paris\n", "Paris!", True),
-        ("Paris, France", "Paris France", False),
-        ("", "Paris", False),
-        ("", "?", False),
-        ("!", "?", False),
-        ("caf\u0065\u0301 au  lait", "Café au lait", True),
-        ("cafe", "café", False),
-        ("北京。", "北京", True),
-        ("यह एक बिल्ली है।", "यह एक बिल्ली है", True),
-        ("أين هو؟", "أين هو", True),
-        ("وہ کہاں ہے۔", "وہ کہاں ہے", True),
-        ("ሰላም ነው።", "ሰላም ነው", True),
-        ("...", "…", False),
-        ("well ...", "Well…", True),
-        ("C#", "C", False),  # punctuation to Unicode, but no mark that ends a sentence
-        ("50%", "50", False),
-        ("(Paris)", "(Paris", False),
-        ("Straße", "STRASSE", True),
+        ("Paris.", ["Paris", " paris\n", "Paris!"], ["", "Paris, France"]),
+        ("?", [], ["", "!", "..."]),
+        ("Café au lait", ["caf\u0065\u0301 au  lait"], ["cafe au lait"]),
+        ("北京", ["北京。"], []),
+        ("यह एक बिल्ली है", ["यह एक बिल्ली है।"], []),
+        ("Well…", ["well ..."], []),
+        ("C", [], ["C#"]),  # punctuation to Unicode, but no mark that ends a sentence
+        ("(Paris", [], ["(Paris)"]),
+        ("STRASSE", ["Straße"], []),
     ],
 )
-def test_exact_match_ignores_case_spacing_and_the_final_mark(answer, output, same):
-    assert exact_match(answer, output) is same
+def test_exact_match_ignores_case_spacing_and_the_final_mark(output, same, other):
+    assert [answer for answer in [*same, *other] if exact_match(answer, output)] == same
 
 
 @pytest.mark.parametrize(
-    ("answer", "output", "score"),
+    "score, answer, against, expected",
     [
-        ("a b c d", "a c d e", 3 / 4),  # longest common: a c d; both sides have four words
-        ("the cat", "the black cat sat", 2 * 1 * 0.5 / 1.5),
-        ("one", "one", 1),
-        ("one", "two", 0),
-        ("", "two", 0),
-        ("", "", 0),
-        ("CAFÉ!", "cafe\u0301", 1),
-        ("я пью чай", "я пью кофе", 2 / 3),
-        ("北京", "东京", 1 / 2),
+        (rouge_l, "a b c d", "a c d e", 3 / 4),  # longest common: a c d; both sides have four words
+        (rouge_l, "the cat", "the black cat sat", 2 * 1 * 0.5 / 1.5),
+        (rouge_l, "CAFÉ!", "cafe\u0301", 1),
+        (rouge_l, "я пью чай", "я пью кофе", 2 / 3),
+        (rouge_l, "北京", "东京", 1 / 2),
+        # unigrams 1 of 2 both ways, bigrams 0 of 1; orders without n-grams on both sides do not count
+        (chrf, "ab", "ac", (1 + 4) * 0.25 * 0.25 / (4 * 0.25 + 0.25)),
+        (chrf, "", "abc", 0),
+        (chrf, "Cafe\u0301", "café", 1),
+        (repetition, "", None, 0),
+        (repetition, "a b c", None, 0),
+        (repetition, "a a a a a a", None, 2 / 3),  # three times the same 4-gram: two are repeated
+        (repetition, "a b c d, a b c d", None, 1 / 5),  # abcd bcda cdab dabc abcd
+        (repetition, "好好好好好好", None, 2 / 3),
+        (echoes, "what is the capital of france? What is", "What is the capital of France?", True),
+        (echoes, "The capital: What is the capital of France?", "What is the capital of France?", False),
+        (echoes, "anything", "?!", False),
+        (echoes, "Où est-ce ? Ici", "Ou\u0300 est-ce ?", True),
+        (echoes, "北京在哪里？北京", "北京在哪里？", True),
     ],
 )
-def test_rouge_l(answer, output, score):
-    assert rouge_l(answer, output) == pytest.approx(score)
+def test_a_score_is_the_one_counted_by_hand(score, answer, against, expected):
+    assert (score(answer) if against is None else score(answer, against)) == pytest.approx(expected)
 
 
-def test_chrf():
-    assert chrf("abc", "abc") == pytest.approx(1)
-    assert chrf("", "abc") == chrf("xyz", "abc") == 0
-    # ab against ac: unigrams 1 of 2 both ways, bigrams 0 of 1; orders without n-grams on both sides do not count
-    assert chrf("ab", "ac") == pytest.approx((1 + 4) * 0.25 * 0.25 / (4 * 0.25 + 0.25))
-    assert chrf("a", "a") == pytest.approx(1)
-    assert chrf("cafe\u0301", "café") == pytest.approx(1)
-    assert chrf("北京", "北京") == pytest.approx(1)
-
-
-@pytest.mark.parametrize(
-    ("answer", "share"),
-    [
-        ("", 0),
-        ("one", 0),
-        ("a b c", 0),
-        ("a b c d e", 0),
-        ("a a a a a a", 2 / 3),  # three times the same 4-gram: two are repeated
-        ("a b c d, a b c d", 1 / 5),  # abcd bcda cdab dabc abcd
-        ("Да да да да ДА", 1 / 2),
-        ("好好好好好好", 2 / 3),
-    ],
-)
-def test_repetition(answer, share):
-    assert repetition(answer) == pytest.approx(share)
-
-
-@pytest.mark.parametrize(
-    ("answer", "instruction", "echo"),
-    [
-        ("What is the capital of France? What is", "What is the capital of France?", True),
-        ("what is the capital of france", "What is the capital of France?", True),
-        ("The capital: What is the capital of France?", "What is the capital of France?", False),
-        ("", "Why?", False),
-        ("Why", "Why?", True),
-        ("anything", "?!", False),
-        ("Où est-ce ? Ici", "Ou\u0300 est-ce ?", True),
-        ("北京在哪里？北京", "北京在哪里？", True),
-    ],
-)
-def test_echo(answer, instruction, echo):
-    assert echoes(answer, instruction) is echo
-
-
-def test_words_in_several_scripts():
+def test_a_word_is_one_in_each_script():
     assert words("The 3.5 kg café—Été!") == ["the", "3.5", "kg", "café", "été"]
-    assert words("北京 is Beijing") == ["北", "京", "is", "beijing"]
-    assert len(words("一" * 81)) == 81
+    assert words("北京 is Beijing") == ["北", "京", "is", "beijing"] and len(words("一" * 81)) == 81
 
 
+@pytest.mark.integration
 def test_a_words_definition_needs_no_heavy_import():
     """`data.py` filters by it, and shall not load pandas or the scores for that."""
     check = (
@@ -172,31 +115,21 @@ def test_a_words_definition_needs_no_heavy_import():
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "change", "text"),
+    "name, value, change, text",  # a text with a sign is a difference's
     [
+        ("answer_loss", -1e-9, -1e-9, "+0.0000"),  # no negative zero
         ("answer_loss", 11.929, 0.0, "11.9"),
-        ("answer_loss", 11.929, -0.076, "11.929"),
-        ("answer_loss", 11.853, -0.076, "11.853"),
-        ("answer_loss", 0.88, -0.86, "0.88"),
         ("answer_loss", 3.1, -1e-9, "3.1000"),
         ("contains", 0.07, 0.89, "7%"),
         ("contains", 0.004, 0.0, "0.4%"),
         ("contains", 0.502, 0.004, "50.2%"),
         ("contains", None, 0.0, "–"),
-        ("mean_answer_tokens", 80, -67.4, "80.0"),
         ("perplexity", 487421515.5, -487421513.0, "4.9e+08"),
         ("perplexity", 2.41, -487421513.0, "2.41"),
-        ("perplexity", 12345.6, 0.0, "12345.6"),
     ],
 )
 def test_a_value_has_the_decimals_that_its_difference_needs(name, value, change, text):
-    assert METRICS[name].show(value, change=change) == text
-
-
-def test_a_difference_has_its_sign_and_no_negative_zero():
-    assert METRICS["contains"].show(0.89, signed=True) == "+89"
-    assert METRICS["answer_loss"].show(-0.076, signed=True, change=-0.076) == "-0.076"
-    assert METRICS["answer_loss"].show(-1e-9, signed=True, change=-1e-9) == "+0.0000"
+    assert METRICS[name].show(value, signed=text[0] in "+-", change=change) == text
 
 
 def hand_loss(model, tokenizer, row, side):
@@ -211,34 +144,21 @@ def hand_loss(model, tokenizer, row, side):
     return [loss, right, len(answer)]
 
 
-@pytest.mark.parametrize("side", ["base", "tuned"])
-def test_answer_losses_are_those_of_each_row_alone(tiny_model, pocket_tokenizer, side):
-    got = answer_losses(tiny_model, pocket_tokenizer, ROWS, side, batch_size=2)
-    np.testing.assert_allclose(got, [hand_loss(tiny_model, pocket_tokenizer, row, side) for row in ROWS], rtol=1e-4)
-
-
-def test_answer_losses_of_empty_and_endless_rows(tiny_model, pocket_tokenizer):
-    empty = {**ROWS[0], "output": ""}
-    long_prompt = {**ROWS[0], "instruction": "a " * 300}
-    long_answer = {**ROWS[0], "output": "a " * 300}
-    losses = answer_losses(tiny_model, pocket_tokenizer, [long_prompt, long_answer])
-    assert np.isfinite(losses).all() and losses[0, 2] == hand_tokens(pocket_tokenizer, ROWS[0]) and losses[1, 2] == 127
-    # " " alone is what follows the prompt when the answer is empty
-    assert answer_losses(tiny_model, pocket_tokenizer, [empty])[0, 2] == hand_tokens(pocket_tokenizer, empty)
-
-
-def hand_tokens(tokenizer, row):
-    return len(encode([" " + row["output"]], tokenizer)[0])
+def test_answer_losses_are_those_of_each_row_alone_and_always_numbers(tiny_model, pocket_tokenizer):
+    for side in ("base", "tuned"):
+        alone = [hand_loss(tiny_model, pocket_tokenizer, row, side) for row in ROWS]
+        got = answer_losses(tiny_model, pocket_tokenizer, ROWS, side, batch_size=2)
+        np.testing.assert_allclose(got, alone, rtol=1e-4)
+    rows = [{**ROWS[0], **change} for change in ({"instruction": "a " * 300}, {"output": "a " * 300}, {"output": ""})]
+    losses = answer_losses(tiny_model, pocket_tokenizer, rows)
+    whole, space = (len(encode([" " + row["output"]], pocket_tokenizer)[0]) for row in (ROWS[0], rows[2]))
+    assert np.isfinite(losses).all() and losses[:, 2].tolist() == [whole, 127, space]
 
 
 def test_evaluate_against_numbers_counted_by_hand(tiny_model, pocket_tokenizer, monkeypatch):
     given = {
         "tuned": [Answer("Paris.", [0] * 3, True, 0), Answer("3", [0] * 1, True, 0), Answer("", [0] * 0, True, 0)],
-        "base": [
-            Answer("x y z w x y z w", [0] * 8, False, 0),
-            Answer("Add them. 3", [0] * 8, False, 0),
-            Answer("hello", [0] * 8, False, 0),
-        ],
+        "base": [Answer(text, [0] * 8, False, 0) for text in ("x y z w x y z w", "Add them. 3", "hello")],
     }
     asked = []
 
@@ -251,20 +171,21 @@ def test_evaluate_against_numbers_counted_by_hand(tiny_model, pocket_tokenizer, 
     templated = [format_prompt(row["instruction"], row["input"]) for row in ROWS]
     bare = ["What is the capital of France?", "Add them. 1 and 2", "Say hello."]
     assert asked == [("base", templated, 8), ("tuned", templated, 8), ("base", bare, 8)]
-    tuned, base = metrics["tuned"], metrics["base"]
     assert metrics["n"] == metrics["questions"] == 3
+    tuned, base = metrics["tuned"], metrics["base"]
     assert (tuned["contains"], base["contains"]) == (0.5, 0.5)  # of the two rows with a fact
     assert (tuned["exact_match"], base["exact_match"]) == (0, 0)
     assert (tuned["stop_rate"], base["stop_rate"]) == (1, 0)
     assert (tuned["mean_answer_tokens"], base["mean_answer_tokens"]) == (pytest.approx(4 / 3), 8)
     assert base["echo_rate"] == pytest.approx(1 / 3, abs=1e-6)
     assert base["repetition"] == pytest.approx(1 / 5 / 3, abs=1e-6)
-    losses = np.array([hand_loss(tiny_model, pocket_tokenizer, row, "tuned") for row in ROWS])
-    weighted = losses[:, 0].sum() / losses[:, 2].sum()  # by token, not by row
-    assert tuned["answer_loss"] == pytest.approx(weighted, rel=1e-5)
-    assert abs(weighted - (losses[:, 0] / losses[:, 2]).mean()) > 4e-5 * weighted
-    assert tuned["perplexity"] == pytest.approx(math.exp(weighted), rel=1e-3)
-    assert tuned["token_accuracy"] == pytest.approx(losses[:, 1].sum() / losses[:, 2].sum(), abs=1e-6)
+    for side in ("base", "tuned"):
+        losses = np.array([hand_loss(tiny_model, pocket_tokenizer, row, side) for row in ROWS])
+        weighted = losses[:, 0].sum() / losses[:, 2].sum()  # by token, not by row
+        assert abs(weighted - (losses[:, 0] / losses[:, 2]).mean()) > 4e-5 * weighted
+        assert metrics[side]["answer_loss"] == pytest.approx(weighted, rel=1e-5)
+        assert metrics[side]["perplexity"] == pytest.approx(math.exp(weighted), rel=1e-3)
+        assert metrics[side]["token_accuracy"] == pytest.approx(losses[:, 1].sum() / losses[:, 2].sum(), abs=1e-6)
     assert metrics["base_bare"]["contains"] == 0.5 and metrics["base_bare"]["answer_loss"] is None
     assert metrics["change"]["stop_rate"] == 1 and metrics["change"]["intervals"]["stop_rate"] == [1, 1]
     assert list(answers["tuned"]) == ["Paris.", "3", ""] and list(answers["tuned_right"]) == [True, None, False]
@@ -272,57 +193,45 @@ def test_evaluate_against_numbers_counted_by_hand(tiny_model, pocket_tokenizer, 
     assert set(METRICS) | {"intervals"} == set(tuned) == set(tuned["intervals"]) | {"intervals"}
 
 
-def test_metrics_without_a_fact_to_check_are_none(tiny_model, pocket_tokenizer):
-    rows = [{**row, "fact": ""} for row in ROWS]
-    metrics, answers = evaluate(tiny_model, pocket_tokenizer, rows, max_new_tokens=4)
+def test_metrics_without_a_fact_or_a_row_to_check_are_none(tiny_model, pocket_tokenizer):
+    metrics, answers = evaluate(tiny_model, pocket_tokenizer, [{**row, "fact": ""} for row in ROWS], max_new_tokens=4)
     assert metrics["tuned"]["contains"] is metrics["tuned"]["exact_match"] is None
     assert metrics["change"]["intervals"]["contains"] is None
     assert "holds the fact" not in conclusion(metrics) and "answer holds the fact" not in comparison(metrics).index
     assert answers["tuned_right"].isna().all()
-
-
-def test_no_rows(tiny_model, pocket_tokenizer):
     with pytest.raises(AlpacaError) as error:
         evaluate(tiny_model, pocket_tokenizer, [])
     assert error.value.code == "no-rows"
 
 
-def estimated(contains, questions=None, seed=0):
+def estimated(contains, questions=None):
     """The share that holds the fact, of rows with these scores (None: no fact), in `metrics.json`'s form."""
     questions = questions or [f"question {index}" for index in range(len(contains))]
     scores = pd.DataFrame({"contains": contains}, columns=list(METRICS), dtype=float)
-    estimates = evaluation._estimate(scores, np.ones(len(contains)), evaluation._resampling(questions, seed))
+    estimates = evaluation._estimate(scores, np.ones(len(contains)), evaluation._resampling(questions, 0))
     side = evaluation._side(estimates)
     return side["contains"], side["intervals"]["contains"]
 
 
 def test_intervals_are_the_bootstraps_and_seeded():
-    contains = [1, 0, 1, 0, None] * 20  # 40 of 80 rows that count
-    share, (low, high) = estimated(contains)
+    share, (low, high) = estimated([1, 0, 1, 0, None] * 20)  # 40 of 80 rows that count
     half = 1.96 * math.sqrt(0.25 / 80)  # the normal approximation of a share's interval
-    assert share == 0.5 and low == pytest.approx(0.5 - half, abs=0.02) and high == pytest.approx(0.5 + half, abs=0.02)
+    # 2,000 resamples place an end to 0.003; the 80 rows that count vary a little; 90% would be 0.018 narrower
+    assert share == 0.5 and low == pytest.approx(0.5 - half, abs=0.012) and high == pytest.approx(0.5 + half, abs=0.012)
+    assert estimated([1] + [None] * 9) == (1, [1, 1])  # a resample may hold no row that counts
     drawn = [evaluation._resampling([str(index) for index in range(100)], seed) for seed in (0, 0, 1)]
     assert (drawn[0] == drawn[1]).all() and (drawn[0] != drawn[2]).any()
 
 
-def test_intervals_do_not_depend_on_rows_that_do_not_count():
-    assert estimated([1] + [None] * 9) == (1, [1, 1])  # a resample may hold no row that counts
-
-
-def test_copies_of_a_question_do_not_narrow_its_interval():
-    contains = [1, 0, 1, 0] * 5
-    share, (low, high) = estimated(contains)
-    copied = estimated(np.repeat(contains, 20), [str(index) for index in range(20) for _ in range(20)])
+def test_copies_of_a_question_do_not_narrow_its_interval(tiny_model, pocket_tokenizer):
+    share, (low, high) = estimated([1, 0, 1, 0] * 5)
+    copied = estimated(np.repeat([1, 0, 1, 0] * 5, 20), [str(index) for index in range(20) for _ in range(20)])
     assert share == copied[0] == 0.5 and high - low > 0.3
     assert copied[1] == pytest.approx([low, high], abs=0.051)  # one question of twenty
-
-
-def test_copies_of_one_question_give_no_verdict(tiny_model, pocket_tokenizer):
     rows = [{**ROWS[0], "instruction": text} for text in ("Where is Paris?", " where  IS Paris?") * 10]
     metrics, _ = evaluate(tiny_model, pocket_tokenizer, rows, max_new_tokens=2)
     assert (metrics["n"], metrics["questions"]) == (20, 1)
     assert metrics["change"]["answer_loss"] != 0 and verdict(metrics, "answer_loss") == 0
-    assert conclusion(metrics).startswith("Too few held-out questions to tell.\nThere are 1,")
 
 
 def test_a_fresh_adapter_is_found_to_change_nothing(tiny_base, pocket_tokenizer):
@@ -331,12 +240,9 @@ def test_a_fresh_adapter_is_found_to_change_nothing(tiny_base, pocket_tokenizer)
     rows = [{**row, "instruction": f"{number}. {row['instruction']}"} for number in range(10) for row in ROWS]
     metrics, _ = evaluate(model, pocket_tokenizer, rows, max_new_tokens=6)
     assert {name for name in METRICS if metrics["change"][name] not in (0, None)} == set()
-    text = conclusion(metrics)
-    assert text.splitlines()[:2] == [
-        "Tuning made no clear difference.",
-        "On 30 held-out questions 0 of 7 measures got clearly better, 0 clearly worse.",
-    ]
-    assert "Better" not in text and "Worse" not in text
+    opening, counts, *rest = conclusion(metrics).splitlines()
+    assert opening.startswith("Tuning made no clear difference") and " 30 " in counts and " 0 of 7 " in counts
+    assert not {"Better:", "Worse:"} & set(rest)
 
 
 def made_metrics(n=100, **change):
@@ -350,90 +256,52 @@ def made_metrics(n=100, **change):
     return {"n": n, "max_new_tokens": 80, "base": base, "tuned": tuned, "base_bare": same, "change": moved}
 
 
-def test_conclusion_says_which_way_the_numbers_point():
-    better = conclusion(made_metrics(contains=(0.1, 0.9, [0.7, 0.85]), answer_loss=(5.0, 0.4, [-4.9, -4.2])))
-    assert better.splitlines()[:5] == [
-        "Tuning helped.",
-        "On 100 held-out questions 2 of 7 measures got clearly better, 0 clearly worse.",
-        "Better:",
-        "  answer holds the fact: 10% → 90%",
-        "  answer loss: 5.00 → 0.40",
-    ]
-    assert "No clear change: answer is exact, ROUGE-L, stops by itself," in better and "Worse" not in better
-    worse = conclusion(made_metrics(contains=(0.9, 0.1, [-0.85, -0.7]), repetition=(0.1, 0.6, [0.4, 0.6])))
-    assert (
-        worse.startswith("Tuning made the model worse.\n") and "0 of 7 measures got clearly better, 2 clearly" in worse
-    )
-    assert "Worse:\n  answer holds the fact: 90% → 10%\n  repeated 4-grams: 10% → 60%\n" in worse
-    mixed = conclusion(made_metrics(contains=(0.9, 0.1, [-0.85, -0.7]), stop_rate=(0, 1, [0.9, 1])))
-    assert mixed.startswith("Tuning helped in some ways and hurt in others.\n")
-    assert "Better:\n  stops by itself" in mixed and "Worse:\n  answer holds the fact" in mixed
+MORE, LESS = {"contains": (0.1, 0.9, [0.7, 0.85])}, {"contains": (0.9, 0.1, [-0.85, -0.7])}
+STOPS, REPEATS = {"stop_rate": (0, 1, [0.9, 1])}, {"repetition": (0.1, 0.6, [0.4, 0.6])}
+LOSS = {"answer_loss": (11.929, 11.853, [-0.09, -0.06])}
+RIGHT, WRONG = "answer holds the fact: 10% → 90%", "answer holds the fact: 90% → 10%"
+ENDS, LOWER = "stops by itself: 0% → 100%", "answer loss: 11.929 → 11.853"
 
 
-def test_conclusion_does_not_take_a_lower_loss_for_better_answers():
-    loss = {"answer_loss": (11.929, 11.853, [-0.09, -0.06])}
-    first, _, _, line, *_ = conclusion(made_metrics(**loss)).splitlines()
-    assert first == "Tuning lowered the loss alone, the answers themselves are not clearly better."
-    assert line == "  answer loss: 11.929 → 11.853"
-    stops = conclusion(made_metrics(**loss, stop_rate=(0.0, 1.0, [1.0, 1.0])))
-    assert stops.startswith("Tuning changed how the answers are written, but not clearly what they say.\n")
+@pytest.mark.parametrize(
+    "change, opening, better, worse",
+    [
+        ({}, "Tuning made no clear difference", [], []),
+        (MORE | LOSS, "Tuning helped.", [RIGHT, LOWER], []),
+        (LESS | REPEATS, "Tuning made the model worse", [], [WRONG, "repeated 4-grams: 10% → 60%"]),
+        (LESS | STOPS, "Tuning helped in some ways and hurt", [ENDS], [WRONG]),
+        (LOSS, "Tuning lowered the loss alone", [LOWER], []),
+        (LOSS | STOPS, "Tuning changed how the answers are written", [ENDS, LOWER], []),
+    ],
+)
+def test_the_conclusion_says_which_way_the_numbers_point(change, opening, better, worse):
+    first, counts, *lines = conclusion(made_metrics(**change)).splitlines()
+    assert first.startswith(opening) and f" {len(better)} of 7 " in counts and f", {len(worse)} clearly worse" in counts
+    wanted = [line for head, names in (("Better:", better), ("Worse:", worse)) if names for line in (head, *names)]
+    assert [line.strip() for line in lines[: len(wanted)]] == wanted
+    assert any(line.startswith("No clear change: ") and "ROUGE-L" in line for line in lines) == bool(change)
 
 
-def test_conclusion_is_short_lines():
-    interval = {1: [0.1, 0.2], -1: [-0.2, -0.1]}
-    everything = {name: (0.5, 0.5, interval[METRICS[name].better]) for name in report.JUDGED}
-    for text in (conclusion(made_metrics()), conclusion(made_metrics(**everything))):
-        assert max(map(len, text.splitlines())) <= 120
-
-
-def test_conclusion_notices_answers_that_never_end():
+def test_the_conclusion_notices_answers_that_never_end_and_questions_too_few():
     text = conclusion(made_metrics(stop_rate=(0.0, 0.1, [0.0, 0.2]), mean_answer_tokens=(80, 76, [-6, -1])))
-    assert "stops by itself in 10% of its answers; the others are cut at 80 tokens" in text
+    assert "in 10% of its answers" in text and "cut at 80 tokens" in text
+    few = made_metrics(n=5, contains=(0.0, 1.0, [1.0, 1.0]))
+    assert verdict(few, "contains") == 0 and conclusion(few).startswith("Too few") and "Better:" not in conclusion(few)
+    assert verdict({**few, "n": 20}, "contains") == 1  # an older metrics.json, without `questions`
+    assert verdict({**few, "n": 20, "questions": 19}, "contains") == 0
 
 
-def test_few_questions_give_no_verdict():
-    metrics = made_metrics(n=5, contains=(0.0, 1.0, [1.0, 1.0]))
-    assert verdict(metrics, "contains") == 0 and conclusion(metrics).startswith("Too few held-out questions to tell.\n")
-    assert verdict({**metrics, "n": 20}, "contains") == 1  # an older metrics.json, without `questions`
-    assert verdict({**metrics, "n": 20, "questions": 19}, "contains") == 0
-
-
-def test_comparison_shows_values_intervals_and_verdicts():
-    table = comparison(made_metrics(contains=(0.1, 0.9, [0.7, 0.85])))
-    assert list(table.columns) == ["base", "tuned", "change", ""]
-    line = table.loc["answer holds the fact"]
-    assert line["tuned"] == "90% (40% to 60%)" and line["change"] == "+80 (+70 to +85)" and line[""] == "better"
-
-
-def test_comparison_shows_five_measures_first():
+def test_the_comparison_shows_five_measures_with_intervals_and_verdicts():
+    metrics = made_metrics(**MORE, **LOSS)
+    table = comparison(metrics)
     labels = ["stops by itself", "answer loss, nats per token", "answer length, tokens"]
-    metrics = made_metrics()
-    assert list(comparison(metrics).index) == ["answer holds the fact", "answer is exact", *labels]
+    assert list(table.columns) == ["base", "tuned", "change", ""]
+    assert list(table.index) == ["answer holds the fact", "answer is exact", *labels]
+    assert list(table.iloc[0])[1:] == ["90% (40% to 60%)", "+80 (+70 to +85)", "better"]
+    base, tuned, change, _ = table.loc[labels[1]]
+    assert (base.split()[0], tuned.split()[0], change) == ("11.929", "11.853", "-0.076 (-0.090 to -0.060)")
     assert len(comparison(metrics, every=True)) == len(METRICS)
     for side in ("base", "tuned", "change"):
         metrics[side] |= {"contains": None, "exact_match": None}
     assert list(comparison(metrics).index) == ["ROUGE-L", "repeated 4-grams", *labels]
     assert len(comparison(metrics, every=True)) == len(METRICS) - 2
-
-
-def test_comparison_shows_a_small_difference():
-    line = comparison(made_metrics(answer_loss=(11.929, 11.853, [-0.09, -0.06]))).loc["answer loss, nats per token"]
-    assert line["base"].startswith("11.929 ") and line["tuned"].startswith("11.853 ")
-    assert line["change"] == "-0.076 (-0.090 to -0.060)"
-
-
-def test_batched_answers_are_the_pipelines_token_for_token(tiny_model, pocket_tokenizer):
-    """The document asks one question at a time through a pipeline, one model a side."""
-    from transformers import pipeline
-
-    prompts = [format_prompt(row["instruction"], row["input"]) for row in ROWS]
-    base = tiny_model.get_base_model()
-    for side in ("base", "tuned"):
-        got = generate(tiny_model, pocket_tokenizer, prompts, side=side, max_new_tokens=12)
-        with tiny_model.disable_adapter() if side == "base" else nullcontext():
-            answering = pipeline("text-generation", model=base, tokenizer=pocket_tokenizer)
-            for prompt, answer in zip(prompts, got):
-                (made,) = answering(prompt, max_new_tokens=12, do_sample=False, return_tensors=True)
-                ids = made["generated_token_ids"][len(encode([prompt], pocket_tokenizer)[0]) :]
-                text = [token for token in ids if token != pocket_tokenizer.eos_token_id]
-                assert (answer.tokens, answer.text) == (len(text), pocket_tokenizer.decode(text).strip())
