@@ -39,12 +39,9 @@ LIST = "red, yellow and blue"
         ("C++", ["use C++ here"], ["use C here"]),
         ("3.5", ["it is 3.5 m"], ["3, 5", "35"]),
         ("5", [], ["it is 3.5 m"]),
-        (
-            LIST,
-            ["They are red, blue, and yellow.", "Blue; yellow & red", "light red, yellow and blue"],
-            [],
-        ),  # any order
+        (LIST, ["They are red, blue, and yellow.", "Blue; yellow & red", "light red, yellow and blue"], []),
         (LIST, [], ["red, yellow and green", "red and blue", "red yellow blue", "red, red and blue"]),
+        # in any order, in French too
         ("bleu, jaune et rouge", ["rouge, bleu et jaune"], []),
     ],
 )
