@@ -30,8 +30,9 @@ def found(edition: str) -> list[tuple[str, str, str]]:
         cells = nbformat.read(notebook, as_version=4).cells
         for cell, after in zip(cells, cells[1:]):
             if cell.source.startswith("from alpaca_helpers.exercises import "):
-                hidden = re.search(r"<details>.*?</details>", after.source, re.DOTALL)[0]
-                solution = re.search(r"```python\n(.*?)```", hidden, re.DOTALL)[1]
+                hint, solved = re.findall(r"<details>.*?</details>", after.source, re.DOTALL)[:2]
+                assert "```" not in hint  # a hint is no solution
+                solution = re.search(r"```python\n(.*?)```", solved, re.DOTALL)[1]
                 made.append((cell.source.split()[3], cell.source, solution))
     return made
 
