@@ -1,24 +1,26 @@
-"""The chat in a real pseudo-terminal, on a run made by hand: pytest tests/test_terminal.py"""
+"""The chat in a terminal and how every command line ends: narrow encodings, full and closed outputs, Ctrl-C, errors."""
 
 import ast
+import io
 import os
-import re
+import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
+import papermill
 import pexpect
 import pytest
 from support import PROJECT
 from support.runs import record_adapter, save_adapter
 
-from alpaca_helpers import AlpacaError
-from alpaca_helpers.chat.conversation import Conversation, Reply
-from alpaca_helpers.chat.terminal import print_answer
+from alpaca_helpers import AlpacaError, series
+from alpaca_helpers.chat import conversation, terminal
+from alpaca_helpers.chat.conversation import DEFAULTS, Conversation, Reply
+from alpaca_helpers.console import run_command
 
-pytestmark = pytest.mark.integration
-
-IMPORTS = (ast.Import, ast.ImportFrom)
-CHAT = ["-m", "alpaca_helpers.chat", "--run"]
+FULL = Path("/dev/full")
 
 
 @pytest.fixture
@@ -33,66 +35,150 @@ def run(tmp_path, tiny_model, pocket_tokenizer):
     return folder
 
 
+class Stream(io.TextIOWrapper):
+    """A stream as the system gives it to Python; `pieces` are what was written to it."""
+
+    def __init__(self, content: bytes = b"", encoding: str = "utf-8"):
+        super().__init__(tempfile.TemporaryFile(), encoding=encoding)
+        self.buffer.write(content)
+        self.buffer.seek(0)
+        self.pieces = []
+
+    def write(self, text: str) -> int:
+        self.pieces.append(text)
+        return super().write(text)
+
+    def content(self) -> bytes:
+        self.flush()
+        return os.pread(self.fileno(), 1 << 20, 0)
+
+
 @pytest.fixture
-def terminal(run):
-    opened = []
+def command(monkeypatch):
+    """Run a main as a command line with these options and streams; return its exit, standard output and errors."""
 
-    def open_terminal(*options):
-        chat = pexpect.spawn(
-            sys.executable, [*CHAT, str(run), *options], cwd=PROJECT, encoding="utf-8", timeout=60, dimensions=(24, 200)
-        )
-        opened.append(chat)
-        return chat
+    def run(main, *options, typed=b"", encoding="utf-8", interrupted="Interrupted."):
+        streams = {"stdin": Stream(typed, encoding), "stdout": Stream(encoding=encoding), "stderr": Stream()}
+        code = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["chat", *map(str, options)])
+            for name, stream in streams.items():
+                patch.setattr(sys, name, stream)
+            try:
+                run_command(main, interrupted)
+            except SystemExit as left:
+                code = left.code
+        return code, streams["stdout"], streams["stderr"].content().decode()
 
-    yield open_terminal
-    for chat in opened:
-        chat.close(force=True)
+    return run
 
 
-def once(run, *options, **more):
-    return subprocess.run(
-        [sys.executable, *CHAT, str(run), *options], cwd=PROJECT, capture_output=True, text=True, timeout=120, **more
+# How a command line ends
+
+
+def ends(error):
+    print("facts 7 → 96 %")
+    if error:
+        raise error
+
+
+ENDS = [
+    (None, 0, ""),
+    (AlpacaError("The bread is burnt."), "The bread is burnt.", ""),  # Python prints it and exits with 1
+    (KeyboardInterrupt(), 130, "\nInterrupted.\n"),
+    (FileNotFoundError(2, "No such file", "bread"), "No such file: bread.", ""),
+]
+
+
+def test_an_end_is_a_status_and_a_line_in_any_encoding(command):
+    for error, code, said in ENDS:
+        left, _, err = command(lambda error=error: ends(error))
+        assert (left, err) == (code, said)
+    for encoding, arrow in (("ascii", b"?"), ("cp1252", b"?"), ("utf-8", "→".encode())):
+        _, out, _ = command(lambda: ends(None), encoding=encoding)
+        assert out.content().split() == [b"facts", b"7", arrow, b"96", b"%"]
+    with pytest.raises(ZeroDivisionError):  # a fault of ours keeps its traceback
+        command(lambda: 1 / 0)
+
+
+def test_closed_streams_and_a_reader_that_has_gone_do_no_harm(monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with monkeypatch.context() as patch, open(write, "w") as gone:
+        patch.setattr(sys, "stdout", gone)
+        run_command(lambda: print("facts"))
+        gone.close()  # as at exit
+    with monkeypatch.context() as patch:
+        for name in ("stdin", "stdout", "stderr"):
+            patch.setattr(sys, name, None)
+        run_command(lambda: (print("facts"), terminal.talk(None)))
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full, a disk that is always full")
+def test_a_full_output_is_one_sentence(monkeypatch):
+    with monkeypatch.context() as patch, FULL.open("w") as full, pytest.raises(SystemExit, match="No space left"):
+        patch.setattr(sys, "stdout", full)
+        run_command(lambda: print("facts"))
+
+
+def test_ctrl_c_in_a_cell_of_the_series_is_one_line_and_the_run_goes_on(command, monkeypatch, tmp_path):
+    """The kernel gets the interrupt too, and papermill makes of it an error of the cell."""
+    began, path = [], tmp_path / "run"
+
+    def execute(notebook, executed, *_, **__):
+        began.append(Path(notebook).stem)
+        if len(began) == 2:
+            raise papermill.PapermillExecutionError(1, 1, "", "KeyboardInterrupt", "", [])
+        Path(executed).write_text("{}")
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    monkeypatch.setattr(series, "_times", lambda executed: "")
+    for _ in range(2):
+        left, out, err = command(series.main, "--profile", "pocket", "--run", path, interrupted="Interrupted: so it is")
+        assert (left, err) == (130, "\nInterrupted: so it is\n")
+        monkeypatch.setattr(papermill, "execute_notebook", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert began == list(series.NAMES[:2]) and f"{series.NAMES[0]}: unchanged" in "".join(out.pieces)
+
+
+# The chat
+
+
+def test_lines_are_answered_bit_by_bit_whatever_their_bytes_until_exit_or_the_end(run, command):
+    left, out, err = command(
+        terminal.main, "--run", run, "--max-new-tokens", 12, typed=b"\n\xff\xfe\x1b[31m\n Exit \nnever read\n"
     )
+    said = "".join(out.pieces)
+    assert left == 0 and err.startswith("Loading ") and "Traceback" not in err
+    assert "The message is blank" in said and said.count(" · 12 tokens · ") == 1 and len(out.pieces) > 20
+    left, out, _ = command(terminal.main, "--run", run, "--max-new-tokens", 2, "--compare", typed="Hé\nHi".encode())
+    said = "".join(out.pieces)
+    assert left == 0 and said.count(" 2 tokens ") == 4 and said.count("\nbase: ") + said.count(" base: ") == 2
+    assert said.count("\ntuned: ") == 2
 
 
-def test_streams_stops_at_ctrl_c_and_leaves_at_exit(terminal):
-    chat = terminal("--max-new-tokens", "110")
-    chat.expect_exact("Instruction: ")
-    chat.sendline("Tell me all")
-    chat.expect_exact("Tell me all\r\n")
-    pieces = []
-    while "tokens/s]" not in "".join(pieces):
-        pieces.append(chat.read_nonblocking(4096, timeout=60))
-    assert len(pieces) > 10  # it came bit by bit
-    assert "[cut at the limit · 110 tokens · " in "".join(pieces)
-    chat.sendline("Tell me more")
-    chat.expect_exact("Tell me more\r\n")
-    chat.expect(r"\S\S+")  # it has begun
-    chat.sendintr()
-    chat.expect(r"\[stopped · (\d+) tokens?")
-    assert 0 < int(chat.match[1]) < 110
-    chat.expect_exact("Instruction: ")
-    chat.sendintr()  # on an empty line it ends nothing either
-    chat.expect_exact("Type exit to leave.")
-    chat.expect_exact("Instruction: ")
-    chat.sendline("")
-    chat.expect_exact("The message is blank")
-    chat.sendline(" Exit ")
-    chat.expect(pexpect.EOF)
-    chat.close()
-    assert chat.exitstatus == 0
+def test_once_prints_the_answer_alone(run, command):
+    options = ["--run", run, "--once", "What is it?", "--input", "a cat", "--temperature", 0, "--max-new-tokens", 9]
+    (_, first, _), (_, both, _) = command(terminal.main, *options), command(terminal.main, *options, "--compare")
+    answer = first.content().decode()
+    assert answer.strip() and "tokens" not in answer and "tuned" not in answer
+    assert both.content().decode().startswith("base: ") and both.content().decode().endswith(f"\ntuned: {answer}")
 
 
-def test_the_end_of_input_leaves_too(terminal):
-    chat = terminal("--max-new-tokens", "3", "--compare")
-    chat.expect_exact("Instruction: ")
-    chat.sendline("Hi")
-    chat.expect(r"base: .*\[.*3 tokens.*tuned: .*\[.*3 tokens")
-    chat.expect_exact("Instruction: ")
-    chat.sendeof()
-    chat.expect(pexpect.EOF)
-    chat.close()
-    assert chat.exitstatus == 0
+def test_what_is_wrong_is_one_sentence_and_makes_nothing(run, command, tmp_path):
+    for options, sentence in (
+        (["--once", " "], "The message is blank"),
+        (["--once", "Hi", "--temperature", "-1"], "temperature is -1.0: choose"),
+        (["--once", "Hi", "--max-new-tokens", "128"], "max_new_tokens is 128: choose"),
+        (["--run", tmp_path / "missing"], "run notebook 03_lora_finetuning first"),
+    ):
+        left, out, _ = command(terminal.main, "--run", run, *options)
+        assert sentence in left and "\n" not in left and out.content() == b""
+    assert not (tmp_path / "missing").exists()
+    left, out, _ = command(terminal.main, "--help")
+    shown = out.content().decode()
+    assert left == 0 and all(
+        f"--{name.replace('_', '-')} " in shown for name in (*DEFAULTS, "compare", "once", "input")
+    )
 
 
 def test_no_escape_sequence_of_a_message_or_an_answer_reaches_the_terminal(capsys, tiny_model, pocket_tokenizer):
@@ -102,78 +188,106 @@ def test_no_escape_sequence_of_a_message_or_an_answer_reaches_the_terminal(capsy
     talk.answer = lambda given: iter([setattr(given, "replies", (evil, evil))])
     exchange.error = "no \x1b[2J answer"
     with pytest.raises(AlpacaError) as raised:
-        print_answer(talk, exchange)
+        terminal.print_answer(talk, exchange)
     assert raised.value.code == "no-answer"
     assert not set(capsys.readouterr().out + str(raised.value)) & set("\x1b\x07\x9b\r\u202e")
 
 
-def test_once_prints_the_answer_alone(run):
-    first = once(run, "--once", "What is it?", "--input", "a cat", "--temperature", "0", "--max-new-tokens", "9")
-    assert first.returncode == 0 and first.stderr.startswith("Loading ") and len(first.stdout.strip()) > 0
-    assert "tokens" not in first.stdout and "tuned" not in first.stdout
-    both = once(run, "--once", "What is it?", "--input", "a cat", "--temperature=0", "--max-new-tokens=9", "--compare")
-    assert both.stdout.startswith("base: ") and f"tuned: {first.stdout}" in both.stdout
+def test_ctrl_c_ends_the_answer_and_on_an_empty_line_nothing(tiny_model, pocket_tokenizer, monkeypatch, capsys):
+    real, typed = conversation.stream, iter(["Tell me all", KeyboardInterrupt, "exit"])
+
+    def stream(*given, **settings):
+        for number, answers in enumerate(real(*given, **settings)):
+            if number == 3:
+                signal.raise_signal(signal.SIGINT)
+            yield answers
+
+    def line(_):
+        if (line := next(typed)) is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return line
+
+    monkeypatch.setattr(conversation, "stream", stream)
+    monkeypatch.setattr("builtins.input", line)
+    before = signal.getsignal(signal.SIGINT)
+    talk = Conversation(tiny_model, pocket_tokenizer, max_new_tokens=50)
+    terminal.talk(talk)
+    assert all(reply.ending is conversation.Ending.INTERRUPTED for reply in talk.exchanges[0].replies)
+    assert talk.exchanges[0].replies[0].tokens < 7 and "Type exit to leave." in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_lines_from_a_pipe_are_answered_whatever_their_bytes(run):
-    chat = subprocess.run(
-        [sys.executable, *CHAT, str(run), "--max-new-tokens", "2"],
-        cwd=PROJECT,
-        input="Hé\n".encode() + b"\xff\xfe\x1b[31m\n" + b"quit\nnever read\n",
-        capture_output=True,
-        timeout=120,
-        env=os.environ | {"PYTHONIOENCODING": "ascii:surrogateescape"},
-    )
-    assert chat.returncode == 0 and chat.stdout.count(b" 2 tokens ") == 2
+# In earnest
 
 
-@pytest.mark.parametrize(
-    "options, sentence",
-    [
-        (["--once", " "], "The message is blank"),
-        (["--once", "Hi", "--temperature", "-1"], "temperature is -1.0: choose"),
-        (["--once", "Hi", "--max-new-tokens", "128"], "max_new_tokens is 128: choose"),
-    ],
-)
-def test_what_is_wrong_is_one_sentence_and_a_status(run, options, sentence):
-    failed = once(run, *options)
-    assert failed.returncode == 1 and sentence in failed.stderr.splitlines()[-1] and "Traceback" not in failed.stderr
+@pytest.mark.integration
+def test_streams_stops_at_ctrl_c_and_leaves_at_exit(run):
+    options = ["-m", "alpaca_helpers.chat", "--run", str(run), "--max-new-tokens", "110"]
+    chat = pexpect.spawn(sys.executable, options, cwd=PROJECT, encoding="utf-8", timeout=300, dimensions=(24, 200))
+    try:
+        chat.expect_exact("Instruction: ")
+        chat.sendline("Tell me all")
+        chat.expect_exact("Tell me all\r\n")
+        chat.expect(r"\S\S+")  # it has begun
+        chat.sendintr()
+        chat.expect(r"\[(stopped|cut at the limit) · \d+ tokens? ")  # the latter where we were too slow
+        for _ in range(2):  # on an empty line it ends nothing
+            chat.expect_exact("Instruction: ")
+            chat.sendintr()
+            chat.expect_exact("Type exit to leave.")
+        chat.sendline(" Exit ")
+        chat.expect(pexpect.EOF)
+        chat.close()
+        assert chat.exitstatus == 0
+    finally:
+        chat.close(force=True)
 
 
-def test_a_run_that_is_not_there_is_named_and_not_made(tmp_path):
-    failed = once(tmp_path / "missing", "--once", "Hi")
-    assert failed.returncode == 1 and "run notebook 03_lora_finetuning first" in failed.stderr
-    assert "Traceback" not in failed.stderr and not (tmp_path / "missing").exists()
-
-
-LOADED = """
+IN_A_PIPE = """
 import runpy, sys
 import alpaca_helpers.chat
-assert "torch" not in sys.modules
-import alpaca_helpers.chat.conversation, alpaca_helpers.chat.terminal
-sys.argv = ["chat", "--help"]
-try:
-    runpy.run_module("alpaca_helpers.chat", run_name="__main__")
-except SystemExit as left:
-    assert not left.code
-print(sorted({"alpaca_helpers.chat.rendering", "ipywidgets", "IPython"} & set(sys.modules)))
+early = {"torch"} & set(sys.modules)
+runpy.run_module("alpaca_helpers.chat", run_name="__main__")
+print(early | {"alpaca_helpers.chat.rendering", "ipywidgets", "IPython"} & set(sys.modules), file=sys.stderr)
 """
 
 
-def test_the_terminal_loads_neither_ipywidgets_nor_ipython():
-    done = subprocess.run([sys.executable, "-c", LOADED], cwd=PROJECT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "--compare" in done.stdout, done.stderr
-    assert done.stdout.splitlines()[-1] == "['alpaca_helpers.chat.rendering']"
+@pytest.mark.integration
+def test_a_pipe_whose_reader_has_gone_ends_quietly_and_nothing_of_a_notebook_was_loaded(run):
+    read, write = os.pipe()
+    os.close(read)
+    options = [sys.executable, "-c", IN_A_PIPE, "--run", run, "--once", "Hi"]
+    done = subprocess.run(options, cwd=PROJECT, stdout=write, stderr=subprocess.PIPE, text=True, timeout=600)
+    os.close(write)
+    assert done.returncode == 0 and done.stderr.splitlines()[-1] == "{'alpaca_helpers.chat.rendering'}", done.stderr
+    assert done.stderr.startswith("Loading ") and "Error" not in done.stderr and "Traceback" not in done.stderr
 
 
 def test_nothing_else_in_the_package_imports_the_chat():
     package = PROJECT / "alpaca_helpers"
-    for path in package.rglob("*.py"):
-        if not path.is_relative_to(package / "chat"):
-            imports = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, IMPORTS)]
-            assert "chat" not in re.findall(r"\w+", " ".join(map(ast.unparse, imports))), path
+    for path in set(package.rglob("*.py")) - set((package / "chat").iterdir()):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                assert "chat" not in ast.unparse(node).replace(",", " ").replace(".", " ").split(), path
 
 
-def test_help_names_every_option():
-    shown = once("none", "--help").stdout
-    assert all(option in shown for option in ("--compare", "--once", "--input", "--temperature", "--top-k", "--seed"))
+@pytest.mark.nightly
+def test_ctrl_c_in_the_real_series_is_one_line_and_the_run_goes_on(tmp_path):
+    """A terminal sends the interrupt to the whole group: to the series and to the kernel that it has started."""
+    command = [sys.executable, "-m", "alpaca_helpers.series", "--profile", "pocket", "--run", f"{tmp_path}/run"]
+    command += ["-p", "num_train_epochs", "1", "-p", "max_heldout_rows", "20"]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": PROJECT, "text": True}
+    started = subprocess.Popen(command, start_new_session=True, **pipes)
+    signal.signal(signal.SIGINT, before)
+    said = next(line for line in started.stdout if "[2/4]" in line)
+    while not list((tmp_path / "run").glob("02*.ipynb")):  # papermill writes it as its kernel begins
+        assert started.poll() is None, said
+    os.killpg(started.pid, signal.SIGINT)
+    _, err = started.communicate(timeout=600)
+    assert started.returncode == 130
+    lines = [line for line in err.splitlines() if line.strip() and "Executing:" not in line]
+    assert lines == ["Interrupted: what is done is kept, and the same command goes on from there."]
+    again = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "[1/4] 01_base_model: unchanged" in again.stdout and "[2/4] 02_dataset_and_tokenizer\n" in again.stdout

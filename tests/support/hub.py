@@ -1,23 +1,24 @@
 """A stand-in for the Hub on loopback: what `from_pretrained` and `load_dataset` ask, answered from folders.
 
-    python tests/support/hub.py --layers 24 --width 1024   # the true shape, with random weights, under the real names
-    HF_ENDPOINT=http://127.0.0.1:PORT HF_HOME=EMPTY_FOLDER make run PROFILE=gpt2-medium
-
 Large files are redirected to another address with their size and hash in the headers, as the Hub does; small ones are
 served where they are. `faults` makes it misbehave.
 """
 
-import argparse
 import hashlib
 import json
-import os
 import threading
-import time
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import pyarrow
+import pyarrow.parquet
+import torch
+from safetensors.torch import save_file
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
 LARGE = (".safetensors", ".parquet", ".bin")  # kept outside git on the Hub, hence redirected
 
@@ -32,7 +33,6 @@ class Fault:
     reason: str = ""  # with this error code of the Hub's
     cut_at: int = -1  # close the connection after so many bytes of the body
     delay: float = 0  # seconds before the answer
-    rate: float = 0  # bytes a second of the body; 0: as fast as it goes
 
 
 @dataclass
@@ -52,18 +52,14 @@ class Hub:
     repositories: dict[str, Repository] = field(default_factory=dict)
     faults: list[Fault] = field(default_factory=list)
     log: list[str] = field(default_factory=list)  # "METHOD path status bytes"
-    port: int = 0  # 0: any free one
-
-    def add(self, key: str, folder: Path, commit: str) -> None:
-        self.repositories[key] = Repository(folder, commit)
 
     def __enter__(self) -> "Hub":
         handler = type("Handler", (_Handler,), {"hub": self})
-        self.server = ThreadingHTTPServer(("127.0.0.1", self.port), handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         self.elsewhere = f"http://localhost:{self.server.server_address[1]}"  # another host, as the Hub's storage is
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=[0.02], daemon=True).start()
         return self
 
     def __exit__(self, *error) -> None:
@@ -78,15 +74,10 @@ class Hub:
         return None
 
 
-_HASHES: dict[tuple[Path, int], str] = {}
-
-
+@lru_cache
 def _sha256(path: Path) -> str:
-    key = (path, path.stat().st_mtime_ns)
-    if key not in _HASHES:
-        with path.open("rb") as file:
-            _HASHES[key] = hashlib.file_digest(file, "sha256").hexdigest()
-    return _HASHES[key]
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _git_hash(path: Path) -> str:
@@ -101,20 +92,12 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args) -> None:
         pass
 
-    def do_HEAD(self) -> None:
-        self._answer()
-
     def do_GET(self) -> None:
-        self._answer()
-
-    def do_POST(self) -> None:
-        self._answer(self.rfile.read(int(self.headers.get("Content-Length", 0))).decode())
-
-    def _answer(self, body: str = "") -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
         address = urlsplit(self.path)
         path, query = unquote(address.path).strip("/"), parse_qs(address.query)
         self.fault = self.hub.next_fault(f"{self.command} {path}") or Fault("")
-        time.sleep(self.fault.delay)
+        threading.Event().wait(self.fault.delay)  # a test may have put an end to time.sleep
         if self.fault.status:
             reason = {"X-Error-Code": self.fault.reason} if self.fault.reason else {}
             return self._send(self.fault.status, b'{"error": "out of order"}', reason)
@@ -135,6 +118,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send_file(file, commit | {"ETag": f'"{_git_hash(file)}"'})
         linked = {"X-Linked-Size": str(file.stat().st_size), "X-Linked-ETag": f'"{_sha256(file)}"'}
         self._send(302, b"", commit | linked | {"Location": f"{self.hub.elsewhere}/cdn/{_sha256(file)}"})
+
+    do_HEAD = do_POST = do_GET
 
     def _find(self, key: str, rest: str) -> tuple[Repository | None, str, str]:
         """Return repository, revision and the path within; without a repository, None for it, and 404 is answered."""
@@ -188,12 +173,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_file(self, file: Path, headers: dict[str, str] | None = None) -> None:
         size = file.stat().st_size
         start, end, status = 0, size - 1, 200
+        headers = dict(headers or {}) | {"Accept-Ranges": "bytes"}
         if asked := self.headers.get("Range", "").removeprefix("bytes="):
             first, _, last = asked.partition("-")
-            start, end = int(first), min(int(last or end), end)
-            status = 206
-        headers = dict(headers or {}) | {"Accept-Ranges": "bytes"}
-        if status == 206:
+            start, end, status = int(first), min(int(last or end), end), 206
             headers["Content-Range"] = f"bytes {start}-{end}/{size}"
         with file.open("rb") as content:
             content.seek(start)
@@ -210,9 +193,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             while self.command != "HEAD" and sent < length and sent != cut:
                 step = min(1 << 20, length - sent, cut - sent if cut >= 0 else length)
-                if self.fault.rate:
-                    step = min(step, max(1, int(self.fault.rate / 10)))
-                    time.sleep(step / self.fault.rate)
                 self.wfile.write(body[sent : sent + step] if isinstance(body, bytes) else body.read(step))
                 sent += step
             self.close_connection = sent == cut
@@ -234,26 +214,19 @@ def write_model(folder: Path, vocabulary: Path, layers: int = 2, width: int = 64
     Args:
         vocabulary: folder with GPT-2's `vocab.json` and `merges.txt`.
     """
-    import torch
-    from safetensors.torch import save_file
-    from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
-
-    folder.mkdir(parents=True, exist_ok=True)
     tokenizer = GPT2Tokenizer(vocab=str(vocabulary / "vocab.json"), merges=str(vocabulary / "merges.txt"))
     tokenizer.save_pretrained(folder)  # tokenizer.json
     for name in ("vocab.json", "merges.txt"):
         (folder / name).write_bytes((vocabulary / name).read_bytes())
     (folder / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
-    eos = tokenizer.eos_token_id
+    ends = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
     shape = {"n_layer": layers, "n_embd": width, "n_head": heads, "n_positions": 1024, "n_ctx": 1024}
-    ends = {"bos_token_id": eos, "eos_token_id": eos}
-    dropout = {"attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1}
     sampling = {"task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}}}
-    config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": len(tokenizer)}
-    (folder / "config.json").write_text(json.dumps(config | shape | ends | dropout | sampling))
+    config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": len(tokenizer)} | shape | ends
+    (folder / "config.json").write_text(json.dumps(config | sampling))
     (folder / "generation_config.json").write_text(json.dumps({"_from_model_config": True} | ends))
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **shape, **ends))
+    model = GPT2LMHeadModel(GPT2Config(**config))
     tensors = {name: value.contiguous() for name, value in model.transformer.state_dict().items()}
     mask = torch.tril(torch.ones(1024, 1024)).view(1, 1, 1024, 1024)
     tensors |= {f"h.{layer}.attn.bias": mask.clone() for layer in range(layers)}
@@ -262,11 +235,8 @@ def write_model(folder: Path, vocabulary: Path, layers: int = 2, width: int = 64
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
 
 
-def write_dataset(folder: Path, rows: list[dict], count: int = ALPACA_ROWS) -> None:
+def write_dataset(folder: Path, rows: list[dict], count: int) -> None:
     """Write `count` rows, resampled from `rows`, as Alpaca lies on the Hub; no two instructions are the same."""
-    import pyarrow
-    import pyarrow.parquet
-
     columns: dict[str, list[str]] = {"instruction": [], "input": [], "output": [], "text": []}
     for number in range(count):
         copy, index = divmod(number, len(rows))
@@ -275,7 +245,7 @@ def write_dataset(folder: Path, rows: list[dict], count: int = ALPACA_ROWS) -> N
         columns["input"].append(row["input"])
         columns["output"].append(row["output"])
         columns["text"].append(f"Below is an instruction.\n\n### Instruction:\n{row['instruction']}\n\n### Response:")
-    (folder / "data").mkdir(parents=True, exist_ok=True)
+    (folder / "data").mkdir(parents=True)
     table = pyarrow.table(columns)
     pyarrow.parquet.write_table(table, folder / ALPACA_FILE)
     features = "".join(f"  - name: {name}\n    dtype: string\n" for name in columns)
@@ -284,38 +254,9 @@ def write_dataset(folder: Path, rows: list[dict], count: int = ALPACA_ROWS) -> N
     (folder / "README.md").write_text(card)
 
 
-def stand_in(folder: Path, data: Path, rows: int = ALPACA_ROWS, port: int = 0, **shape) -> Hub:
+def stand_in(folder: Path, data: Path, rows: int = ALPACA_ROWS, **shape) -> Hub:
     """Return a Hub with both repositories under their real names and commits, written to `folder` from real `data`."""
-    hub = Hub(port=port)
-    hub.add(MODEL, folder / "model", MODEL_COMMIT)
-    hub.add(DATASET, folder / "dataset", DATASET_COMMIT)
     write_model(folder / "model", data / "gpt2-tokenizer", **shape)
     write_dataset(folder / "dataset", json.loads((data / "alpaca_en_demo.json").read_text(encoding="utf-8")), rows)
-    return hub
-
-
-def main() -> None:
-    project = Path(__file__).resolve().parent.parent
-    data = os.environ.get("ALPACA_TEST_DATA", project.parent / "shared" / "data")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where to write the two repositories")
-    parser.add_argument("--data", type=Path, default=data, help="folder with real rows and GPT-2's vocabulary")
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--heads", type=int, default=2)
-    parser.add_argument("--rows", type=int, default=ALPACA_ROWS)
-    parser.add_argument("--port", type=int, default=0)
-    o = parser.parse_args()
-    shape = {"layers": o.layers, "width": o.width, "heads": o.heads}
-    with stand_in(o.folder, o.data, o.rows, o.port, **shape) as hub:
-        print(f"HF_ENDPOINT={hub.url}", flush=True)
-        shown = 0
-        while True:
-            time.sleep(0.2)
-            for line in hub.log[shown:]:
-                print(line, flush=True)
-                shown += 1
-
-
-if __name__ == "__main__":
-    main()
+    model, dataset = Repository(folder / "model", MODEL_COMMIT), Repository(folder / "dataset", DATASET_COMMIT)
+    return Hub({MODEL: model, DATASET: dataset})
