@@ -101,17 +101,24 @@ class _Handler(BaseHTTPRequestHandler):
         if self.fault.status:
             reason = {"X-Error-Code": self.fault.reason} if self.fault.reason else {}
             return self._send(self.fault.status, b'{"error": "out of order"}', reason)
-        if path.startswith("cdn/"):
-            return self._send_file(self._by_hash(path.removeprefix("cdn/")))
-        if path.startswith("api/"):
-            return self._api(path.removeprefix("api/"), query, body)
+        try:
+            if path.startswith("cdn/"):
+                self._send_file(self._by_hash(path.removeprefix("cdn/")))
+            elif path.startswith("api/"):
+                content = self._api(path.removeprefix("api/"), query, body)
+                self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+            else:
+                self._resolve(path)
+        except LookupError as missing:
+            self._send(404, b"", {"X-Error-Code": missing.args[0], "X-Error-Message": "there is none"})
+
+    do_HEAD = do_POST = do_GET
+
+    def _resolve(self, path: str) -> None:
+        """Send a file of a repository, or where the Hub's storage has it."""
         key, _, rest = path.partition("/resolve/")
-        key = key if key.startswith("datasets/") else f"models/{key}"
-        repository, revision, name = self._find(key, rest)
-        if repository is None:
-            return
-        file = repository.files().get(name)
-        commit = {"X-Repo-Commit": repository.commit}
+        repository, name = self._find(key if key.startswith("datasets/") else f"models/{key}", rest)
+        commit, file = {"X-Repo-Commit": repository.commit}, repository.files().get(name)
         if file is None:
             return self._send(404, b"", commit | {"X-Error-Code": "EntryNotFound", "X-Error-Message": "no such file"})
         if file.suffix not in LARGE:
@@ -119,42 +126,34 @@ class _Handler(BaseHTTPRequestHandler):
         linked = {"X-Linked-Size": str(file.stat().st_size), "X-Linked-ETag": f'"{_sha256(file)}"'}
         self._send(302, b"", commit | linked | {"Location": f"{self.hub.elsewhere}/cdn/{_sha256(file)}"})
 
-    do_HEAD = do_POST = do_GET
-
-    def _find(self, key: str, rest: str) -> tuple[Repository | None, str, str]:
-        """Return repository, revision and the path within; without a repository, None for it, and 404 is answered."""
-        repository = self.hub.repositories.get(key)
+    def _find(self, key: str, rest: str) -> tuple[Repository, str]:
+        """Return a repository and what follows the revision in `rest`; LookupError with the Hub's code if need be."""
         revision, _, name = rest.partition("/")
-        if repository is None:
-            self._send(404, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
-        elif revision not in ("", "main", repository.commit):
-            self._send(404, b"", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"})
-            repository = None
-        return repository, revision, name
+        if key not in self.hub.repositories:
+            raise LookupError("RepoNotFound")
+        if revision not in ("", "main", self.hub.repositories[key].commit):
+            raise LookupError("RevisionNotFound")
+        return self.hub.repositories[key], name
 
-    def _api(self, path: str, query: dict, body: str) -> None:
+    def _api(self, path: str, query: dict, body: str) -> object:
         kind, owner, name, action, *rest = (path + "/" * 4).split("/")
-        repository, _, inner = self._find(f"{kind}/{owner}/{name}", "/".join(rest).strip("/"))
-        if repository is None:
-            return
+        repository, inner = self._find(f"{kind}/{owner}/{name}", "/".join(rest).strip("/"))
         entries = [self._entry(name, file) for name, file in repository.files().items()]
         if action in ("", "revision"):
             blobs = ("rfilename", "size", "blobId", "lfs") if "blobs" in query else ("rfilename",)
             siblings = [{key: e[key] for key in blobs if key in e} for e in entries]
             content = {"id": f"{owner}/{name}", "sha": repository.commit, "siblings": siblings, "private": False}
-            return self._send_json(content | {"tags": [], "downloads": 0, "likes": 0})
+            return content | {"tags": [], "downloads": 0, "likes": 0}
         folders = sorted({str(parent) for e in entries for parent in Path(e["path"]).parents} - {"."})
         entries = [{"type": "directory", "oid": "0" * 40, "path": f, "size": 0} for f in folders] + entries
         if action == "paths-info":
             asked = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body)["paths"]
-            return self._send_json([e for e in entries if e["path"] in asked])
-        if action == "tree":
-            if inner and inner not in folders:
-                return self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Error-Message": "no such folder"})
-            below = [e for e in entries if not inner or e["path"].startswith(inner + "/")]
-            whole = query.get("recursive") in (["True"], ["true"], ["1"])
-            return self._send_json([e for e in below if whole or str(Path(e["path"]).parent) == (inner or ".")])
-        self._send(404, b"{}")
+            return [e for e in entries if e["path"] in asked]
+        if action != "tree" or (inner and inner not in folders):
+            raise LookupError("EntryNotFound")
+        below = [e for e in entries if not inner or e["path"].startswith(inner + "/")]
+        whole = query.get("recursive") in (["True"], ["true"], ["1"])
+        return [e for e in below if whole or str(Path(e["path"]).parent) == (inner or ".")]
 
     def _entry(self, name: str, file: Path) -> dict:
         size, oid = file.stat().st_size, _git_hash(file) if file.suffix not in LARGE else "0" * 40
@@ -166,9 +165,6 @@ class _Handler(BaseHTTPRequestHandler):
     def _by_hash(self, sha256: str) -> Path:
         files = (file for repository in self.hub.repositories.values() for file in repository.files().values())
         return next(file for file in files if file.suffix in LARGE and _sha256(file) == sha256)
-
-    def _send_json(self, content: object) -> None:
-        self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
     def _send_file(self, file: Path, headers: dict[str, str] | None = None) -> None:
         size = file.stat().st_size
@@ -237,19 +233,16 @@ def write_model(folder: Path, vocabulary: Path, layers: int = 2, width: int = 64
 
 def write_dataset(folder: Path, rows: list[dict], count: int) -> None:
     """Write `count` rows, resampled from `rows`, as Alpaca lies on the Hub; no two instructions are the same."""
-    columns: dict[str, list[str]] = {"instruction": [], "input": [], "output": [], "text": []}
+    columns, table = ("instruction", "input", "output", "text"), []
     for number in range(count):
         copy, index = divmod(number, len(rows))
-        row = rows[index]
-        columns["instruction"].append(row["instruction"] + (f" (variant {copy})" if copy else ""))
-        columns["input"].append(row["input"])
-        columns["output"].append(row["output"])
-        columns["text"].append(f"Below is an instruction.\n\n### Instruction:\n{row['instruction']}\n\n### Response:")
+        row = rows[index] | {"text": f"### Instruction:\n{rows[index]['instruction']}\n\n### Response:"}
+        row["instruction"] += f" (variant {copy})" if copy else ""
+        table.append({column: row[column] for column in columns})
     (folder / "data").mkdir(parents=True)
-    table = pyarrow.table(columns)
-    pyarrow.parquet.write_table(table, folder / ALPACA_FILE)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), folder / ALPACA_FILE)
     features = "".join(f"  - name: {name}\n    dtype: string\n" for name in columns)
-    splits = f"  splits:\n  - name: train\n    num_bytes: {table.nbytes}\n    num_examples: {count}\n"
+    splits = f"  splits:\n  - name: train\n    num_examples: {count}\n"
     card = f"---\nlicense: cc-by-nc-4.0\npretty_name: Alpaca\ndataset_info:\n  features:\n{features}{splits}---\n"
     (folder / "README.md").write_text(card)
 
