@@ -80,7 +80,7 @@ def lab(tmp_path_factory):
     with (home / "log").open("w") as log:
         server = subprocess.Popen(command, env=os.environ | folders, stdout=log, stderr=log)
     try:
-        while True:
+        for _ in range(1200):
             assert server.poll() is None, (home / "log").read_text()
             with suppress(OSError):
                 urllib.request.urlopen(f"{address}/api", timeout=60)
@@ -117,6 +117,10 @@ def test_a_conversation_in_notebook_04(page, notebook, lab):
     def button(name):
         return box.get_by_role("button", name=name, exact=True)
 
+    def say(text):
+        field.fill(text)
+        field.press("Enter")
+
     def answered(number):
         """Wait for the number of exchanges, all of them ended."""
         page.wait_for_function(
@@ -147,8 +151,7 @@ def test_a_conversation_in_notebook_04(page, notebook, lab):
 
     # both answers stream after Enter
     page.evaluate(WATCH)
-    field.fill("Tell me a long story about the capital of France and its river.")
-    field.press("Enter")
+    say("Tell me a long story about the capital of France and its river.")
     answered(scripted + 1)
     for side in (0, 1):
         lengths = [note[side] for note in page.evaluate("window.seen")]
@@ -157,8 +160,7 @@ def test_a_conversation_in_notebook_04(page, notebook, lab):
 
     # stop ends the answer
     set_up(temperature=0, length=200)  # greedily, the base goes round in circles
-    field.fill("What is the weather like?")
-    field.press("Enter")
+    say("What is the weather like?")
     box.locator(".going").first.wait_for()
     page.wait_for_function("[...document.querySelectorAll('.alpaca-box .going')].some(bubble => bubble.textContent)")
     page.screenshot(path=FOLDER / "midstream.png")
@@ -168,8 +170,7 @@ def test_a_conversation_in_notebook_04(page, notebook, lab):
 
     # markup of a user stays text, in the box and in the page's static copy
     set_up(length=20)
-    field.fill(HOSTILE)
-    field.press("Enter")
+    say(HOSTILE)
     answered(scripted + 3)
     assert box.locator(".you .bubble").last.inner_text() == HOSTILE
     page.wait_for_timeout(500)
@@ -213,11 +214,9 @@ def test_a_conversation_in_notebook_04(page, notebook, lab):
     # clear, one more, exit
     button("Clear").click()
     answered(0)
-    field.fill("What is the capital of Portugal?")
-    field.press("Enter")
+    say("What is the capital of Portugal?")
     answered(1)
-    field.fill("exit")
-    field.press("Enter")
+    say("exit")
     box.get_by_text("The chat is closed").wait_for()
     assert not field.is_visible()
     shot("closed")
