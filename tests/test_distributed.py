@@ -16,7 +16,7 @@ from support.runs import prepare_run
 from alpaca_helpers import checkpoints, training
 from alpaca_helpers.lora import WEIGHTS
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.nightly
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ENVIRONMENT = {
@@ -79,10 +79,3 @@ def test_a_refusal_is_printed_once_and_names_the_commands_own_flags(run):
     assert failed.stderr.count(sentence) == 1 and "AlpacaError" not in failed.stderr
     failed = torchrun("-m", "alpaca_helpers.training", str(run), "--lora-dropout", "1")
     assert failed.stderr.count("The parameter `lora_dropout` is '1'") == 1
-
-
-def test_the_command_names_the_missing_notebook(tmp_path):
-    command = [sys.executable, "-m", "alpaca_helpers.training", "--run", str(tmp_path / "none")]
-    failed = subprocess.run(command, env=ENVIRONMENT, cwd=PROJECT, capture_output=True, text=True)
-    assert failed.returncode == 1 and "run notebook 02_dataset_and_tokenizer first" in failed.stderr
-    assert "Traceback" not in failed.stderr

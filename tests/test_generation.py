@@ -1,110 +1,87 @@
-import copy
+"""Answers: which tokens are drawn, where they end, and what is left after an interrupt or under odd settings.
+
+Greedy answers are held against transformers' in tests/test_architectures.py.
+"""
+
+import signal
 import threading
-from contextlib import nullcontext
 
 import pytest
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from alpaca_helpers import AlpacaError, generation
+from alpaca_helpers.chat.conversation import Conversation, Ending
+from alpaca_helpers.evaluation import answer_losses
 from alpaca_helpers.generation import generate, stream
 from alpaca_helpers.prompts import encode, format_prompt
 
 PROMPTS = [format_prompt(text) for text in ("Hi", "What is the capital of France?", "Add 1 and 2 please, if you can")]
+SIDES = ("base", "tuned")
 
 
-def reference(model, tokenizer, prompt, side, limit):
-    """The ids that transformers' own greedy generation adds to one prompt."""
-    ids = torch.tensor(encode([prompt], tokenizer))
-    adapter = model.disable_adapter() if side == "base" else nullcontext()
-    with adapter:
-        new = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=limit,
-            do_sample=False,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-    return new[0, ids.shape[1] :].tolist()
+@pytest.fixture
+def ask(tiny_model, pocket_tokenizer):
+    """`generate` on the tiny model."""
+    return lambda prompts=PROMPTS, **settings: generate(tiny_model, pocket_tokenizer, prompts, **settings)
 
 
-@pytest.mark.parametrize("side", ["base", "tuned"])
-@pytest.mark.parametrize("batch_size", [1, 2, 64])
-def test_equals_transformers_generate(tiny_model, pocket_tokenizer, side, batch_size):
-    answers = generate(tiny_model, pocket_tokenizer, PROMPTS, side=side, batch_size=batch_size, max_new_tokens=12)
-    for prompt, answer in zip(PROMPTS, answers):
-        ids = reference(tiny_model, pocket_tokenizer, prompt, side, 12)
-        assert answer.text == pocket_tokenizer.decode(ids, skip_special_tokens=True).strip()
-
-
-def test_base_and_tuned_in_one_batch_are_each_alone(tiny_model, pocket_tokenizer):
-    *_, (base, tuned) = stream(
-        tiny_model, pocket_tokenizer, PROMPTS[:1] * 2, sides=["base", "tuned"], max_new_tokens=12
-    )
-    assert [base] == generate(tiny_model, pocket_tokenizer, PROMPTS[:1], side="base", max_new_tokens=12)
-    assert [tuned] == generate(tiny_model, pocket_tokenizer, PROMPTS[:1], side="tuned", max_new_tokens=12)
+def test_base_and_tuned_in_one_batch_are_each_alone(tiny_model, pocket_tokenizer, ask):
+    *_, (base, tuned) = stream(tiny_model, pocket_tokenizer, PROMPTS[:1] * 2, sides=SIDES, max_new_tokens=12)
+    assert [base] == ask(PROMPTS[:1], side="base", max_new_tokens=12)
+    assert [tuned] == ask(PROMPTS[:1], side="tuned", max_new_tokens=12)
     assert base.text != tuned.text
 
 
-def test_end_of_text_ends_an_answer_and_leaves_the_others(tiny_model, pocket_tokenizer):
-    ids = [reference(tiny_model, pocket_tokenizer, prompt, "tuned", 12) for prompt in PROMPTS]
-    place, eos = next((i, token) for i, token in enumerate(ids[0]) if token not in ids[0][:i] + ids[1] + ids[2])
-    tokenizer = copy.deepcopy(pocket_tokenizer)
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos)
-    answers = generate(tiny_model, tokenizer, PROMPTS, max_new_tokens=12)
-    assert [(answer.tokens, answer.stopped) for answer in answers] == [(place, True), (12, False), (12, False)]
-
-
-def test_a_seed_gives_the_same_sample_in_any_batch(tiny_model, pocket_tokenizer):
+def test_a_seed_gives_the_same_sample_in_any_batch(ask):
     settings = {"temperature": 0.9, "top_p": 0.95, "top_k": 100, "seed": 3, "max_new_tokens": 10}
-    together = generate(tiny_model, pocket_tokenizer, PROMPTS, **settings)
-    alone = [generate(tiny_model, pocket_tokenizer, [prompt], **settings)[0] for prompt in PROMPTS]
-    assert together == alone
-    assert generate(tiny_model, pocket_tokenizer, PROMPTS, **{**settings, "seed": 4}) != together
+    together = ask(**settings)
+    assert together == [ask([prompt], **settings)[0] for prompt in PROMPTS]
+    assert ask(**settings | {"seed": 4}) != together
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize(
     "size, top_k, top_p",
     [(50, 0, 1.0), (50, 5, 1.0), (50, 0, 0.6), (50, 20, 0.8), (50, 1, 0.01), (50, 99, 0.9), (2000, 0, 0.95)],
 )
-def test_samples_are_drawn_as_transformers_odds_have_it(size, top_k, top_p):
+def test_samples_are_drawn_as_transformers_odds_have_it(size, top_k, top_p, monkeypatch):
+    """Each of 2000 equal parts of what may be drawn once: a token's share is its odds, but for a part at either end."""
     logits = 2 * torch.randn(3, size, generator=torch.Generator().manual_seed(0))
     warpers = [TemperatureLogitsWarper(0.7), TopKLogitsWarper(top_k or size), TopPLogitsWarper(top_p)]
-    odds = LogitsProcessorList(warpers)(None, logits).softmax(-1)
-    generators = [torch.Generator().manual_seed(0) for _ in range(3)]
-    drawn = torch.tensor([generation._next_tokens(logits, generators, 0.7, top_k, top_p) for _ in range(4000)])
-    shares = torch.stack([(drawn == token).float().mean(0) for token in range(size)], dim=-1)
-    assert not (shares[odds == 0]).any()
-    torch.testing.assert_close(shares, odds, atol=0.03, rtol=0)  # four standard errors
+    for row, odds in zip(logits, LogitsProcessorList(warpers)(None, logits).softmax(-1)):
+        monkeypatch.setattr(torch, "rand", lambda *_, generator: (torch.tensor([generator]) + 0.5) / 2000)
+        drawn = torch.tensor(generation._next_tokens(row.expand(2000, -1), range(2000), 0.7, top_k, top_p))
+        shares = drawn.bincount(minlength=size) / 2000
+        assert not shares[odds == 0].any()
+        torch.testing.assert_close(shares, odds, atol=1 / 2000 + 1e-6, rtol=0)
 
 
-def test_a_small_model_decodes_on_one_thread_and_leaves_the_setting(tiny_model, pocket_tokenizer, monkeypatch):
+def test_a_small_model_decodes_on_one_thread_and_leaves_the_setting(tiny_model, ask, monkeypatch):
     before, seen = torch.get_num_threads(), []
     tiny_model.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
     try:
         torch.set_num_threads(2)
-        generate(tiny_model, pocket_tokenizer, PROMPTS[:1], max_new_tokens=3)
+        ask(PROMPTS[:1], max_new_tokens=3)
         monkeypatch.setattr(generation, "_SMALL", 0)
-        generate(tiny_model, pocket_tokenizer, PROMPTS[:1], max_new_tokens=1)
+        ask(PROMPTS[:1], max_new_tokens=1)
         assert seen == [1, 1, 1, 2] and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("temperature", [0, 0.7])
-def test_a_model_that_computes_no_numbers_is_one_sentence(tiny_model, pocket_tokenizer, temperature):
+def test_a_model_that_computes_no_numbers_is_one_sentence(tiny_model, ask):
     tiny_model.register_forward_hook(lambda _, __, output: setattr(output, "logits", output.logits * torch.nan))
-    with pytest.raises(AlpacaError, match="output is not a number"):
-        generate(tiny_model, pocket_tokenizer, PROMPTS, temperature=temperature)
+    for temperature in (0, 0.7):
+        with pytest.raises(AlpacaError, match="output is not a number"):
+            ask(temperature=temperature)
 
 
-@pytest.mark.parametrize("length", [117, 118, 119, 300])
-def test_prompt_and_answer_fit_the_positions(tiny_model, pocket_tokenizer, length):
-    prompt = " a" * length  # a token each
-    assert len(encode([prompt], pocket_tokenizer)[0]) == length
-    (answer,) = generate(tiny_model, pocket_tokenizer, [prompt], max_new_tokens=10)
-    assert answer.prompt_cut == max(0, length - 118)
+def test_prompt_and_answer_fit_the_positions(pocket_tokenizer, ask):
+    for length in (117, 118, 119, 300):
+        prompt = " a" * length  # a token each
+        assert len(encode([prompt], pocket_tokenizer)[0]) == length
+        assert ask([prompt], max_new_tokens=10)[0].prompt_cut == max(0, length - 118)
+    assert ask([]) == [] and len(ask([""], max_new_tokens=2)) == 1
 
 
 def test_stop_ends_a_stream_where_it_is(tiny_model, pocket_tokenizer):
@@ -116,48 +93,116 @@ def test_stop_ends_a_stream_where_it_is(tiny_model, pocket_tokenizer):
     assert seen[:3] == [1, 2, 3] and seen[-1] <= 4
 
 
-@pytest.mark.integration
-def test_two_threads_answer_as_one_after_the_other(tiny_model, pocket_tokenizer):
-    expected = {side: generate(tiny_model, pocket_tokenizer, PROMPTS, side=side) for side in ("base", "tuned")}
-    got = {}
+def test_two_threads_answer_as_one_after_the_other_and_training_mode_stays(tiny_model, ask):
+    expected, got = {side: ask(side=side, max_new_tokens=20) for side in SIDES}, {}
+    tiny_model.train()  # answers are without dropout all the same
 
-    def ask(side):
-        got[side] = [generate(tiny_model, pocket_tokenizer, PROMPTS, side=side) for _ in range(3)]
+    def often(side):
+        got[side] = [ask(side=side, max_new_tokens=20) for _ in range(3)]
 
-    threads = [threading.Thread(target=ask, args=(side,)) for side in expected]
+    threads = [threading.Thread(target=often, args=(side,)) for side in SIDES]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert got == {side: [answers] * 3 for side, answers in expected.items()}
-
-
-def test_training_mode_and_gradients_are_left_as_they_were(tiny_model, pocket_tokenizer):
-    expected = generate(tiny_model, pocket_tokenizer, PROMPTS)
-    tiny_model.train()
-    assert generate(tiny_model, pocket_tokenizer, PROMPTS) == expected  # no dropout
     assert tiny_model.training and torch.is_grad_enabled()
 
 
+NO_NUMBER = [2.5, float("nan"), float("inf"), 2**70, "3", None]
+OUT_OF_RANGE = {
+    "max_new_tokens": [-1, 0, 128, *NO_NUMBER],
+    "top_k": [-1, *NO_NUMBER],
+    "seed": [-1, *NO_NUMBER],
+    "temperature": [-1.0, -0.1, 0.009, float("nan"), float("inf"), "1", None],
+    "top_p": [0.0, -1.0, 1.5, float("nan"), "1", None],
+}
+
+
+@pytest.mark.parametrize("setting", OUT_OF_RANGE)
+def test_a_setting_out_of_range_is_one_sentence(setting, ask):
+    for value in OUT_OF_RANGE[setting]:
+        with pytest.raises(AlpacaError, match=f"^{setting} is .*: choose") as raised:
+            ask(**{"temperature": 1.0, setting: value})
+        assert raised.value.code == "bad-setting", value
+    with pytest.raises(AlpacaError, match="'tune'"):
+        ask(side="tune")
+
+
+def test_extreme_settings_within_their_range_give_answers(ask):
+    for settings in (
+        {"temperature": 0.01},
+        {"temperature": 1e30},
+        {"temperature": 1.0, "top_p": 1e-9},
+        {"seed": 2**62},
+    ):
+        (answer,) = ask(PROMPTS[:1], max_new_tokens=3, **settings)
+        assert answer.tokens or answer.stopped
+
+
+@pytest.fixture
+def interrupts():
+    """Python's own handling of SIGINT, also where the tests run in the background and the shell ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def fail_at(monkeypatch, model, step, fail=lambda: signal.raise_signal(signal.SIGINT)):
+    """Have the `step`-th forward fail in its middle: by a real SIGINT, as Ctrl-C and Jupyter's stop button send it."""
+    place, passes = model.base_model.model.transformer.h[1].mlp, []
+    forward = place.forward
+
+    def interrupted(*arguments):
+        passes.append(1)
+        if len(passes) == step:
+            fail()
+        return forward(*arguments)
+
+    monkeypatch.setattr(place, "forward", interrupted)
+
+
+def run_out():
+    raise MemoryError
+
+
 @pytest.mark.parametrize(
-    "setting, value",
+    "sides, step, evaluating, fault",
     [
-        ("max_new_tokens", 0),
-        ("max_new_tokens", 128),
-        ("temperature", -1.0),
-        ("temperature", float("nan")),
-        ("temperature", float("inf")),
-        ("top_p", 0.0),
-        ("top_p", 1.5),
-        ("top_k", -1),
+        (["base", "tuned"], 1, False, KeyboardInterrupt),
+        (["base"], 4, False, KeyboardInterrupt),
+        (["tuned"], 4, False, KeyboardInterrupt),
+        (["base"], 1, True, KeyboardInterrupt),
+        (["tuned"], 1, True, KeyboardInterrupt),
+        (["base"], 2, False, MemoryError),
     ],
 )
-def test_a_setting_out_of_range_is_one_sentence(tiny_model, pocket_tokenizer, setting, value):
-    with pytest.raises(AlpacaError, match=f"{setting} is .*: choose") as raised:
-        generate(tiny_model, pocket_tokenizer, PROMPTS, **{setting: value})
-    assert raised.value.code == "bad-setting"
+def test_an_interrupt_or_out_of_memory_leaves_the_model_as_it_was(
+    sides, step, evaluating, fault, tiny_model, pocket_tokenizer, ask, monkeypatch, interrupts
+):
+    rows = [{"instruction": "Hi", "input": "", "output": "there"}] * 2
+
+    def answers():
+        losses = [answer_losses(tiny_model, pocket_tokenizer, rows, side).tolist() for side in SIDES]
+        return [ask(PROMPTS[:1] * n, side=side, max_new_tokens=8) for n in (1, 3) for side in SIDES], losses
+
+    before = answers()
+    assert before[0][0] != before[0][1] and before[1][0] != before[1][1]
+    with monkeypatch.context() as patched, pytest.raises(fault):
+        fail_at(patched, tiny_model, step, *([run_out] if fault is MemoryError else []))
+        if evaluating:
+            answer_losses(tiny_model, pocket_tokenizer, rows, *sides)
+        else:
+            list(stream(tiny_model, pocket_tokenizer, PROMPTS[:1] * len(sides), sides=sides))
+    assert answers() == before and not tiny_model.training
 
 
-def test_no_prompts_no_answers(tiny_model, pocket_tokenizer):
-    assert generate(tiny_model, pocket_tokenizer, []) == []
-    assert len(generate(tiny_model, pocket_tokenizer, [""], max_new_tokens=2)) == 1
+def test_a_conversation_goes_on_after_an_interrupt(tiny_model, pocket_tokenizer, ask, monkeypatch, interrupts):
+    talk = Conversation(tiny_model, pocket_tokenizer, max_new_tokens=6, temperature=0)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        fail_at(patched, tiny_model, 3)
+        list(talk.answer(talk.add("Hi")))
+    assert [(reply.tokens, reply.ending) for reply in talk.exchanges[0].replies] == [(2, Ending.INTERRUPTED)] * 2
+    list(talk.answer(talk.add("Hi")))
+    whole = [ask(PROMPTS[:1], side=side, max_new_tokens=6)[0].text for side in SIDES]
+    assert [reply.text for reply in talk.exchanges[1].replies] == whole

@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -28,8 +29,10 @@ from transformers import (
 )
 from transformers.models.gemma2 import Gemma2Config
 from transformers.models.gemma3 import Gemma3TextConfig
+from transformers.pytorch_utils import Conv1D
 
 from alpaca_helpers import pocket
+from alpaca_helpers.lora import lora_config
 from alpaca_helpers.prompts import format_example
 
 BYTES = [f"<0x{number:02X}>" for number in range(256)]
@@ -141,3 +144,33 @@ def save(kind: str, folder: Path, **options) -> Path:
     tokenizer.save_pretrained(folder)
     assert AutoTokenizer.from_pretrained(folder)("It is.").input_ids == tokenizer("It is.").input_ids
     return folder
+
+
+def with_lora(base, std: float = 0.5, **settings) -> PeftModel:
+    """Return the base under a random adapter that changes its answers; `lora_config`'s settings."""
+    transposed = any(isinstance(layer, Conv1D) for layer in base.modules())
+    model = get_peft_model(base, lora_config(**{"fan_in_fan_out": transposed} | settings))
+    torch.manual_seed(1)
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value, std=std)
+    return model.eval()
+
+
+def gradients(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the gradients of the loss by the parameters' names."""
+    model.zero_grad()
+    loss.backward()
+    return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+
+
+def assert_same(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """Check that tensors of the same names hold the same numbers, computed in another order.
+
+    float32 rounds by up to 2^-24. What is compared here are sums of up to 2^16 products (rows, tokens, width), whose
+    roundings add up like a random walk: to 2^8 of them, so to 2^-16 of the largest number of the tensor.
+    """
+    assert got.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert value.dtype == torch.float32 == got[name].dtype, name
+        torch.testing.assert_close(got[name], value, atol=2**-16 * value.abs().max().item(), rtol=0, msg=name)

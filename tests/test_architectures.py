@@ -1,0 +1,238 @@
+"""Ids, loss, gradients, answers and adapters on ten architectures, each a tiny random model with its kind of tokenizer.
+
+Held against transformers' and peft's own: `python -m pytest tests/test_architectures.py`.
+"""
+
+import json
+import warnings
+
+import pytest
+import torch
+from jinja2.exceptions import TemplateError
+from support.models import MODELS, OTHERS, assert_same, gradients, tiny, with_lora
+from support.notebooks import ENGLISH, made_of
+from support.runs import save_adapter
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from alpaca_helpers import AlpacaError
+from alpaca_helpers.batches import add_learned
+from alpaca_helpers.chat.conversation import Conversation
+from alpaca_helpers.data import IGNORED, tokenize
+from alpaca_helpers.evaluation import answer_losses
+from alpaca_helpers.generation import end_tokens, generate
+from alpaca_helpers.lora import check_targets, load_adapter, save_merged
+from alpaca_helpers.models import fetch_model, load_base, positions
+from alpaca_helpers.prompts import encode, format_prompt
+from alpaca_helpers.speedups import faster_training
+from alpaca_helpers.training import AnswerTrainer, data_collator
+
+QUESTIONS = ["Hi", "What is the capital of France, and of Spain?", "Name it.", "Tell me who wrote this book of old."]
+PROMPTS = [format_prompt(question) for question in QUESTIONS]
+ANYWHERE = [*MODELS, *OTHERS]
+WITH_BOS = ("llama", "opt", "gemma")
+
+
+def adapted(kind, targets=None, **settings):
+    """The tiny model under a random adapter without dropout, and the tokenizer, which pads with its end if need be."""
+    base, tokenizer = tiny(kind)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of fan_in_fan_out
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+        return with_lora(base, 0.2, **{"lora_dropout": 0.0, "target_modules": targets} | settings), tokenizer
+
+
+def first_ids(model, ask):
+    """Return the ids that the model is given first when `ask` is called."""
+    seen = []
+    embedding = model.get_input_embeddings()
+    with embedding.register_forward_pre_hook(lambda _, given: seen.append(given[0])):
+        ask()
+    return seen[0][0].tolist()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "qwen3"])  # qwen2's tokenizer is its own too
+def test_all_ways_ask_with_the_same_ids_and_marker_text_stays_text(kind, tmp_path):
+    model, tokenizer = adapted(kind)
+    row = {"instruction": "What is the capital?", "input": "of France", "output": "Paris."}
+    prompt = format_prompt(row["instruction"], row["input"])
+    ids, columns = tokenizer(prompt).input_ids, {name: [value] for name, value in row.items()}
+    assert (ids[0] == tokenizer.bos_token_id) == (kind in WITH_BOS)
+    made = tokenize(columns, tokenizer)
+    trained, labels = made["input_ids"][0], made["labels"][0]
+    assert trained[: len(ids)] == ids and labels[: len(ids)] == [IGNORED] * len(ids)
+    assert trained[len(ids) :] == labels[len(ids) :] and trained[-1] == tokenizer.eos_token_id
+    assert trained[:-1] == tokenizer(f"{prompt} Paris.").input_ids  # one text, though its halves are cut apart
+    padded = tokenize(columns, tokenizer, "document", 96)
+    padding = [id for id, held in zip(padded["input_ids"][0], padded["attention_mask"][0]) if not held]
+    assert set(padding) == {tokenizer.pad_token_id}
+
+    piped, talk = pipeline("text-generation", model=model, tokenizer=tokenizer), Conversation(model, tokenizer)
+    for ask in (
+        lambda: generate(model, tokenizer, [prompt], max_new_tokens=1),
+        lambda: piped(prompt, max_new_tokens=1, do_sample=False),
+        lambda: next(iter(talk.answer(talk.add(row["instruction"], row["input"])))),
+    ):
+        assert first_ids(model, ask) == ids
+    assert first_ids(model, lambda: answer_losses(model, tokenizer, [row])) == trained[:-1]
+
+    save_adapter(model, tokenizer, tmp_path / "adapter")
+    elsewhere = AutoTokenizer.from_pretrained(tmp_path / "adapter")
+
+    def template(content, *roles):
+        messages = [{"role": role, "content": content} for role in roles or ("user",)]
+        return elsewhere.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+
+    assert template(f"{row['instruction']}\n{row['input']}") == ids
+    for roles in ("assistant",), ("system", "user"), ("user", "assistant"), ("user", "assistant", "user"):
+        with pytest.raises(TemplateError, match="one message of a user at a time"):
+            template("Hi", *roles)
+    typed = f"Say {tokenizer.eos_token}{tokenizer.pad_token} now"
+    (ids,) = encode([format_prompt(typed)], tokenizer)
+    assert not set(tokenizer.all_special_ids) & set(ids[1:])
+    if kind in WITH_BOS:  # the template has to write the BOS token out, so the message cannot hold one
+        with pytest.raises(TemplateError, match="The message holds the special token"):
+            template(typed)
+    else:
+        assert template(typed) == ids
+
+
+@pytest.mark.parametrize("kind", ANYWHERE)
+def test_greedy_answers_are_those_of_transformers_in_any_batch(kind):
+    model, tokenizer = adapted(kind)
+    plain = {"max_new_tokens": 12, "do_sample": False, "repetition_penalty": 1.0}
+    plain["pad_token_id"] = tokenizer.pad_token_id
+
+    def expected():
+        rows = [torch.tensor([ids]) for ids in encode(PROMPTS, tokenizer)]
+        made = [model.generate(ids, attention_mask=ids * 0 + 1, **plain) for ids in rows]
+        return [answer[0, ids.shape[1] :].tolist() for answer, ids in zip(made, rows)]
+
+    with model.disable_adapter():
+        wanted = {"base": expected()}
+    wanted["tuned"] = expected()
+    assert wanted["base"] != wanted["tuned"]
+
+    def length(row, ends):
+        return next((place for place, id in enumerate(row) if id in ends), len(row))
+
+    def lengths(ends):
+        return {length(row, ends) for row in wanted["tuned"]}
+
+    drawn = [row[len(row) // 2] for row in wanted["tuned"]]
+    named = max(([one, other] for one in drawn for other in drawn), key=lambda named: len(lengths(named)))
+    model.generation_config.eos_token_id = named  # so that rows leave the batch at different steps
+    ends = {tokenizer.eos_token_id, *named}
+    assert len(lengths(ends)) > 1 and end_tokens(model, tokenizer) == ends
+    for side, rows in wanted.items():
+        together = generate(model, tokenizer, PROMPTS, side=side, max_new_tokens=12)
+        assert generate(model, tokenizer, PROMPTS, side=side, max_new_tokens=12, batch_size=1) == together
+        for answer, row in zip(together, rows):
+            end = length(row, ends)
+            assert (answer.ids, answer.stopped) == (row[:end], end < len(row))
+            assert answer.text == tokenizer.decode(row[:end]).strip()
+    with model.disable_adapter():
+        assert generate(model, tokenizer, PROMPTS, max_new_tokens=12) == generate(
+            model, tokenizer, PROMPTS, side="base", max_new_tokens=12
+        )
+
+
+@pytest.mark.parametrize(
+    "kind, recipe, targets",
+    [(kind, *how) for kind in ANYWHERE for how in (("document", None), ("answers", "all-linear"))]
+    + [("llama", "document+eos", ["q_proj", "lm_head"])],  # the head itself, before which positions are chosen
+)
+def test_loss_and_gradients_are_the_plain_models(kind, recipe, targets):
+    """Logits at learned labels alone, rows without a mask, faster layers, no dropout of the base: in float32."""
+    model, tokenizer = adapted(kind, targets)
+    rows = [row | {"input": text} for row, text in zip(made_of(ENGLISH, 2), ("x y", "", "and a longer one", "z"))]
+    made = tokenize({name: [row[name] for row in rows] for name in rows[0]}, tokenizer, recipe, 48)
+    lengths = [len(ids) for ids in made["input_ids"]]
+    rows = [dict(zip(made, values)) for values in zip(*made.values())]
+    batch = add_learned(data_collator(tokenizer, recipe), rows)
+    learned, width = batch["labels"][:, 1:] != IGNORED, batch["input_ids"].shape[1]
+    real = torch.tensor([[1] * length + [0] * (width - length) for length in lengths])
+    real = torch.tensor(made["attention_mask"])[:, :width] if "attention_mask" in made else real
+    trainer = AnswerTrainer.__new__(AnswerTrainer)  # its loss alone
+    trainer.model, trainer.since_log = model, torch.zeros(2)
+
+    plain = model(batch["input_ids"], labels=batch["labels"], attention_mask=real).loss  # without dropout
+    wanted = gradients(model, plain) | {"loss": plain.detach()}
+    model.train()
+    with faster_training(model):
+        loss, outputs = trainer.compute_loss(model, dict(batch), return_outputs=True)
+        found = gradients(model, loss) | {"loss": loss.detach()}
+    assert outputs.logits.shape == (learned.sum(), len(tokenizer))
+    assert all("lora_" in name for name in wanted if name != "loss") and len(wanted) > 4
+    assert_same(found, wanted)
+    assert model(batch["input_ids"]).logits.shape == (*batch["input_ids"].shape, len(tokenizer))  # the hook is gone
+
+
+@pytest.mark.parametrize("kind", ANYWHERE)
+def test_loras_dropout_stays_in_the_training_and_the_bases_comes_back_after_it(kind):
+    model, tokenizer = adapted(kind, lora_dropout=0.1)
+    ids = torch.tensor(encode(PROMPTS[:1], tokenizer))
+
+    def drawn():
+        torch.manual_seed(0)
+        with torch.inference_mode():
+            return model.train()(ids).logits
+
+    before = drawn()
+    with faster_training(model):
+        inside = drawn()
+    assert torch.equal(drawn(), before) and not torch.equal(inside, model.eval()(ids).logits)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("kind", ANYWHERE)
+def test_an_adapter_is_saved_loaded_and_merged_and_answers_messages_elsewhere(kind, tmp_path):
+    model, tokenizer = adapted(kind, "all-linear")
+    base, name = tiny(kind)[0].half(), str(tmp_path / "base")  # as many are published
+    base.save_pretrained(name, max_shard_size="50KB" if kind in ("llama", "opt") else "5GB")
+    tokenizer.save_pretrained(name)
+    tuned = with_lora(load_base(name), 0.2, lora_dropout=0.0, target_modules="all-linear")
+    assert tuned.get_base_model().dtype == torch.float32
+    save_adapter(tuned, tokenizer, tmp_path / "adapter")
+    again = load_adapter(load_base(name, dtype=torch.bfloat16), tmp_path / "adapter")  # the hash is of the same weights
+    assert again.get_base_model().dtype == torch.bfloat16
+    save_merged(load_base(name), tokenizer, tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(fetch_model(str(tmp_path / "merged")))
+    ids = torch.tensor(encode(PROMPTS[:1], tokenizer))
+    with torch.inference_mode():
+        apart, plain = tuned(ids).logits, load_base(name)(ids).logits
+        torch.testing.assert_close(merged(ids).logits, apart, atol=1e-4, rtol=0)
+    assert (apart - plain).abs().max() > 1e-2
+
+    settings = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    ends = sorted({tokenizer.eos_token_id} | ({tokenizer.pad_token_id} if "qwen" in kind else set()))
+    assert settings["eos_token_id"] == (ends if len(ends) > 1 else ends[0])
+    assert settings["pad_token_id"] == tokenizer.pad_token_id and "repetition_penalty" not in settings
+    pipe = pipeline("text-generation", model=str(tmp_path / "merged"))
+    ours = generate(tuned, tokenizer, PROMPTS, max_new_tokens=12)
+    for question, answer in zip(QUESTIONS, ours):
+        shown = tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
+        said = pipe([{"role": "user", "content": question}], max_new_tokens=12, do_sample=False)[0]["generated_text"]
+        assert said[-1]["role"] == "assistant" and said[-1]["content"].strip() == shown
+
+
+@pytest.mark.parametrize("kind", ANYWHERE)
+def test_a_name_that_no_layer_has_is_answered_with_those_there_are(kind):
+    base, _ = tiny(kind)
+    with pytest.raises(AlpacaError, match="`nope`.*choose `target_modules` among .*, or all-linear") as refused:
+        check_targets(base, ["nope"])
+    known = str(refused.value).partition("among ")[2].removesuffix(", or all-linear.").split(", ")
+    check_targets(base, known)
+    check_targets(base, None)
+    base.config.model_type = "unheard-of"
+    with pytest.raises(AlpacaError, match=f"unheard-of.*among {', '.join(known)}, or all-linear") as refused:
+        check_targets(base, None)
+    assert refused.value.code == "bad-target"
+    check_targets(base, "all-linear")
+
+
+def test_a_model_without_positions_has_no_limit():
+    base, tokenizer = tiny("bloom")
+    assert positions(base.config) > 1e9
+    assert generate(base, tokenizer, ["Hi " * 400], max_new_tokens=2)[0].prompt_cut == 0
