@@ -12,15 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from support.models import save, tiny, with_lora
 from support.runs import byte_tokenizer, save_adapter, tiny_gpt2
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BartConfig,
-    BertConfig,
-    MambaConfig,
-    T5Config,
-    ViTConfig,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, BartConfig, BertConfig, MambaConfig, T5Config, ViTConfig
 from transformers.utils import logging
 
 from alpaca_helpers import AlpacaError, pocket
@@ -76,21 +68,12 @@ def change_json(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize("target", ["lm_head", "wte", "nope", "c_att", "ln_1", "attn", "transformer"])
-def test_what_lora_cannot_correct_is_refused_before_the_training(target, base):
-    with pytest.raises(AlpacaError, match=f"`{target}`.*among c_attn, c_fc, c_proj, or all-linear") as raised:
-        check_targets(base, ["c_attn", target])
-    assert raised.value.code == "bad-target"
-
-
-@pytest.mark.parametrize("targets", [["c_attn"], ["c_attn", "c_proj"], ["h.1.attn.c_attn"], "all-linear"])
-def test_what_lora_can_correct_is_merged_to_the_same_logits(targets, base):
-    check_targets(base, targets)
-    model, ids = with_lora(base, target_modules=targets), torch.tensor([[5, 6, 7]])
-    with torch.inference_mode():
-        apart, plain = model(ids).logits, tiny_gpt2().eval()(ids).logits
-        torch.testing.assert_close(model.merge_and_unload()(ids).logits, apart, atol=1e-4, rtol=0)
-    assert (apart - plain).abs().max() > 1e-2
+def test_what_lora_cannot_correct_is_refused_before_the_training(base):
+    check_targets(base, ["c_attn", "h.1.attn.c_proj"])
+    for target in ("lm_head", "wte", "nope", "c_att", "ln_1", "attn", "transformer"):
+        with pytest.raises(AlpacaError, match=f"`{target}`.*among c_attn, c_fc, c_proj, or all-linear") as raised:
+            check_targets(base, ["c_attn", target])
+        assert raised.value.code == "bad-target"
 
 
 def test_plain_peft_loads_it_without_a_warning(saved, base):
@@ -101,10 +84,9 @@ def test_plain_peft_loads_it_without_a_warning(saved, base):
     assert answers(model) == saved[1]
 
 
-@pytest.mark.parametrize("trained_in, loaded_in", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
-def test_a_base_held_in_another_precision_is_the_same_base(trained_in, loaded_in, base, tmp_path):
-    save_adapter(with_lora(tiny_gpt2().to(trained_in)), byte_tokenizer(), tmp_path / "adapter")
-    load_adapter(base.to(loaded_in), tmp_path / "adapter")
+def test_a_base_held_in_another_precision_is_the_same_base(base, tmp_path):
+    save_adapter(with_lora(tiny_gpt2().bfloat16()), byte_tokenizer(), tmp_path / "adapter")
+    load_adapter(base, tmp_path / "adapter")  # the other way: tests/test_architectures.py
 
 
 FAULTS = {
@@ -112,12 +94,8 @@ FAULTS = {
     "empty": lambda path: path.write_bytes(b""),
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-7]),
     "zeroed": lambda path: path.write_bytes(bytes(path.stat().st_size)),
-    "bit-flipped": lambda path: path.write_bytes(flipped(path.read_bytes())),
+    "bit-flipped": lambda path: path.write_bytes((c := path.read_bytes())[:-9] + bytes([c[-9] ^ 1]) + c[-8:]),
 }
-
-
-def flipped(content):
-    return content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -175,14 +153,11 @@ def test_a_base_of_another_shape_or_with_other_weights_is_refused(adapter, base)
 # Bases
 
 
-class Canary:
-    """A pickle that makes a folder when it is loaded."""
-
-    def __init__(self, folder):
-        self.folder = folder
+class Canary(str):
+    """A folder's path whose pickle makes the folder when it is loaded."""
 
     def __reduce__(self):
-        return os.mkdir, (str(self.folder),)
+        return os.mkdir, (str(self),)
 
 
 @pytest.fixture
@@ -247,10 +222,9 @@ def test_a_base_that_lacks_a_tensor_or_has_another_shape_is_refused(base_folder)
 
 @pytest.mark.parametrize("number", [NAN, INFINITY, -INFINITY])
 def test_weights_with_nan_or_infinity_are_named(number, base_folder):
-    change_weights(
-        base_folder / "model.safetensors", lambda w: w["transformer.h.1.mlp.c_fc.weight"][3, 3:4].fill_(number)
-    )
-    with pytest.raises(AlpacaError, match="NaN or infinity in transformer.h.1.mlp.c_fc.weight") as raised:
+    name = "transformer.h.1.mlp.c_fc.weight"
+    change_weights(base_folder / "model.safetensors", lambda weights: weights[name][3, 3:4].fill_(number))
+    with pytest.raises(AlpacaError, match=f"NaN or infinity in {name}") as raised:
         load_base(str(base_folder))
     assert raised.value.code == "model-broken"
 

@@ -21,6 +21,7 @@ from alpaca_helpers.profiles import choose_profile
 from alpaca_helpers.runs import write_record
 from support import PROJECT
 
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 HOLD = """
 import sys, time
 from pathlib import Path
@@ -78,26 +79,15 @@ def save_adapter(model, tokenizer, folder: Path) -> None:
 
 def record_adapter(folder: Path, **made) -> None:
     """Write into the manifest what notebook 03 records of the adapter in `folder`."""
-    about = {
-        "name": "pocket",
-        "model": "base",
-        "dataset": "rows",
-        "recipe": "answers",
-        "fingerprint": "a",
-        "max_length": 128,
-        "seed": 0,
-    }
-    about |= {"lora_rank": 8, "learning_rate": 3e-4, "num_train_epochs": 2, "model_revision": None}
-    about["sha256"] = content_hash(folder / "adapter", "*.safetensors")
+    about = {"name": "pocket", "model": "base", "dataset": "rows", "recipe": "answers", "fingerprint": "a"}
+    about |= {"max_length": 128, "seed": 0, "lora_rank": 8, "learning_rate": 3e-4, "num_train_epochs": 2}
+    about |= {"model_revision": None, "sha256": content_hash(folder / "adapter", "*.safetensors")}
     write_record(folder, "adapter", about | made)
 
 
 def prepare_run(folder: Path, rows: int = 44, recipe: str = "answers", **changes) -> dict:
     """Write what notebook 02 leaves to notebook 03, and the base model beside it; return `make_trainer`'s settings."""
-    model = tiny_gpt2(
-        **({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if changes.get("lora_dropout") == 0 else {})
-    )
-    model.save_pretrained(folder / "base")
+    tiny_gpt2(**(NO_DROPOUT if changes.get("lora_dropout") == 0 else {})).save_pretrained(folder / "base")
     byte_tokenizer().save_pretrained(folder / "base")
     text = DatasetDict(train=random_rows(rows), heldout=random_rows(8, seed=1))
     options = {"tokenizer": byte_tokenizer(), "recipe": recipe}

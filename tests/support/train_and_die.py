@@ -10,6 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
 from transformers import TrainerCallback
 
 from alpaca_helpers import training
@@ -41,4 +42,5 @@ class DyingTrainer(training.AnswerTrainer):
 
 
 training.AnswerTrainer = DyingTrainer
+training.base_dtype = lambda: torch.float32  # on every processor, as in the test that goes on
 training.finetune(folder, **json.loads((folder / "settings.json").read_text()))
