@@ -140,53 +140,44 @@ def interrupts():
     signal.signal(signal.SIGINT, before)
 
 
-def fail_at(monkeypatch, model, step, fail=lambda: signal.raise_signal(signal.SIGINT)):
+def fail_at(monkeypatch, model, step, fault=KeyboardInterrupt):
     """Have the `step`-th forward fail in its middle: by a real SIGINT, as Ctrl-C and Jupyter's stop button send it."""
     place, passes = model.base_model.model.transformer.h[1].mlp, []
     forward = place.forward
 
     def interrupted(*arguments):
         passes.append(1)
-        if len(passes) == step:
-            fail()
+        if len(passes) == step and fault is KeyboardInterrupt:
+            signal.raise_signal(signal.SIGINT)
+        elif len(passes) == step:
+            raise fault
         return forward(*arguments)
 
     monkeypatch.setattr(place, "forward", interrupted)
 
 
-def run_out():
-    raise MemoryError
-
-
-@pytest.mark.parametrize(
-    "sides, step, evaluating, fault",
-    [
-        (["base", "tuned"], 1, False, KeyboardInterrupt),
-        (["base"], 4, False, KeyboardInterrupt),
-        (["tuned"], 4, False, KeyboardInterrupt),
-        (["base"], 1, True, KeyboardInterrupt),
-        (["tuned"], 1, True, KeyboardInterrupt),
-        (["base"], 2, False, MemoryError),
-    ],
-)
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, MemoryError])
 def test_an_interrupt_or_out_of_memory_leaves_the_model_as_it_was(
-    sides, step, evaluating, fault, tiny_model, pocket_tokenizer, ask, monkeypatch, interrupts
+    fault, tiny_model, pocket_tokenizer, ask, monkeypatch, interrupts
 ):
     rows = [{"instruction": "Hi", "input": "", "output": "there"}] * 2
 
+    def losses(side):
+        return answer_losses(tiny_model, pocket_tokenizer, rows, side).tolist()
+
     def answers():
-        losses = [answer_losses(tiny_model, pocket_tokenizer, rows, side).tolist() for side in SIDES]
-        return [ask(PROMPTS[:1] * n, side=side, max_new_tokens=8) for n in (1, 3) for side in SIDES], losses
+        return [(ask(PROMPTS[:1] * 2, side=side, max_new_tokens=8), losses(side)) for side in SIDES]
 
     before = answers()
-    assert before[0][0] != before[0][1] and before[1][0] != before[1][1]
-    with monkeypatch.context() as patched, pytest.raises(fault):
-        fail_at(patched, tiny_model, step, *([run_out] if fault is MemoryError else []))
-        if evaluating:
-            answer_losses(tiny_model, pocket_tokenizer, rows, *sides)
-        else:
-            list(stream(tiny_model, pocket_tokenizer, PROMPTS[:1] * len(sides), sides=sides))
-    assert answers() == before and not tiny_model.training
+    assert before[0][0] != before[1][0] and before[0][1] != before[1][1]
+    for sides, step in (["base", "tuned"], 1), (["base"], 4), (["tuned"], 4), (["base"], 0), (["tuned"], 0):
+        with monkeypatch.context() as patched, pytest.raises(fault):
+            fail_at(patched, tiny_model, step or 1, fault)
+            if step:
+                list(stream(tiny_model, pocket_tokenizer, PROMPTS[:1] * len(sides), sides=sides))
+            else:  # in mid-evaluation
+                losses(*sides)
+        assert answers() == before and not tiny_model.training
 
 
 def test_a_conversation_goes_on_after_an_interrupt(tiny_model, pocket_tokenizer, ask, monkeypatch, interrupts):
