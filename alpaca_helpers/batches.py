@@ -1,4 +1,4 @@
-"""Batches of tokenized rows: rows of like length together, and where in a batch something is learned."""
+"""Batches of tokenized rows: padding to the longest row, and rows of like length together."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -12,15 +12,31 @@ from .checkpoints import processes
 from .data import IGNORED
 
 
+class PadToLongest:
+    """A data collator: pads the rows of a batch on the right, to the longest of them, with labels that are ignored.
+
+    A padded position needs no attention mask there: no real token comes after it, so none sees it. (transformers' own
+    collators pad on the tokenizer's side, which is the left for Llama's and Gemma's.)
+    """
+
+    def __init__(self, pad_token_id: int):
+        self.padding = {"input_ids": pad_token_id, "labels": IGNORED}
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """Return `input_ids` and `labels`, each (rows, longest row)."""
+        longest = max(len(row["input_ids"]) for row in rows)
+        padded = {
+            name: [row[name] + [pad] * (longest - len(row[name])) for row in rows] for name, pad in self.padding.items()
+        }
+        return {name: torch.tensor(values) for name, values in padded.items()}
+
+
 def add_learned(collate: Callable, rows: list[dict]) -> dict[str, torch.Tensor]:
     """Return the batch of `rows`, and as `learned` the positions of the labels to learn in the flattened batch, (n,).
 
-    They are looked for here, in main memory: on a GPU the search forces a synchronization. A mask of padding on the
-    right is left out: no token of the text comes after it, so none looks at it, and attention is faster without.
+    They are looked for here, in main memory: on a GPU the search forces a synchronization.
     """
     batch = dict(collate(rows))
-    if batch["attention_mask"][:, 0].all() if "attention_mask" in batch else False:
-        del batch["attention_mask"]
     predicted = F.pad(batch["labels"][:, 1:] != IGNORED, (1, 0))  # nothing stands before a row's first token
     return batch | {"learned": predicted.flatten().nonzero().squeeze(1)}
 

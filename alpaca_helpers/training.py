@@ -21,7 +21,6 @@ from datasets import load_from_disk
 from peft import get_peft_model
 from transformers import (
     DataCollatorForLanguageModeling,
-    DataCollatorForSeq2Seq,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -30,7 +29,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from . import AlpacaError
-from .batches import LengthGroups, add_learned, split_batch
+from .batches import LengthGroups, PadToLongest, add_learned, split_batch
 from .card import write_card
 from .checkpoints import CompleteCheckpoints, is_main_process, resume_point
 from .console import run_command
@@ -252,10 +251,10 @@ def save_adapter(trainer: "AnswerTrainer") -> Iterator[Path]:
 
 
 def data_collator(tokenizer, recipe: str) -> Callable:
-    """Return the document's collator for its recipe, for the others one that keeps the labels and only pads."""
+    """Return the document's collator for its recipe, for the others one that pads to the longest row of a batch."""
     if recipe == "document":
         return DataCollatorForLanguageModeling(tokenizer=tokenizer, mlm=False)
-    return DataCollatorForSeq2Seq(tokenizer)
+    return PadToLongest(tokenizer.pad_token_id)
 
 
 def record_result(folder: Path, trainer: Trainer) -> None:

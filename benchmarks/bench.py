@@ -39,6 +39,7 @@ from transformers import (
 )
 
 from alpaca_helpers import pocket
+from alpaca_helpers.batches import PadToLongest
 from alpaca_helpers.data import IGNORED, drop_reason, tokenize
 from alpaca_helpers.lora import lora_config
 from alpaca_helpers.models import base_dtype, best_device, load_base, load_tokenizer
@@ -204,7 +205,7 @@ def ours(
         model=get_peft_model(load_model(name, torch.float32 if fp16 else base_dtype()), lora_config()),
         args=TrainingArguments(**common(settings, folder, steps, settings.batch_size), fp16=fp16),
         train_dataset=data,
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        data_collator=PadToLongest(tokenizer.pad_token_id),
     )
 
 

@@ -7,20 +7,21 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import DataCollatorForSeq2Seq, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
+from alpaca_helpers.batches import PadToLongest
 from alpaca_helpers.speedups import faster_training
 from alpaca_helpers.training import AnswerTrainer
 from benchmarks import bench
 from benchmarks.graphs import TRAINERS
 
 
-def make(kind: type[AnswerTrainer], name: str, rows: Dataset, tokenizer, dropout: float = 0.0) -> tuple:
+def make(kind: type[AnswerTrainer], name: str, rows: Dataset, pad: int, dropout: float = 0.0) -> tuple:
     """Return a trainer of that kind on one batch, `rows`, and the batch as it makes it."""
     set_seed(0)
     args = TrainingArguments(output_dir="build", per_device_train_batch_size=len(rows), report_to=[], max_steps=1)
     model = bench.load_tuned(name, lora_dropout=dropout).train()
-    trainer = kind(model=model, args=args, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer))
+    trainer = kind(model=model, args=args, train_dataset=rows, data_collator=PadToLongest(pad))
     return trainer, trainer._prepare_inputs(trainer.data_collator(list(rows)))
 
 
@@ -60,7 +61,7 @@ def main() -> None:
     results = {}
     for name, kind in TRAINERS.items():
         try:
-            found = differences(kind, partial(make, name=options.model, rows=data, tokenizer=tokenizer))
+            found = differences(kind, partial(make, name=options.model, rows=data, pad=tokenizer.pad_token_id))
         except Exception as error:  # whatever a library raises: the others are still tried
             found = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
         print(name, found, flush=True)

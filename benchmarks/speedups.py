@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from transformers import DataCollatorForSeq2Seq, GPT2Config, GPT2LMHeadModel, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from alpaca_helpers import pocket, speedups
+from alpaca_helpers.batches import PadToLongest
 from alpaca_helpers.data import tokenize
 from alpaca_helpers.lora import lora_config
 from alpaca_helpers.models import base_dtype, best_device, load_base, load_tokenizer
@@ -48,8 +49,9 @@ def seconds_per_step(shape: dict | None, rows: Dataset, steps: int, batch_size: 
             disable_tqdm=True,
             report_to=[],
         )
-        collator, model = DataCollatorForSeq2Seq(load_tokenizer(str(pocket.MODEL))), get_peft_model(base, lora_config())
-        trainer = AnswerTrainer(model=model, args=args, train_dataset=rows, data_collator=collator)
+        trainer = AnswerTrainer(
+            model=get_peft_model(base, lora_config()), args=args, train_dataset=rows, data_collator=PadToLongest(0)
+        )
         times: list[float] = []
         loss = trainer.compute_loss
 

@@ -13,10 +13,9 @@ from nbformat.v4 import new_code_cell, new_notebook
 from support import PROJECT
 from support.models import save
 from support.notebooks import ENGLISH, made_of
-from support.runs import byte_tokenizer
-from transformers import DataCollatorForSeq2Seq
 
 from alpaca_helpers import AlpacaError
+from alpaca_helpers.batches import PadToLongest
 from alpaca_helpers.data import IGNORED, RECIPES
 from alpaca_helpers.models import base_dtype
 from alpaca_helpers.series import NOTEBOOKS
@@ -38,7 +37,7 @@ def test_few_shapes_hold_the_same_tokens_positions_and_labels(kind, shape, posit
         {"input_ids": [5, 6, 7, 8, 9], "labels": [IGNORED, IGNORED, 7, 8, 9]},
         {"input_ids": [4, 3], "labels": [IGNORED, 3]},
     ]
-    batch = graphs.static_batch(getattr(graphs, kind), DataCollatorForSeq2Seq(byte_tokenizer()), rows)
+    batch = graphs.static_batch(getattr(graphs, kind), PadToLongest(1), rows)
     assert batch["input_ids"].shape == shape and len(batch["before"]) == len(batch["targets"])
     assert positions is None or batch["position_ids"][0, :9].tolist() == positions
     learned = batch["targets"] != IGNORED
