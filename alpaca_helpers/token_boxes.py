@@ -43,17 +43,24 @@ def tokens(
 
 
 @in_style
-def shaded(lines: Mapping[str, Sequence[tuple[str, str]]], shades: Sequence[str]) -> Picture:
-    """Return each text under its title as boxes, one a token, the darker the later its shade stands in `shades`."""
-    fills = colormaps["Blues"](np.linspace(0, 0.85, len(shades)))
-    looks = {shade: {"facecolor": fill, "linewidth": 0.8} for shade, fill in zip(shades, fills)}
+def shaded(lines: Mapping[str, Sequence[tuple[str, str]]], shades: Sequence[str], title: str | None = None) -> Picture:
+    """Return each text under its title as boxes, one a token, the darker the later its shade stands in `shades`.
+
+    `title` stands over the legend and says what the shades are shades of.
+    """
+    looks = {shade: {"facecolor": fill, "linewidth": 0.8} for shade, fill in zip(shades, shade_colors(shades))}
     drawn = {title: [(_visible(text), looks[shade]) for text, shade in tokens] for title, tokens in lines.items()}
-    picture = _drawn(drawn, looks)
+    picture = _drawn(drawn, looks, title)
     picture.alt = "Tokens in shades."
-    for title, tokens in lines.items():
+    for heading, tokens in lines.items():
         counts = Counter(shade for _, shade in tokens)
-        picture.alt += f" {title}: {', '.join(f'{shade} {counts[shade]}' for shade in shades)}."
+        picture.alt += f" {heading}: {', '.join(f'{shade} {counts[shade]}' for shade in shades)}."
     return picture
+
+
+def shade_colors(shades: Sequence[str]) -> list[tuple[float, ...]]:
+    """Return the colours of `shaded`, from white to dark blue, for another picture of the same shades."""
+    return [tuple(color) for color in colormaps["Blues"](np.linspace(0, 0.85, len(shades)))]
 
 
 def _visible(token: str) -> str:
