@@ -13,18 +13,22 @@ KNOWN_WARNINGS = (  # of libraries, about what they do among themselves: categor
     (FutureWarning, ".*is_gradient_checkpointing"),  # peft 0.21 asks transformers 5.23 for it by its old name
     (UserWarning, ".*pin_memory"),  # Trainer's default, without a GPU
 )
-LOSS_TYPE = "`loss_type=None`"  # transformers 5.23 logs it for each GPT-2: its loss is found by the class's name
+KNOWN_LINES = (  # that transformers 5.23 logs: how each begins
+    "`loss_type=None`",  # for each GPT-2, whose loss is found by the name of its class
+    "mtime may not be reliable",  # of checkpoints saved within one tick of the file system's clock
+)
 
 
 def ignore_known_warnings() -> None:
     """Leave out the warnings of libraries that nobody here can mend: each by its category and message."""
     for category, message in KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=category)
-    logging.getLogger("transformers.modeling_utils").addFilter(_is_news)
+    for name in ("modeling_utils", "trainer_utils"):
+        logging.getLogger(f"transformers.{name}").addFilter(_is_news)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(LOSS_TYPE)
+    return not record.getMessage().startswith(KNOWN_LINES)
 
 
 def run_command(main: Callable[[], None], interrupted: str = "Interrupted.") -> None:
