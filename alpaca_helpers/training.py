@@ -125,6 +125,7 @@ class AnswerTrainer(Trainer):
                 checkpoint = resume_point(self.run_folder(), self, resume_from_checkpoint)
                 if is_main_process():
                     announce(self)
+                set_seed(self.args.seed)  # whatever was drawn since the trainer was made, as by an evaluation
                 return self.train(checkpoint, **named)
         self.since_log.zero_()
         space = check_disk_space(Path(self.args.output_dir), needed=self.disk_bytes())
