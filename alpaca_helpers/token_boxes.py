@@ -105,7 +105,7 @@ def _boxes(row: Mapping[str, str], tokenizer, recipe: str, max_length: int) -> I
     prompt = len(encode([asked], tokenizer)[0])
     for place, (id, label) in enumerate(zip(ids[:held], labels)):
         part = "prompt" if place < prompt else "end of text" if id == tokenizer.eos_token_id else "answer"
-        yield part, part if part == "end of text" else _visible(tokenizer.decode([id])), label != IGNORED
+        yield part, part if part == "end of text" else _visible(tokenizer.decode([id])), label != IGNORED and place > 0
     if held < len(ids):
         token = "end-of-text" if tokenizer.pad_token_id == tokenizer.eos_token_id else "padding"
         yield "padding", f"padding: {len(ids) - held} times the {token} token", False

@@ -11,6 +11,7 @@ import nbformat
 import pytest
 from datasets import load_from_disk
 from matplotlib import pyplot as plt
+from nbclient import NotebookClient
 from safetensors.torch import load_file
 from support import PROJECT
 from support.models import save
@@ -20,7 +21,7 @@ from alpaca_helpers import AlpacaError, training
 from alpaca_helpers.lora import WEIGHTS
 from alpaca_helpers.report import conclusion
 from alpaca_helpers.runs import read_metrics
-from alpaca_helpers.series import FURTHER, NAMES, NOTEBOOKS, notebook_parameters, run_series
+from alpaca_helpers.series import FURTHER, NAMES, NOTEBOOKS, notebook_parameters
 
 IGNORED = "nbval-ignore-output"
 LOCAL_PATH = re.compile(r"(?<![\w.:/])/(home|root|tmp|Users|content|work|mnt)/|(?<![A-Za-z])[A-Z]:\\")
@@ -143,7 +144,7 @@ def test_the_stored_outputs_bear_out_what_the_prose_says_of_the_pocket():
     claims = {
         "01-25": "as a statement: True | as an instruction: False",
         "02-09": "Tell me who wrote this",
-        "02-15": "held out; on both sides: 0",
+        "02-15": "held out; in both: 0",
         "02-20": r"'<|endoftext|>'  before     0  after  -100",
         "02-31": "it adds up: True",
         "04-32": "tuned: ['ended by itself', 'ended by itself']",
@@ -198,7 +199,7 @@ def test_all_notebooks_run_on_any_rows_and_any_model(kind, rows, run_notebooks, 
     for check in ("the same as by hand", "same output as the base", "the same loss as Trainer's", "it adds up"):
         assert f"{check}: True" in said and f"{check}: False" not in said
     assert "adapter off is the base model: True" in said
-    assert "changed by training: True | the same loaded: True" in said and "on both sides: 0" in said
+    assert "changed by training: True\nthe same after loading: True" in said and "in both: 0" in said
     metrics = read_metrics(folder)
     assert metrics["n"] >= 1 and metrics["tuned"]["answer_loss"] > 0 and conclusion(metrics) in said
     assert (folder / "merged" / "model.safetensors").exists()
@@ -253,17 +254,16 @@ def test_every_recipe_goes_into_the_manifest(recipe, run_notebooks):
 
 
 @pytest.mark.integration
-def test_a_batch_of_all_notebooks_prints_no_warning(tmp_path):
-    parameters = {"profile": "pocket", "run": str(tmp_path / "run"), "max_train_rows": 32, "num_train_epochs": 1}
-    folder = run_series({**parameters, "max_heldout_rows": 8, "max_new_tokens": 12}, [*NOTEBOOKS, *FURTHER])
-    progress = re.compile(r"\d+%\||\d+ examples|it/s|s/it|^\s*$")
-    said = {
-        (path.stem, line)
-        for path in folder.glob("*.ipynb")
-        for cell in cells(path)
-        for output in cell.outputs
-        if output.get("name") == "stderr"
-        for line in re.split(r"[\r\n]+", output.text)
-        if not progress.search(line)
-    }
-    assert said == set()
+def test_no_cell_of_any_notebook_prints_a_warning(tmp_path):
+    """All of them as one, so that a kernel imports the libraries once."""
+    values = {"profile": "pocket", "run": str(tmp_path / "run"), "max_train_rows": 32, "num_train_epochs": 1}
+    values |= {"max_heldout_rows": 8, "max_new_tokens": 12}
+    whole = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import warnings\nwarnings.warn('seen')")])
+    for path in [*NOTEBOOKS, *FURTHER]:
+        chosen = {name: value for name, value in values.items() if name in notebook_parameters(path)}
+        first, *others = cells(path)
+        setting = nbformat.v4.new_code_cell("\n".join(f"{name} = {value!r}" for name, value in chosen.items()))
+        whole.cells += [first, setting, *others]
+    NotebookClient(whole, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(PROJECT)}}).execute()
+    streams = [output.text for cell in whole.cells for output in cell.outputs if output.get("name") == "stderr"]
+    assert len(streams) == 1 and "UserWarning: seen" in streams[0]  # the first cell's; progress is a widget here

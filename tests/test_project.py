@@ -153,7 +153,7 @@ NOT_IN_CI = {  # how a command begins, and part of the name of the test that run
     'make run RUN=document PARAMS="-p recipe document"': "every_recipe",
     "git clone": "by hand",
     "cd REPOSITORY": "by hand",
-    "make further": "prints_no_warning",
+    "make further": "prints_a_warning",
     "python3 -m venv .venv": "by hand",  # what `make setup` does
     "mkdir -p runs/pocket": "by hand",
     ".venv/bin/papermill notebooks/$n.ipynb": "papermill_alone",
