@@ -144,7 +144,7 @@ INVALID = b'{"instruction": "\xff", "output": "b"}'
         (".jsonl", LINES.encode() + INVALID, "line 3"),
         (".csv", "instruction,output\né,b\n".encode("latin-1"), "as CSV"),
         (".csv", 'instruction,output\n"a,b\n', "as CSV"),
-        (".json.gz", gzip.compress(b"[1]" * 999, mtime=0, mtime=0)[:-20], "cannot be read"),
+        (".json.gz", gzip.compress(b"[1]" * 999, mtime=0)[:-20], "cannot be read"),
         (".parquet", table([ROW] * 100, ".parquet")[:-20], "as Parquet"),
         (".json", ARRAY[:-10], "line 10"),
         (".jsonl", LINES[:-20], "line 2"),
