@@ -1,5 +1,6 @@
 """The adapter's model card, and the adapter on the Hub."""
 
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,7 +66,9 @@ def save_metrics(folder: Path, metrics: dict) -> None:
 def write_card(folder: Path) -> None:
     """Write the model card of the run's adapter, from the run's manifest and this adapter's metrics, if any."""
     made = read_record(folder, "adapter")
-    metrics = read_metrics(folder) if (folder / "metrics.json").exists() else {}
+    metrics: dict = {}
+    with suppress(AlpacaError):  # there are none yet, or of an earlier version, or cut: notebook 04 writes new ones
+        metrics = read_metrics(folder)
     measured = metrics if metrics.get("adapter") == made["sha256"] else {}
     write_text(folder / "adapter" / "README.md", model_card(made, measured))
 
@@ -109,7 +112,7 @@ def _loading(model: str, revision: str | None) -> list[str]:
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         'adapter = "this folder"',
-        f"base = AutoModelForCausalLM.from_pretrained({arguments})",
+        f'base = AutoModelForCausalLM.from_pretrained({arguments}, dtype="float32")',
         "model = PeftModel.from_pretrained(base, adapter).eval()",
         "tokenizer = AutoTokenizer.from_pretrained(adapter)",
     ]

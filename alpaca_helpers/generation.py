@@ -9,7 +9,13 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
-from transformers import DynamicCache
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from . import AlpacaError
 from .models import positions
@@ -56,10 +62,10 @@ def generate(
     return [answers[index] for index in range(len(prompts))]
 
 
-def end_tokens(model, tokenizer) -> set[int]:
-    """Return the ids that end an answer: the tokenizer's end of text, and those that the model's own settings name."""
+def end_tokens(model, tokenizer) -> list[int]:
+    """Return the ids that end an answer, for any `eos_token_id`: the tokenizer's end of text, and the model's own."""
     named = model.generation_config.eos_token_id
-    return {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+    return sorted({tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None})
 
 
 def stream(
@@ -198,14 +204,11 @@ def _next_tokens(logits: torch.Tensor, generators, temperature, top_k, top_p) ->
     """Return each row's next token id, from its logits, (rows, vocabulary)."""
     if temperature == 0:
         return logits.argmax(-1).tolist()
-    odds = (logits / float(temperature)).softmax(-1).double()
-    if top_k or top_p < 1:
-        ranked = odds.topk(min(top_k or 256, odds.shape[-1])).values
-        if not top_k and (ranked.sum(-1) < top_p).any():  # seldom, and sorting a vocabulary takes long
-            ranked = odds.sort(descending=True).values
-        before = (ranked.cumsum(-1) - ranked) / (ranked.sum(-1, keepdim=True) if top_k else 1)
-        # the least odds among the `top_k` likeliest, and the fewest of these that sum up to `top_p`
-        odds = odds * (odds >= ranked.masked_fill(before >= top_p, math.inf).amin(-1, keepdim=True))
-    up_to = odds.cumsum(-1)
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(float(top_p)))
+    up_to = warpers(None, logits).softmax(-1).cpu().double().cumsum(-1)  # on the CPU: Apple's MPS has no float64
     draws = torch.stack([1 - torch.rand(1, generator=random) for random in generators])  # above 0, up to 1
-    return torch.searchsorted(up_to, draws.to(odds.device) * up_to[:, -1:])[:, 0].tolist()
+    return torch.searchsorted(up_to, draws * up_to[:, -1:])[:, 0].tolist()

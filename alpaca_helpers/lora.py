@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ WEIGHTS, PICKLE, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "ada
 TOKENIZER_BYTES = 5_000_000  # room that a tokenizer takes on disk; GPT-2's is 3.6 MB
 BASE = "base.json"  # beside an adapter: which weights it was trained on
 LINEAR = (torch.nn.Linear, Conv1D)
+LORA = re.compile(r"\.lora_[AB]\.[^.]+\.weight$")  # what is trained
 REMEDY = "load the base it was trained on, or run notebook 03 again"
 
 
@@ -58,11 +60,12 @@ def adapter_folder(folder: Path, model: PeftModel, base_name: str) -> Iterator[P
 
     When the block ends, the saved tokenizer gets the prompt as its chat template, the adapter `base_name` as its base's
     name, and the folder the hash of the base's weights and the checksums of its files. Raises AlpacaError if there is
-    no room on the disk; the earlier adapter then stays.
+    no room on the disk, or if the new adapter has no effect or holds NaN; the earlier adapter then stays.
     """
     weights = 4 * sum(value.numel() for value in model.parameters() if value.requires_grad)
     with atomic_folder(folder, needed=weights + TOKENIZER_BYTES) as part:
         yield part
+        check_numbers(load_file(part / WEIGHTS), f"The new adapter, which is not saved to {folder},")
         _save_template(part)
         (part / "README.md").unlink(missing_ok=True)  # peft's, with this machine's paths
         config = json.loads((part / CONFIG).read_text(encoding="utf-8"))
@@ -78,34 +81,35 @@ def _save_template(folder: Path) -> None:
 
 
 def choose_targets(base, target_modules: Sequence[str] | str | None) -> Sequence[str] | str | None:
-    """Return which layers of `base` LoRA is to correct: `target_modules`, checked by `check_targets`.
+    """Return which layers of `base` LoRA is to correct: `target_modules`, as a list of names or `all-linear`.
 
     None stands for those that peft knows for the architecture; where it knows none, for all linear layers, and a line
-    says so.
+    says so. Raises AlpacaError unless each name is that of linear layers inside the blocks. The output layer is
+    refused: its matrix is the embedding's too in GPT-2, and would be changed in one place only.
     """
     if target_modules is None and base.config.model_type not in KNOWN_TARGETS:
         print(f"Note: peft names no layers for {base.config.model_type}, so all linear ones are corrected: all-linear.")
         return "all-linear"
-    check_targets(base, target_modules)
-    return target_modules
-
-
-def check_targets(base, target_modules: Sequence[str] | str | None) -> None:
-    """Raise AlpacaError unless each of `target_modules` names linear layers of `base` inside its blocks.
-
-    None stands for those that peft knows for the architecture, if any. The output layer is refused: its matrix is the
-    embedding's too in GPT-2, and would be changed in one place only.
-    """
+    if target_modules in (None, "all-linear"):
+        return target_modules
+    targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     head = base.get_output_embeddings()
     inside = [name for name, layer in base.named_modules() if isinstance(layer, LINEAR) and layer is not head]
-    known = ", ".join(sorted({name.rpartition(".")[2] for name in inside}))
-    if target_modules is None and base.config.model_type not in KNOWN_TARGETS:
-        what = f"peft knows no `target_modules` for {base.name_or_path} ({base.config.model_type})"
-        raise AlpacaError(f"{what}: choose among {known}, or all-linear.", "bad-target")
-    for target in [] if target_modules in (None, "all-linear") else target_modules:
+    for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in inside):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in inside}))
             what = f"LoRA cannot correct `{target}` in {base.name_or_path}: choose `target_modules` among {known}"
             raise AlpacaError(f"{what}, or all-linear.", "bad-target")
+    return targets
+
+
+def check_trained(model: PeftModel, what: str = "This training") -> None:
+    """Raise AlpacaError unless LoRA's two matrices are all that is trained: what else is, a loaded adapter lacks."""
+    others = [name for name, value in model.named_parameters() if value.requires_grad and not LORA.search(name)]
+    if others:
+        more = f"{what} changes more than LoRA's matrices A and B ({others[0]})"
+        remedy = "leave `bias` at none, and out `modules_to_save`, `lora_bias`, `use_dora` and the like"
+        raise AlpacaError(f"{more}: {remedy}.", "more-than-lora")
 
 
 def base_hash(model) -> str:
@@ -141,7 +145,7 @@ def check_adapter(base, folder: Path) -> None:
         config = PeftConfig.from_pretrained(str(folder))
         saved = load_file(folder / WEIGHTS)
         trained_on = json.loads((folder / BASE).read_text(encoding="utf-8"))["sha256"]
-        wanted = _shapes(base, config)
+        wanted = _shapes(base, config, what)
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         wrong = f"cannot be put on this base model ({first_line(error)})"
         raise AlpacaError(f"{what} {wrong}: run notebook 03 again.", "adapter-broken") from error
@@ -149,20 +153,28 @@ def check_adapter(base, folder: Path) -> None:
     if odd := sorted({(name, tuple(value.shape)) for name, value in saved.items()} ^ wanted.items()):
         raise AlpacaError(f"{misfit}: {odd[0][0]} differs; {REMEDY}.", "adapter-misfit")
     if trained_on != base_hash(base):
-        raise AlpacaError(f"{misfit}: the base's weights are others; {REMEDY}.", "adapter-misfit")
+        rounded = base.dtype == torch.float16  # and then to bfloat16: another number now and then
+        reason = "it is held in float16: load it in float32" if rounded else f"the base's weights are others; {REMEDY}"
+        raise AlpacaError(f"{misfit}: {reason}.", "adapter-misfit")
+    check_numbers(saved, what)
+
+
+def check_numbers(saved: dict[str, torch.Tensor], what: str) -> None:
+    """Raise AlpacaError if an adapter's weights hold NaN or infinity, or have no effect; `what` names the adapter."""
+    remedy = "train it again, with another `learning_rate` and `resume = False`"
     if broken := sorted(name for name, value in saved.items() if not value.isfinite().all()):
-        holds = f"{what} holds NaN or infinity (in {broken[0]})"
-        raise AlpacaError(f"{holds}: train it again with a smaller `learning_rate`.", "adapter-nan")
+        raise AlpacaError(f"{what} holds NaN or infinity (in {broken[0]}): {remedy}.", "adapter-nan")
     if not any(value.any() and saved[name.replace("_A", "_B")].any() for name, value in saved.items() if "_A" in name):
-        raise AlpacaError(f"{what} is zero, it would answer as the base does: run notebook 03 again.", "adapter-zero")
+        raise AlpacaError(f"{what} is zero, it would answer as the base does: {remedy}.", "adapter-zero")
 
 
-def _shapes(base, config: PeftConfig) -> dict[str, tuple[int, ...]]:
+def _shapes(base, config: PeftConfig, what: str) -> dict[str, tuple[int, ...]]:
     """Return the adapter's weights by name, as `config` asks for them on `base`, from a copy without memory."""
+    config.inference_mode = False  # so that what was trained can be told from the base
     with torch.device("meta"):
         twin = type(base)(base.config)
         twin.name_or_path = config.base_model_name_or_path  # peft would write the base's into `config`
-        model = get_peft_model(twin, config)
+        check_trained(model := get_peft_model(twin, config), what)
     named = ((name.replace(".default.", "."), value) for name, value in model.named_parameters())
     return {name: tuple(value.shape) for name, value in named if "lora_" in name}
 
@@ -174,7 +186,7 @@ def save_merged(base, tokenizer, adapter: Path, folder: Path) -> None:
     the end and padding tokens alone, without the base's sampling; its tokenizer has the prompt as chat template.
     """
     merged = load_adapter(base, adapter).merge_and_unload()
-    ends = sorted(end_tokens(base, tokenizer))
+    ends = end_tokens(base, tokenizer)
     merged.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=ends if len(ends) > 1 else ends[0],

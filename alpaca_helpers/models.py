@@ -28,7 +28,10 @@ def best_device() -> str:
 
 
 def base_dtype() -> torch.dtype:
-    """Return what to hold the frozen base in: bfloat16 where the device multiplies it in hardware, else float32."""
+    """Return what to hold the base in while it is trained on: bfloat16 where the device has units for it, else float32.
+
+    Only there: answers and their scores come from float32, on every machine and in any batch the same (`load_base`).
+    """
     if torch.cuda.is_available():
         native = torch.cuda.get_device_capability() >= (8, 0)  # is_bf16_supported() counts emulation too
     else:
@@ -96,7 +99,10 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
 
 
 def load_base(name: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Return the base model on the best device, in evaluation mode; errors as in `fetch_model` and `check_weights`."""
+    """Return the base model on the best device, in evaluation mode; errors as in `fetch_model` and `check_weights`.
+
+    In float32, whatever precision it is stored in, but for a training (`base_dtype`).
+    """
     model = AutoModelForCausalLM.from_pretrained(fetch_model(name, revision), dtype=dtype, **FOLDER_ONLY)
     # what an adapter names as its base is the model, not a folder of this machine
     model.name_or_path = model.config._name_or_path = name

@@ -19,7 +19,7 @@ from .batches import split_batch
 from .console import ignore_known_warnings, run_command
 from .files import NO_SPACE, check_disk_space, content_hash
 from .hub import first_line
-from .lora import choose_targets
+from .lora import BASE, choose_targets
 from .models import check_length, empty_model, fetch_model
 from .parameters import check_parameters
 from .profiles import PROFILES, choose_profile
@@ -47,6 +47,7 @@ FURTHER = [_FOLDER / "further" / f"{name}.ipynb" for name in ("sampling_and_exam
 FURTHER += [_FOLDER / "further" / "what_tuning_changed.ipynb"]
 
 NEEDS = {"data": NAMES[2:3], "adapter": (NAMES[3], *(path.stem for path in FURTHER))}  # what a notebook builds on
+RECORD = "manifest.json: "  # before the name of a record in it, among the files that a notebook left
 PROMPT_TOKENS = 64  # room for a prompt beside the new tokens
 
 # minutes of the notebooks that others build on, by profile: the pocket's on two cores, GPT-2 medium's reckoned for a T4
@@ -109,25 +110,30 @@ def open_run(notebook: str, values: Mapping[str, object]) -> tuple[SimpleNamespa
         if given["run_earlier"]:
             run_earlier_notebooks(notebook, given["profile"], given["run"])
         artifact(folder, "data")
-        made = read_record(folder, needs)
+        made = {"model_revision": None} | read_record(folder, needs)  # an early version's manifest has none
     settings = SimpleNamespace(**given | made | {name: value for name, value in given.items() if value is not None})
     settings.model_path = fetch_model(settings.model, settings.model_revision)
+    if not locate(settings.model).is_dir():
+        settings.model_revision = settings.model_path.name  # the commit: a run goes on with this one, named or not
     written = given["max_new_tokens"] + PROMPT_TOKENS if "max_new_tokens" in given else 0
     check_length(settings.model_path, max(written, given.get("max_length", 0)))
     if "other_run" in given:
-        settings.other_run = _other_run(settings)
+        settings.other_run = _other_run(settings, folder)
     if notebook == NAMES[2]:
         settings.rows_at_once, settings.accumulation = split_batch(settings.batch_size, settings.micro_batch_size)
         settings.target_modules = choose_targets(empty_model(settings.model_path), given["target_modules"])
     return settings, folder
 
 
-def _other_run(settings: SimpleNamespace) -> Path | None:
+def _other_run(settings: SimpleNamespace, folder: Path) -> Path | None:
     """Return the folder of the finished run to compare with, if any: the one named, else the pocket's own."""
     if settings.other_run:
-        folder = run_folder(settings.other_run, make=False)
-        read_record(folder, "adapter")
-        return folder
+        other = run_folder(settings.other_run, make=False)
+        read_record(other, "adapter")
+        if content_hash(other / "adapter" / BASE) != content_hash(folder / "adapter" / BASE):
+            what = f"The run {other} was trained on another base model than {folder}: take another `other_run`."
+            raise AlpacaError(what, "other-base")
+        return other
     ours = PROFILES["pocket"]
     return pocket.DOCUMENT if (settings.model, settings.heldout) == (ours.model, ours.heldout) else None
 
@@ -153,46 +159,58 @@ def run_earlier_notebooks(notebook: str, profile: str = "auto", run: str = "") -
 def run_series(parameters: dict[str, object], notebooks: Sequence[Path] | None = None) -> Path:
     """Execute the notebooks in order into the folder of the run that `parameters` names, and return that folder.
 
-    A notebook is skipped while its cells, its parameters, the helpers, the files of model and dataset, what it left
-    in the run and the notebooks before it are those of its last complete execution. The parameters are checked here;
-    without a `run` the run has the profile's name. Raises AlpacaError with the sentence of the cell that failed.
+    A notebook is skipped while its cells, its parameters, the helpers, the files of model and dataset, the other run's
+    adapter, what it left in the run and the notebooks before it are those of its last complete execution. The
+    parameters, the model and the other run are checked here; without a `run` the run has the profile's name. Raises
+    AlpacaError with the sentence of the cell that failed.
     """
     chosen: dict[str, Any] = {name: check_parameters(**{name: value}) for name, value in parameters.items()}
     profile = choose_profile(chosen.get("profile", "auto"), chosen.get("model_name"), chosen.get("dataset_name"))
     chosen |= {"profile": profile.name, "run": chosen.get("run") or profile.name, "run_earlier": False}
     folder = run_folder(chosen["run"])
+    if chosen.get("other_run"):
+        read_record(run_folder(chosen["other_run"], make=False), "adapter")
+    model = fetch_model(profile.model, profile.model_revision)  # of one on the Hub, the folder's name is the commit
     used = [locate(path) for path in (profile.model, profile.dataset, profile.heldout) if path]
-    sources = [*sorted(Path(__file__).parent.rglob("*.py")), *used]
+    sources = [*sorted(Path(__file__).parent.rglob("*.py")), *used, pocket.HELDOUT, pocket.DOCUMENT / "adapter"]
     with lock_run(folder), check_disk_space(folder, needed=2_000_000):
-        _execute(notebooks or NOTEBOOKS, chosen, folder, _hash(*map(content_hash, sources)))
+        _execute(notebooks or NOTEBOOKS, chosen, folder, _hash(model.name, *map(content_hash, sources)))
     return folder
 
 
 def _execute(notebooks: Sequence[Path], parameters: dict[str, object], folder: Path, inputs: str) -> None:
     """Execute what is not done; `inputs` is the hash of all that the first notebook is made from."""
     import papermill  # only where notebooks are run: not everybody who opens one has it
+    from nbclient.exceptions import DeadKernelError
 
     done = read_manifest(folder).get("notebooks")
-    done = done if isinstance(done, dict) else {}
+    marks = done.items() if isinstance(done, dict) else ()
+    done = {name: mark for name, mark in marks if isinstance(mark, dict) and "files" in mark}  # not an early version's
     for number, notebook in enumerate(notebooks, 1):
         known = notebook_parameters(notebook)
         chosen = {key: value for key, value in parameters.items() if key in known}
-        cells = [cell["source"] for cell in json.loads(notebook.read_bytes())["cells"]]
-        inputs = _hash(inputs, json.dumps(cells), json.dumps(chosen, sort_keys=True))
+        inputs = _hash(inputs, *map(str, _cells(notebook)), json.dumps(chosen, sort_keys=True))
         if notebook in FURTHER:
             inputs = _hash(inputs, artifact_hash(folder / "adapter"))
-        made = [folder / name for name, by in PRODUCERS.items() if by == notebook.stem]
-        executed = folder / notebook.name
-        unchanged = executed.exists() and done.get(notebook.stem) == [inputs, *map(artifact_hash, made)]
+        if chosen.get("other_run"):
+            inputs = _hash(inputs, artifact_hash(run_folder(chosen["other_run"], make=False) / "adapter"))
+        executed, mark = folder / notebook.name, done.get(notebook.stem, {})
+        unchanged = mark.get("inputs") == inputs and len(_cells(executed)) >= len(_cells(notebook))
+        unchanged = unchanged and all(_digest(folder, name) == digest for name, digest in mark["files"].items())
         print(f"[{number}/{len(notebooks)}] {notebook.stem}{': unchanged' if unchanged else ''}", flush=True)
         if unchanged:
             continue
         after = {notebook.stem} if notebook in FURTHER else {name for name in done if name >= notebook.stem}
         done = {name: mark for name, mark in done.items() if name not in after}
         write_record(folder, "notebooks", done)  # until it is through, this notebook and those after it are not done
+        before = _stamps(folder)
         try:
             options = {"kernel_name": "python3", "extra_arguments": QUIET, "stdout_file": ProgressFile()}
             print(_times(papermill.execute_notebook(notebook, executed, chosen, **options)), flush=True)
+        except DeadKernelError as error:
+            what = f"The kernel of {executed} was killed, most likely for want of memory: free some"
+            remedy = "take a smaller `micro_batch_size` or model, and run this again"
+            raise AlpacaError(f"{what}, or {remedy}.", "kernel-killed") from error
         except (papermill.PapermillExecutionError, FileNotFoundError) as error:
             if not folder.exists():
                 raise AlpacaError(f"The run's folder {folder} was deleted: start again.", "run-deleted") from error
@@ -204,8 +222,34 @@ def _execute(notebooks: Sequence[Path], parameters: dict[str, object], folder: P
                 raise OSError(errno.ENOSPC, NO_SPACE) from error
             what = f"{error.ename}: {error.evalue} [cell {error.exec_count} of {executed}]"
             raise AlpacaError(what, "cell-failed") from error
-        done[notebook.stem] = [inputs, *map(artifact_hash, made)]
+        left = [name for name, stamp in _stamps(folder).items() if before.get(name) != stamp]
+        for mark in done.values():  # a file is the notebook's that wrote it last
+            mark["files"] = {name: digest for name, digest in mark["files"].items() if name not in left}
+        left += [f"{RECORD}{part}" for part, by in PRODUCERS.items() if by == notebook.stem]
+        done[notebook.stem] = {"inputs": inputs, "files": {name: _digest(folder, name) for name in left}}
         write_record(folder, "notebooks", done)
+
+
+def _cells(notebook: Path) -> list[tuple[str, str]]:
+    """Return type and source of each of a notebook's cells; none where it is missing, or cut."""
+    try:
+        return [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(notebook.read_bytes())["cells"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _stamps(folder: Path) -> dict[str, tuple]:
+    """Return by name when each file of a run was written: not of notebooks and checkpoints, nor of the manifest."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    kept = [name for name in names if not name.startswith(("checkpoints/", ".lock", "manifest.json"))]
+    stats = {name: (folder / name).stat() for name in kept if not name.endswith(".ipynb")}
+    return {name: (stat.st_mtime_ns, stat.st_ino, stat.st_size) for name, stat in stats.items()}
+
+
+def _digest(folder: Path, name: str) -> str:
+    """Return the hash of a file in the run's folder, or of a record in its manifest."""
+    record = name.removeprefix(RECORD)
+    return content_hash(folder / name) if record == name else _hash(json.dumps(read_manifest(folder).get(record)))
 
 
 def _times(executed) -> str:

@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from . import AlpacaError
+from . import PACKAGE, AlpacaError
 from .batches import LengthGroups, PadToLongest, add_learned, split_batch
 from .card import write_card
 from .checkpoints import CompleteCheckpoints, is_main_process, resume_point
@@ -36,7 +36,7 @@ from .console import run_command
 from .data import IGNORED
 from .files import check_disk_space, content_hash
 from .hub import readable_size
-from .lora import adapter_folder, choose_targets, lora_config
+from .lora import adapter_folder, check_trained, choose_targets, lora_config
 from .models import base_dtype, check_weights, load_base, load_tokenizer
 from .parameters import check_parameters
 from .runs import artifact, lock_run, read_record, run_folder, write_record
@@ -47,7 +47,7 @@ class AnswerTrainer(Trainer):
     """transformers' Trainer, which may stand in its place, with less waste and safer checkpoints.
 
     Overridden: the order of rows (`LengthGroups`); the loss (logits at learned labels only, each label with the same
-    weight); the logged loss (nats per label); checkpoints (with checksums); `train` (with `faster_training`, and one
+    weight); the losses on show (nats per label); checkpoints (with checksums); `train` (with `faster_training`, and one
     sentence where memory or disk are too small).
     """
 
@@ -57,6 +57,7 @@ class AnswerTrainer(Trainer):
         args.dataloader_pin_memory = args.accelerator_config.non_blocking = cuda  # Python goes on while rows are sent
         args.logging_nan_inf_filter = False  # NaN is shown as such, and no step waits to be looked at
         super().__init__(args=args, data_collator=partial(add_learned, data_collator), **named)
+        check_trained(self.model)
         self.add_callback(CompleteCheckpoints())
         self.add_callback(ProgressLines())
         self.batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -91,15 +92,30 @@ class AnswerTrainer(Trainer):
         # index_select, since for the gradient of a boolean mask torch sorts the positions on a GPU.
         with head.register_forward_pre_hook(lambda head, hidden: hidden[0].flatten(0, 1).index_select(0, before)):
             outputs = model(**inputs, use_cache=False)
-        loss = F.cross_entropy(outputs.logits.float(), labels.index_select(0, learned), reduction="sum")
+        nats = F.cross_entropy(outputs.logits.float(), labels.index_select(0, learned), reduction="none")
+        loss = nats.sum()
         if self.model.training:
             self.since_log[0] += loss.detach()
             self.since_log[1] += len(learned)
+        else:  # by row: on several devices the last batch is filled up with rows that were there before
+            rows, width = inputs["input_ids"].shape
+            by_row = torch.zeros(rows, 2, device=nats.device)
+            by_row.index_add_(0, learned // width, torch.stack([nats.detach(), torch.ones_like(nats)], 1))
+            self.since_log += self.accelerator.gather_for_metrics(by_row).sum(0)
         if num_items_in_batch is None:
             loss = loss / len(learned)
         else:
             loss = loss / num_items_in_batch * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(self, *given, **named):
+        """Return the output of an evaluation, its loss in nats per learned label, not as a mean of batch means."""
+        before, self.since_log = self.since_log, torch.zeros_like(self.since_log)
+        output = super().evaluation_loop(*given, **named)
+        (nats, labels), self.since_log = self.since_log.tolist(), before
+        loss = next(name for name in output.metrics if name.endswith("_loss"))  # eval_loss, or by another prefix
+        output.metrics[loss] = nats / labels
+        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as `loss` the nats per learned label since the last time, on all devices: in the unit of `eval_loss`."""
@@ -241,7 +257,8 @@ def announce(trainer: "AnswerTrainer") -> None:
 def save_adapter(trainer: "AnswerTrainer") -> Iterator[Path]:
     """Give a folder to save the trained adapter and its tokenizer to, which becomes the run's `adapter`.
 
-    All of it or nothing: the earlier adapter stays where the block fails. The manifest then notes what made it.
+    All of it or nothing: the earlier adapter stays where the block fails, and where the new one is of no use. The
+    manifest then notes what made it.
     Errors as in `lora.adapter_folder`.
     """
     folder, base = trainer.run_folder(), read_record(trainer.run_folder(), "data")["model"]
@@ -264,7 +281,8 @@ def record_result(folder: Path, trainer: Trainer) -> None:
     last = {name: entry[name] for entry in history for name in ("loss", "eval_loss") if name in entry}
     result = {"steps": trainer.state.global_step, **last}
     sha256 = content_hash(artifact(folder, "adapter"), "*.safetensors")
-    write_record(folder, "adapter", trainer.record | {"result": result, "sha256": sha256})
+    ours = {} if (PACKAGE.parent / ".git").exists() else {"commit": None}  # git would take any repository around
+    write_record(folder, "adapter", trainer.record | {"result": result, "sha256": sha256} | ours)
     write_card(folder)
 
 

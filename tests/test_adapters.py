@@ -4,23 +4,35 @@ import json
 import os
 import shutil
 import socket
+import sys
 import warnings
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.models import save, tiny, with_lora
-from support.runs import byte_tokenizer, save_adapter, tiny_gpt2
+from support.runs import byte_tokenizer, record_adapter, save_adapter, tiny_gpt2
 from transformers import AutoModelForCausalLM, AutoTokenizer, BartConfig, BertConfig, MambaConfig, T5Config, ViTConfig
 from transformers.utils import logging
 
 from alpaca_helpers import AlpacaError, pocket
+from alpaca_helpers.chat import terminal
 from alpaca_helpers.files import CHECKSUMS, write_checksums
 from alpaca_helpers.generation import generate
 from alpaca_helpers.hub import fetch
-from alpaca_helpers.lora import BASE, PICKLE, WEIGHTS, base_hash, check_targets, load_adapter
+from alpaca_helpers.lora import (
+    BASE,
+    PICKLE,
+    WEIGHTS,
+    base_hash,
+    check_trained,
+    choose_targets,
+    load_adapter,
+    lora_config,
+)
 from alpaca_helpers.models import best_device, fetch_model, load_base, load_tokenizer
+from alpaca_helpers.runs import read_record, write_record
 
 CONFIG = "adapter_config.json"
 NAN, INFINITY = float("nan"), float("inf")
@@ -69,10 +81,13 @@ def change_json(path, **changes):
 
 
 def test_what_lora_cannot_correct_is_refused_before_the_training(base):
-    check_targets(base, ["c_attn", "h.1.attn.c_proj"])
+    assert choose_targets(base, ["c_attn", "h.1.attn.c_proj"]) == ["c_attn", "h.1.attn.c_proj"]
+    assert choose_targets(base, "c_attn") == ["c_attn"]  # a name, not its letters
+    with pytest.raises(AlpacaError, match="`c_att`"):
+        choose_targets(base, "c_att")
     for target in ("lm_head", "wte", "nope", "c_att", "ln_1", "attn", "transformer"):
         with pytest.raises(AlpacaError, match=f"`{target}`.*among c_attn, c_fc, c_proj, or all-linear") as raised:
-            check_targets(base, ["c_attn", target])
+            choose_targets(base, ["c_attn", target])
         assert raised.value.code == "bad-target"
 
 
@@ -87,6 +102,56 @@ def test_plain_peft_loads_it_without_a_warning(saved, base):
 def test_a_base_held_in_another_precision_is_the_same_base(base, tmp_path):
     save_adapter(with_lora(tiny_gpt2().bfloat16()), byte_tokenizer(), tmp_path / "adapter")
     load_adapter(base, tmp_path / "adapter")  # the other way: tests/test_architectures.py
+
+
+def test_a_base_rounded_to_float16_is_told_to_be_loaded_in_float32(base, adapter):
+    refused(base.half(), adapter, "adapter-misfit", "held in float16: load it in float32")
+
+
+MORE = [{"bias": "lora_only"}, {"bias": "all"}, {"lora_bias": True}, {"use_dora": True}]
+MORE += [{"modules_to_save": ["wte"]}, {"trainable_token_indices": [1]}, {"target_modules": ["c_attn", "wte"]}]
+
+
+@pytest.mark.parametrize("more", MORE, ids=lambda more: next(iter(more)))
+def test_what_changes_more_than_loras_matrices_is_refused_before_the_training_and_on_loading(more, base, tmp_path):
+    config = lora_config(target_modules=["c_attn"])
+    for name, value in more.items():
+        setattr(config, name, value)
+    model = get_peft_model(tiny_gpt2(), config)
+    with pytest.raises(AlpacaError, match="more than LoRA's matrices A and B") as raised:
+        check_trained(model)
+    assert raised.value.code == "more-than-lora"
+    for name, value in model.named_parameters():
+        if "lora_" in name:
+            value.data.fill_(0.1)
+    save_adapter(model, byte_tokenizer(), tmp_path / "adapter")  # as earlier versions did
+    refused(base, tmp_path / "adapter", "more-than-lora", "more than LoRA's matrices A and B")
+
+
+@pytest.mark.parametrize("number, code", [(NAN, "adapter-nan"), (0.0, "adapter-zero")])
+def test_a_useless_adapter_does_not_take_the_place_of_a_good_one(number, code, saved, adapter, base):
+    model = with_lora(tiny_gpt2())
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            value.data.fill_(number)
+    with pytest.raises(AlpacaError, match="`learning_rate` and `resume = False`") as raised:
+        save_adapter(model, byte_tokenizer(), adapter)
+    assert raised.value.code == code and str(adapter) in str(raised.value)
+    assert answers(load_adapter(base, adapter)) == saved[1]
+
+
+def test_the_chat_answers_for_a_manifest_of_an_early_version_without_a_revision(
+    base_folder, tmp_path, monkeypatch, capsys
+):
+    tokenizer = load_tokenizer(str(base_folder))
+    save_adapter(with_lora(load_base(str(base_folder))), tokenizer, tmp_path / "run" / "adapter")
+    record_adapter(tmp_path / "run", model=str(base_folder))
+    record = read_record(tmp_path / "run", "adapter")
+    del record["model_revision"]
+    write_record(tmp_path / "run", "adapter", record)
+    monkeypatch.setattr(sys, "argv", ["chat", "--run", str(tmp_path / "run"), "--once", "Hi", "--max-new-tokens", "2"])
+    terminal.main()
+    assert capsys.readouterr().out.strip()
 
 
 FAULTS = {

@@ -9,10 +9,11 @@ import warnings
 import pytest
 import torch
 from jinja2.exceptions import TemplateError
-from support.models import MODELS, OTHERS, assert_same, gradients, tiny, with_lora
+from peft import get_peft_model
+from support.models import MODELS, OTHERS, SHAPE, assert_same, gradients, tiny, with_lora
 from support.notebooks import ENGLISH, made_of
 from support.runs import save_adapter
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from alpaca_helpers import AlpacaError
 from alpaca_helpers.batches import add_learned
@@ -20,7 +21,7 @@ from alpaca_helpers.chat.conversation import Conversation
 from alpaca_helpers.data import IGNORED, tokenize
 from alpaca_helpers.evaluation import answer_losses
 from alpaca_helpers.generation import end_tokens, generate
-from alpaca_helpers.lora import check_targets, load_adapter, save_merged
+from alpaca_helpers.lora import choose_targets, load_adapter, lora_config, save_merged
 from alpaca_helpers.models import fetch_model, load_base, positions
 from alpaca_helpers.prompts import encode, format_prompt
 from alpaca_helpers.speedups import faster_training
@@ -123,7 +124,7 @@ def test_greedy_answers_are_those_of_transformers_in_any_batch(kind):
     drawn = [row[len(row) // 2] for row in wanted["tuned"]]
     named = max(([one, other] for one in drawn for other in drawn), key=lambda named: len(lengths(named)))
     model.generation_config.eos_token_id = named  # so that rows leave the batch at different steps
-    ends = {tokenizer.eos_token_id, *named}
+    ends = sorted({tokenizer.eos_token_id, *named})
     assert len(lengths(ends)) > 1 and end_tokens(model, tokenizer) == ends
     for side, rows in wanted.items():
         together = generate(model, tokenizer, PROMPTS, side=side, max_new_tokens=12)
@@ -221,15 +222,20 @@ def test_an_adapter_is_saved_loaded_and_merged_and_answers_messages_elsewhere(ki
 def test_a_name_that_no_layer_has_is_answered_with_those_there_are(kind):
     base, _ = tiny(kind)
     with pytest.raises(AlpacaError, match="`nope`.*choose `target_modules` among .*, or all-linear") as refused:
-        check_targets(base, ["nope"])
+        choose_targets(base, ["nope"])
     known = str(refused.value).partition("among ")[2].removesuffix(", or all-linear.").split(", ")
-    check_targets(base, known)
-    check_targets(base, None)
-    base.config.model_type = "unheard-of"
-    with pytest.raises(AlpacaError, match=f"unheard-of.*among {', '.join(known)}, or all-linear") as refused:
-        check_targets(base, None)
-    assert refused.value.code == "bad-target"
-    check_targets(base, "all-linear")
+    assert refused.value.code == "bad-target" and choose_targets(base, known) == known
+    assert [choose_targets(base, targets) for targets in (None, "all-linear")] == [None, "all-linear"]
+
+
+@pytest.mark.parametrize("kind", ["olmo2", "starcoder2"])
+def test_where_peft_names_no_layers_all_linear_ones_are_corrected_and_a_line_says_so(kind, capsys):
+    shape = {"vocab_size": 300, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_key_value_heads": 1}
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHAPE | shape))
+    targets = choose_targets(base, None)
+    assert f"peft names no layers for {kind}" in capsys.readouterr().out
+    names = get_peft_model(base, lora_config(target_modules=targets, fan_in_fan_out=False)).targeted_module_names
+    assert len(names) > 8 and not any("lm_head" in name for name in names)
 
 
 def test_a_model_without_positions_has_no_limit():

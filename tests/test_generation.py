@@ -56,6 +56,17 @@ def test_samples_are_drawn_as_transformers_odds_have_it(size, top_k, top_p, monk
         torch.testing.assert_close(shares, odds, atol=1 / 2000 + 1e-6, rtol=0)
 
 
+def test_float64_is_made_on_the_cpu_alone(monkeypatch):
+    """Apple's MPS has none: the odds come from the device to the CPU first."""
+    done, whole = [], {name: getattr(torch.Tensor, name) for name in ("cpu", "double")}
+    for name, method in whole.items():
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda value, name=name, method=method: done.append(name) or method(value)
+        )
+    generation._next_tokens(torch.randn(2, 50), [torch.Generator()] * 2, 0.7, 5, 0.9)
+    assert done == ["cpu", "double"]
+
+
 def test_a_small_model_decodes_on_one_thread_and_leaves_the_setting(tiny_model, ask, monkeypatch):
     before, seen = torch.get_num_threads(), []
     tiny_model.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))

@@ -11,6 +11,8 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from support import PROJECT
 from support.models import assert_same, gradients, with_lora
 from support.runs import NO_DROPOUT, byte_tokenizer, prepare_run, random_rows, tiny_gpt2
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -80,6 +82,28 @@ def test_every_learned_label_counts_the_same_and_the_loss_on_show_is_theirs(tmp_
     ask = ["Instruction: a\nRéponse:", "b"]
     base, tuned = (generate(model, byte_tokenizer(), ask, side=side) for side in ("base", "tuned"))
     assert base == generate(tiny_gpt2(), byte_tokenizer(), ask) != tuned
+
+
+def test_the_loss_of_an_evaluation_is_the_mean_over_its_labels_whatever_the_batches(tmp_path):
+    rows, model, found = tokens(random_rows(21)), random_lora().eval(), []
+    wanted = model(**PadToLongest(256)(list(rows))).loss.item()
+    for size in (32, 16, 4, 1):
+        trainer = trainer_on(rows, tmp_path, model, per_device_eval_batch_size=size)
+        trainer.since_log += 5  # what a training has seen since it logged
+        found.append(trainer.evaluate()["eval_loss"])
+        assert trainer.since_log.tolist() == [5, 5] and trainer.state.log_history[-1]["eval_loss"] == found[-1]
+    assert found == pytest.approx([wanted] * 4, rel=2**-16)
+
+
+def test_a_training_that_changes_more_than_lora_is_refused_before_it_begins_and_one_without_evaluation_is_not(tmp_path):
+    rows, options = tokens(random_rows(8)), {"args": arguments(tmp_path, eval_strategy="no")}
+    options |= {"data_collator": PadToLongest(256), "train_dataset": rows}
+    for more in ({"bias": "lora_only"}, {"lora_bias": True}):
+        model = get_peft_model(tiny_gpt2(), LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, **more))
+        with pytest.raises(AlpacaError) as refused:
+            training.AnswerTrainer(model=model, **options)
+        assert refused.value.code == "more-than-lora"
+    assert training.AnswerTrainer(model=random_lora(), **options).train().global_step == 1
 
 
 @pytest.mark.integration
@@ -187,6 +211,7 @@ def test_a_training_over_either_precision_learns_and_is_recorded(dtype, tmp_path
     wanted = {"recipe": "answers", "dtype": str(dtype).removeprefix("torch."), "seed": 0}
     assert (wanted | settings).items() <= made_by.items() and {"lora_rank", "optim"} <= made_by.keys()
     assert made_by["result"]["steps"] == 24 and {"torch", "transformers", "peft"} <= made_by["versions"].keys()
+    assert bool(made_by["commit"]) == (PROJECT / ".git").exists()
     assert made_by["hardware"] and f'"{tmp_path}' not in json.dumps(manifest)
     last = max((tmp_path / "checkpoints").iterdir(), key=lambda path: int(path.name.partition("-")[2]))
     history = json.loads((last / "trainer_state.json").read_text())["log_history"]
@@ -211,6 +236,10 @@ def check_card(folder, monkeypatch):
     prompt = "Instruction: {instruction}\n{input, or no such line}\nRéponse:"
     assert all(part in text for part in (prompt, "recipe: answers", "lora_rank: 8", "eval_loss: ", "## Licence"))
     assert f" {folder}" not in text and "stop_rate" not in text
+    for broken in ("{", '{"base": 1}'):  # or of an earlier version: no reason to fail after a training
+        (folder / "metrics.json").write_text(broken)
+        card.write_card(folder)
+        assert page.read_text() == text
     metrics = {"n": 8, "base": {"stop_rate": 0.0, "contains": None}, "tuned": {"stop_rate": 0.95, "contains": None}}
     for adapter, shown in (("another", False), (read_record(folder, "adapter")["sha256"], True)):
         write_json(folder / "metrics.json", metrics | {"change": {}, "base_bare": {}, "adapter": adapter})
