@@ -110,11 +110,11 @@ def open_run(notebook: str, values: Mapping[str, object]) -> tuple[SimpleNamespa
         if given["run_earlier"]:
             run_earlier_notebooks(notebook, given["profile"], given["run"])
         artifact(folder, "data")
-        made = {"model_revision": None} | read_record(folder, needs)  # an early version's manifest has none
+        made = dict.fromkeys(made) | read_record(folder, needs)  # an early version's record lacks some
     settings = SimpleNamespace(**given | made | {name: value for name, value in given.items() if value is not None})
     settings.model_path = fetch_model(settings.model, settings.model_revision)
-    if not locate(settings.model).is_dir():
-        settings.model_revision = settings.model_path.name  # the commit: a run goes on with this one, named or not
+    if not locate(settings.model).is_dir():  # one on the Hub, in a folder of its cache that is named after the commit
+        settings.model_revision = settings.model_path.name
     written = given["max_new_tokens"] + PROMPT_TOKENS if "max_new_tokens" in given else 0
     check_length(settings.model_path, max(written, given.get("max_length", 0)))
     if "other_run" in given:
@@ -161,8 +161,8 @@ def run_series(parameters: dict[str, object], notebooks: Sequence[Path] | None =
 
     A notebook is skipped while its cells, its parameters, the helpers, the files of model and dataset, the other run's
     adapter, what it left in the run and the notebooks before it are those of its last complete execution. The
-    parameters, the model and the other run are checked here; without a `run` the run has the profile's name. Raises
-    AlpacaError with the sentence of the cell that failed.
+    parameters and the other run are checked here; without a `run` the run has the profile's name. Raises AlpacaError
+    with the sentence of the cell that failed.
     """
     chosen: dict[str, Any] = {name: check_parameters(**{name: value}) for name, value in parameters.items()}
     profile = choose_profile(chosen.get("profile", "auto"), chosen.get("model_name"), chosen.get("dataset_name"))
@@ -170,11 +170,11 @@ def run_series(parameters: dict[str, object], notebooks: Sequence[Path] | None =
     folder = run_folder(chosen["run"])
     if chosen.get("other_run"):
         read_record(run_folder(chosen["other_run"], make=False), "adapter")
-    model = fetch_model(profile.model, profile.model_revision)  # of one on the Hub, the folder's name is the commit
+    commit = "" if locate(profile.model).is_dir() else fetch_model(profile.model, profile.model_revision).name
     used = [locate(path) for path in (profile.model, profile.dataset, profile.heldout) if path]
     sources = [*sorted(Path(__file__).parent.rglob("*.py")), *used, pocket.HELDOUT, pocket.DOCUMENT / "adapter"]
     with lock_run(folder), check_disk_space(folder, needed=2_000_000):
-        _execute(notebooks or NOTEBOOKS, chosen, folder, _hash(model.name, *map(content_hash, sources)))
+        _execute(notebooks or NOTEBOOKS, chosen, folder, _hash(commit, *map(content_hash, sources)))
     return folder
 
 
@@ -192,8 +192,8 @@ def _execute(notebooks: Sequence[Path], parameters: dict[str, object], folder: P
         inputs = _hash(inputs, *map(str, _cells(notebook)), json.dumps(chosen, sort_keys=True))
         if notebook in FURTHER:
             inputs = _hash(inputs, artifact_hash(folder / "adapter"))
-        if chosen.get("other_run"):
-            inputs = _hash(inputs, artifact_hash(run_folder(chosen["other_run"], make=False) / "adapter"))
+        if other := chosen.get("other_run"):
+            inputs = _hash(inputs, artifact_hash(run_folder(str(other), make=False) / "adapter"))
         executed, mark = folder / notebook.name, done.get(notebook.stem, {})
         unchanged = mark.get("inputs") == inputs and len(_cells(executed)) >= len(_cells(notebook))
         unchanged = unchanged and all(_digest(folder, name) == digest for name, digest in mark["files"].items())

@@ -6,14 +6,17 @@ import shutil
 import nbformat
 import papermill
 import pytest
+from nbclient.exceptions import DeadKernelError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
-from support.runs import locked_elsewhere
+from support.models import with_lora
+from support.runs import byte_tokenizer, locked_elsewhere, prepare_run, record_adapter, save_adapter, tiny_gpt2
 
-from alpaca_helpers import AlpacaError, series
+from alpaca_helpers import AlpacaError, models, series
+from alpaca_helpers.files import write_json
 from alpaca_helpers.profiles import PROFILES
-from alpaca_helpers.runs import read_manifest
+from alpaca_helpers.runs import read_manifest, read_record, write_record
 from tools import notebooks as authors
 
 FIRST = 'push_to: str = "o/a"  # a word\nrun: str = ""  # the run\nmerged: bool = False  # whether to fail'
@@ -129,6 +132,139 @@ def test_what_is_missing_or_was_damaged_since_is_made_again(notebooks, tmp_path,
     for _ in range(2):
         series.run_series(parameters)
         assert seen(folder) == "a"
+
+
+LEAVES = """
+from alpaca_helpers.files import atomic_folder
+from alpaca_helpers.runs import write_record
+with atomic_folder(folder / "adapter") as part:
+    (part / "weights").write_text("rows")
+(folder / "adapter" / "README.md").write_text("a card")
+(folder / "merged").mkdir(exist_ok=True)
+(folder / "merged" / "model").write_text("whole")
+(folder / "pictures").mkdir(exist_ok=True)
+(folder / "pictures" / "losses.png").write_text("picture")
+write_record(folder, "adapter", {"seed": 0})
+"""
+MEASURES = """
+(folder / "adapter" / "README.md").write_text("a card with metrics")
+(folder / "metrics.json").write_text("{}")
+"""
+
+
+def edit(notebook, change):
+    """Change the notebook's list of cells."""
+    content = nbformat.read(notebook, as_version=4)
+    change(content.cells)
+    nbformat.write(content, notebook)
+
+
+def test_whatever_a_notebook_left_and_rests_on_is_looked_at(notebooks, tmp_path, monkeypatch):
+    """A changed file is made again by the notebook that wrote it last, and by those after it."""
+    for notebook, source in zip(notebooks, (LEAVES, MEASURES)):
+        write(notebook, FIRST + '\nother_run: str = ""', SECOND, source, "1 + 1")
+    monkeypatch.setattr(series, "PRODUCERS", {"adapter": "01_one", "metrics.json": "02_two"})
+    folder, other = tmp_path / "r", tmp_path / "other"
+    parameters, executed, card = {"run": str(folder)}, folder / "01_one.ipynb", folder / "adapter" / "README.md"
+
+    def train_the_other(std):
+        save_adapter(with_lora(tiny_gpt2(), std), byte_tokenizer(), other / "adapter")
+        record_adapter(other)
+
+    def forget_the_adapter():
+        write_json(folder / "manifest.json", {"notebooks": read_manifest(folder)["notebooks"]})
+
+    def from_an_early_version():
+        write_record(folder, "notebooks", {"01_one": ["0", "1"], "02_two": None})
+
+    train_the_other(0.5)
+    changes = {
+        "nothing, at first": (lambda: None, 2),
+        "nothing": (lambda: None, 0),
+        "the other run": (lambda: parameters.update(other_run=str(other)), 2),
+        "its adapter": (lambda: train_the_other(0.2), 2),
+        "the card, emptied": (lambda: card.write_text(""), 1),
+        "the metrics": (lambda: (folder / "metrics.json").unlink(), 1),
+        "the merged model": (lambda: shutil.rmtree(folder / "merged"), 2),
+        "the pictures": (lambda: shutil.rmtree(folder / "pictures"), 2),
+        "a weight": (lambda: (folder / "adapter" / "weights").write_text("rwos"), 2),
+        "the manifest's record": (forget_the_adapter, 2),
+        "a truncated notebook": (lambda: executed.write_bytes(executed.read_bytes()[:-50]), 2),
+        "a notebook with a cell less": (lambda: edit(executed, lambda cells: cells.__delitem__(slice(2))), 2),
+        "a cell's type": (lambda: edit(notebooks[0], lambda cells: cells[-1].update(cell_type="raw")), 2),
+        "a file of the reader's own": (lambda: (folder / "thesis.txt").write_text("mine"), 0),
+        "a cell of the reader's own": (lambda: edit(executed, lambda cells: cells.append(new_markdown_cell("me"))), 0),
+        "an early version's marks": (from_an_early_version, 2),
+        "nothing, at last": (lambda: None, 0),
+    }
+    before = ""
+    for what, (change, times) in changes.items():
+        change()
+        series.run_series(parameters)
+        assert len(seen(folder)) - len(before) == times, what
+        assert card.read_text() == "a card with metrics", what
+        before = seen(folder)
+    assert (folder / "thesis.txt").read_text() == "mine"
+
+
+def test_a_killed_kernel_is_one_sentence(notebooks, tmp_path, monkeypatch):
+    def die(*given, **named):
+        raise DeadKernelError("Kernel died")
+
+    monkeypatch.setattr(papermill, "execute_notebook", die)
+    with pytest.raises(AlpacaError, match="01_one.ipynb was killed") as failed:
+        series.run_series({"run": str(tmp_path / "r")})
+    assert failed.value.code == "kernel-killed" and "\n" not in str(failed.value)
+
+
+def opened(run, **values):
+    """Return the settings of notebook 04 on a run, as its first cells have them."""
+    given = {"profile": "pocket", "run": str(run), "other_run": "", "max_new_tokens": 8, "run_earlier": False}
+    return series.open_run("04_comparison_and_chat", given | values)[0]
+
+
+def finish(folder, model=None, **changes):
+    """Make a finished run on a tiny base model."""
+    prepare_run(folder)
+    save_adapter(with_lora(tiny_gpt2(**changes)), byte_tokenizer(), folder / "adapter")
+    made = read_record(folder, "data")
+    record_adapter(folder, model=model or made["model"], fingerprint=made["fingerprint"])
+
+
+def test_the_other_run_is_looked_at_before_anything_is_computed(tmp_path):
+    for name, changes in (("a", {}), ("b", {}), ("c", {"initializer_range": 0.3})):
+        finish(tmp_path / name, **changes)
+    for other, code in (("c", "other-base"), ("nowhere", "no-artifact")):
+        with pytest.raises(AlpacaError, match=str(tmp_path / other)) as refused:
+            opened(tmp_path / "a", other_run=str(tmp_path / other))
+        assert refused.value.code == code
+    with pytest.raises(AlpacaError) as refused:
+        series.run_series({"run": str(tmp_path / "new"), "other_run": str(tmp_path / "nowhere")})
+    assert refused.value.code == "no-artifact" and not list((tmp_path / "new").glob("*.ipynb"))
+    assert opened(tmp_path / "a", other_run=str(tmp_path / "b")).other_run == tmp_path / "b"
+
+
+def test_the_commit_of_a_model_on_the_hub_is_recorded_and_another_is_noticed(tmp_path, monkeypatch):
+    """Of one whose revision nobody named."""
+    finish(tmp_path / "a", model="owner/name")
+    for commit in ("1111", "2222"):
+        shutil.copytree(tmp_path / "a" / "base", tmp_path / "snapshots" / commit)
+    newest, snapshots = ["1111"], tmp_path / "snapshots"
+    monkeypatch.setattr(models, "cached_folder", lambda _, commit, *rest: snapshots / (commit or newest[0]))
+    given = {"profile": "pocket", "run": str(tmp_path / "b"), "model_name": "owner/name", "max_new_tokens": 8}
+    settings, _ = series.open_run("01_base_model", given)
+    assert (settings.model, settings.model_revision) == ("owner/name", "1111")
+    record = read_record(tmp_path / "a", "adapter")
+    del record["model_revision"]  # as an early version wrote it
+    write_record(tmp_path / "a", "adapter", record)
+    assert opened(tmp_path / "a").model_revision == "1111"
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    write(tmp_path / "one.ipynb", FIRST + "\nmodel_name: str = None", SECOND)
+    for commit, times in (("1111", 1), ("1111", 1), ("2222", 2)):
+        newest[0] = commit
+        parameters = {"run": str(tmp_path / "c"), "model_name": "owner/name"}
+        assert len(seen(series.run_series(parameters, [tmp_path / "one.ipynb"]))) == times
 
 
 def test_a_failed_cell_is_not_done_and_its_fault_is_a_sentence(notebooks, tmp_path):
