@@ -181,7 +181,6 @@ def run_series(parameters: dict[str, object], notebooks: Sequence[Path] | None =
 def _execute(notebooks: Sequence[Path], parameters: dict[str, object], folder: Path, inputs: str) -> None:
     """Execute what is not done; `inputs` is the hash of all that the first notebook is made from."""
     import papermill  # only where notebooks are run: not everybody who opens one has it
-    from nbclient.exceptions import DeadKernelError
 
     done = read_manifest(folder).get("notebooks")
     marks = done.items() if isinstance(done, dict) else ()
@@ -207,7 +206,9 @@ def _execute(notebooks: Sequence[Path], parameters: dict[str, object], folder: P
         try:
             options = {"kernel_name": "python3", "extra_arguments": QUIET, "stdout_file": ProgressFile()}
             print(_times(papermill.execute_notebook(notebook, executed, chosen, **options)), flush=True)
-        except DeadKernelError as error:
+        except RuntimeError as error:
+            if type(error).__name__ != "DeadKernelError":  # nbclient's, which papermill brings along
+                raise
             what = f"The kernel of {executed} was killed, most likely for want of memory: free some"
             remedy = "take a smaller `micro_batch_size` or model, and run this again"
             raise AlpacaError(f"{what}, or {remedy}.", "kernel-killed") from error
