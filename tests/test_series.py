@@ -158,6 +158,7 @@ def edit(notebook, change):
     nbformat.write(content, notebook)
 
 
+@pytest.mark.integration
 def test_whatever_a_notebook_left_and_rests_on_is_looked_at(notebooks, tmp_path, monkeypatch):
     """A changed file is made again by the notebook that wrote it last, and by those after it."""
     for notebook, source in zip(notebooks, (LEAVES, MEASURES)):
