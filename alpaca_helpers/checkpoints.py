@@ -3,9 +3,11 @@
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import warnings
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,9 +16,21 @@ from accelerate import PartialState
 from transformers import Trainer, TrainerCallback
 
 from . import PACKAGE, AlpacaError, locate
-from .files import content_hash, verify_checksums, write_checksums
+from .files import (
+    CARD,
+    CHECKSUMS,
+    WEIGHTS,
+    content_hash,
+    refuse_foreign_files,
+    verify_checksums,
+    write_checksums,
+    write_json,
+)
 from .runs import read_manifest, read_record, write_record
 
+FILES = (  # that Trainer writes into a checkpoint, besides each process's random state
+    f"{WEIGHTS} adapter_config.json {CARD} optimizer.pt scheduler.pt scaler.pt trainer_state.json training_args.bin"
+).split()
 LORA = "bias use_rslora use_dora".split()  # of peft's configuration, besides rank, alpha, dropout and targets
 ARGUMENTS = (  # of transformers' TrainingArguments: those that change the result
     "learning_rate num_train_epochs max_steps lr_scheduler_type warmup_steps weight_decay max_grad_norm optim "
@@ -28,13 +42,38 @@ FREE = {"name", "dataset", "heldout", "micro_batch_size", *PLACE}
 
 
 class CompleteCheckpoints(TrainerCallback):
-    """Writes each checkpoint's checksums, once all processes have written their files."""
+    """Records which files of a checkpoint are Trainer's, and their checksums once all processes have written them.
+
+    `save_total_limit` is kept here: Trainer itself would remove somebody's checkpoint-best, too.
+    """
+
+    limit: int | None = None
+
+    def on_train_begin(self, args, state, control, **named) -> None:
+        """Take `save_total_limit` over."""
+        self.limit, args.save_total_limit = args.save_total_limit or self.limit, None
+
+    def on_step_end(self, args, state, control, **named) -> None:
+        """Record what is about to be written, so that what a cut leaves is known for ours."""
+        if control.should_save and state.is_world_process_zero:
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            states = ["rng_state.pth", *(f"rng_state_{rank}.pth" for rank in range(args.world_size))]
+            write_json(checkpoint / CHECKSUMS, dict.fromkeys([*FILES, *states], ""))
+
+    on_epoch_end = on_step_end
 
     def on_save(self, args, state, control, **named) -> None:
-        """Mark the newest checkpoint as complete."""
+        """Mark the newest checkpoint as complete, and remove the oldest that are recorded."""
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
-            write_checksums(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            folder = Path(args.output_dir)
+            write_checksums(folder / f"checkpoint-{state.global_step}")
+            for checkpoint in _checkpoints(folder)[self.limit :] if self.limit else []:
+                with suppress(AlpacaError):  # somebody's file is in it
+                    refuse_foreign_files(checkpoint)
+                    if str(checkpoint) != state.best_model_checkpoint:
+                        shutil.rmtree(checkpoint)
 
 
 def last_complete_checkpoint(checkpoints: Path) -> Path | None:
@@ -49,14 +88,17 @@ def last_complete_checkpoint(checkpoints: Path) -> Path | None:
 def resume_point(folder: Path, trainer: Trainer, resume: bool = True) -> Path | None:
     """Record what makes this training, and return the checkpoint to go on from; None: from the beginning.
 
-    The run's lock is to be held. `resume` False forgets the run's checkpoints. Raises AlpacaError that shows the
-    differences if these were made by settings that give another result; what is `FREE` may differ.
+    The run's lock is to be held. `resume` False removes the run's checkpoints. Raises AlpacaError that shows the
+    differences if these were made by settings that give another result; what is `FREE` may differ. It is raised too,
+    before anything is removed, for a file in a checkpoint or the adapter that is not recorded as written here.
     """
     checkpoints = Path(trainer.args.output_dir)
     if is_main_process():
         now = training_record(folder, trainer)
-        if not resume:
-            shutil.rmtree(checkpoints, ignore_errors=True)
+        for recorded in (folder / "adapter", *_checkpoints(checkpoints)):
+            refuse_foreign_files(recorded)
+        for recorded in [] if resume else _checkpoints(checkpoints):
+            shutil.rmtree(recorded)
         if _checkpoints(checkpoints):
             before = read_manifest(folder).get("training")
             before = before if isinstance(before, dict) else {}
@@ -131,5 +173,6 @@ def is_main_process() -> bool:
 
 def _checkpoints(folder: Path) -> list[Path]:
     """Return Trainer's own checkpoints in the folder, the newest first; a copy or `checkpoint-best` is not its."""
-    steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
-    return sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: int(steps[path]), reverse=True)
+    named = (re.fullmatch("checkpoint-([1-9][0-9]*)", path.name) for path in folder.glob("checkpoint-*"))
+    steps = sorted((int(match[1]) for match in named if match), reverse=True)
+    return [folder / f"checkpoint-{step}" for step in steps]

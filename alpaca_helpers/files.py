@@ -1,9 +1,10 @@
-"""Files written whole or not at all, their checksums, and one sentence where a disk is full."""
+"""Files written whole or not at all, never in the place of somebody's; their checksums; a full disk in one sentence."""
 
 import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,10 @@ from safetensors import SafetensorError
 
 from . import AlpacaError
 
-CHECKSUMS = "checksums.json"  # in data, a checkpoint and an adapter: the SHA-256 of each file, written last
+CHECKSUMS = "checksums.json"  # in data, a checkpoint and an adapter: the SHA-256 of each file; "" until it is written
+DIGEST = re.compile("([0-9a-f]{64})?")
+WEIGHTS, CARD = "adapter_model.safetensors", "README.md"  # the card beside an adapter is written after its checksums
+LEFT_BEHIND = ("cache-*.arrow", ".DS_Store", "Thumbs.db", "desktop.ini")  # by datasets, by file browsers
 NO_SPACE = os.strerror(errno.ENOSPC)
 
 
@@ -21,12 +25,14 @@ NO_SPACE = os.strerror(errno.ENOSPC)
 def atomic_folder(folder: Path, needed: int = 0, checksums: bool = True) -> Iterator[Path]:
     """Give an empty folder to write to, which takes the place of `folder` if the block does not fail.
 
-    Its files' `checksums` are written into it, last. Where the disk has no room for the `needed` bytes, or cannot be
-    written to, AlpacaError is raised and the earlier folder stays.
+    Its files' `checksums` are written into it, last, and only a folder that has such is replaced. Where the disk has no
+    room for the `needed` bytes, or cannot be written to, AlpacaError is raised and the earlier folder stays.
     """
-    part, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
+    part, old = hidden(folder, "part"), hidden(folder, "old")
     if old.exists() and not folder.exists():  # cut between the two renames below
         old.rename(folder)
+    if checksums:
+        refuse_foreign_files(folder)
     for leftover in (part, old):
         shutil.rmtree(leftover, ignore_errors=True)
     with check_disk_space(folder, needed):
@@ -35,6 +41,7 @@ def atomic_folder(folder: Path, needed: int = 0, checksums: bool = True) -> Iter
             yield part
             if checksums:
                 write_checksums(part)
+                refuse_foreign_files(folder)  # again: the block may have taken minutes
             if folder.exists():
                 folder.rename(old)
             part.rename(folder)
@@ -45,6 +52,25 @@ def atomic_folder(folder: Path, needed: int = 0, checksums: bool = True) -> Iter
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
+def hidden(path: Path, end: str) -> Path:
+    """Return the name beside `path`, hidden and nobody else's, for what is to take its place or was in it."""
+    return path.with_name(f".alpaca-{path.name}.{end}")
+
+
+def refuse_foreign_files(folder: Path) -> None:
+    """Raise AlpacaError that names a file in the folder that is not in its checksums: it is somebody's.
+
+    It does so for a file or a link in the folder's place too; a folder that is not there is nobody's.
+    """
+    saved = _read_checksums(folder)
+    recorded = {folder / name for name in (*saved, CHECKSUMS, *[CARD] * (WEIGHTS in saved))} if saved else set()
+    for path in folder.rglob("*") if folder.is_dir() and not folder.is_symlink() else [folder]:
+        is_file = path.is_symlink() or (path.exists() and not path.is_dir())
+        if is_file and path not in recorded and not any(map(path.match, LEFT_BEHIND)):
+            what = f"{path} is in the way, and not recorded as written here: move it elsewhere, and run this again."
+            raise AlpacaError(what, "not-ours")
+
+
 @contextmanager
 def check_disk_space(folder: Path, needed: int) -> Iterator[None]:
     """Write to `folder` in the block; raise AlpacaError if it cannot be written, or has no room for `needed` bytes."""
@@ -53,7 +79,7 @@ def check_disk_space(folder: Path, needed: int) -> Iterator[None]:
         return shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
 
     def disk_full() -> AlpacaError:
-        room = f"{needed / 1e6:.1f} MB are needed and {free() / 1e6:.1f} MB are free"
+        room = f"{-(-needed // 100_000) / 10:.1f} MB are needed and " * bool(needed) + f"{free() / 1e6:.1f} MB are free"
         return AlpacaError(f"The disk under {folder} is full: {room}; make room and run this again.", "disk-full")
 
     if free() < needed:
@@ -78,9 +104,8 @@ def write_checksums(folder: Path) -> None:
 
 def verify_checksums(folder: Path) -> str:
     """Return what is wrong with a folder ("" if nothing): incomplete, or changed since its checksums were written."""
-    try:
-        saved = dict(json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    saved = _read_checksums(folder)
+    if not saved or "" in saved.values():
         return "its writing was cut"
     for name, digest in saved.items():
         if not (folder / name).is_file():
@@ -88,6 +113,15 @@ def verify_checksums(folder: Path) -> str:
         if content_hash(folder / name) != digest:
             return f"{name} is damaged"
     return ""
+
+
+def _read_checksums(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of the folder's files by name; empty where there are none that are written here."""
+    try:
+        saved = dict(json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+    return saved if all(DIGEST.fullmatch(str(digest)) for digest in saved.values()) else {}
 
 
 def content_hash(path: Path, pattern: str = "*") -> str:
@@ -103,7 +137,7 @@ def content_hash(path: Path, pattern: str = "*") -> str:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file atomically: where that fails, the earlier one stays and OSError is raised."""
-    part = path.with_name(path.name + ".part")
+    part = hidden(path, "part")
     try:
         part.write_bytes(content)
         os.replace(part, path)

@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from . import AlpacaError, project_folder
+from . import PACKAGE, AlpacaError, project_folder
 from .files import CHECKSUMS, content_hash, read_json, verify_checksums, write_json
 
 PRODUCERS = {  # the notebook that makes each artifact
@@ -23,7 +23,8 @@ PRODUCERS = {  # the notebook that makes each artifact
     "adapter": "03_lora_finetuning",
     "metrics.json": "04_comparison_and_chat",
 }
-LOCKED = "ALPACA_LOCKED_RUN"  # environment variable: the run whose lock a process holds, for those that it starts
+LOCKED = "ALPACA_LOCKED_RUN"  # environment variable: the runs that a process holds, a line each, for those it starts
+MARK = ".alpaca-run"  # the file that makes a folder a run's
 PARTS = {"data", "training", "adapter", "notebooks"}  # of a manifest
 TYPES: dict[str, Any] = {  # of what is read from a manifest's record
     **dict.fromkeys(("name", "model", "dataset", "recipe", "fingerprint", "sha256"), str),
@@ -35,39 +36,61 @@ TYPES: dict[str, Any] = {  # of what is read from a manifest's record
 def run_folder(run: str, make: bool = True) -> Path:
     """Return the run's folder: `runs/<run>`, or the path that `run` is (it holds a / or is . or ..).
 
-    With `make` a new one is made, with its `pictures` and an empty manifest. Raises AlpacaError if that cannot be, or
-    for a folder with files that no run has made.
+    With `make` it may be written to: a new or empty one is made and marked as a run's. Raises AlpacaError if that
+    cannot be, for a folder of the package, and for one with files that is not marked.
     """
     is_path = {"/", os.sep} & set(run) or run in (".", "..", "~")
     folder = Path(run).expanduser().resolve() if is_path else project_folder() / "runs" / run
     if make:
         try:
-            if strange := folder.is_dir() and _strange_file(folder):
-                what = f"The folder {folder} is no run's, it holds {strange}: take another `run`."
-                raise AlpacaError(what, "not-a-run")
-            (folder / "pictures").mkdir(parents=True, exist_ok=True)
+            _refuse_foreign(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / MARK).exists():
+                (folder / MARK).write_text("A run of alpaca_helpers, which replaces the files that it recorded here.\n")
+            (folder / "pictures").mkdir(exist_ok=True)
         except OSError as error:
             what = f"The folder {folder} cannot be made ({error.strerror}): take another `run`."
             raise AlpacaError(what, "run-unwritable") from error
-        if not (folder / "manifest.json").exists():
-            write_json(folder / "manifest.json", {})
     return folder
 
 
-def _strange_file(folder: Path) -> str:
-    """Return the name of a file that no run has made, where the folder is not known for a run's by its manifest."""
-    if (folder / "manifest.json").exists():
-        return "" if set(read_manifest(folder)) <= PARTS else "a manifest.json of something else"
-    others = (path for path in sorted(folder.iterdir()) if path.name not in ("pictures", ".lock"))
-    return next((path.name for path in others if not _is_executed(path)), "")
+def _refuse_foreign(folder: Path) -> None:
+    """Raise AlpacaError for a folder that lies in the package, or has files and is not marked as a run's."""
+    here = (folder, *folder.parents)
+    if any(parent.name == PACKAGE.name and (parent / "__init__.py").is_file() for parent in here):
+        what = f"The folder {folder} is part of the package {PACKAGE.name}: take another `run`."
+        raise AlpacaError(what, "not-a-run")
+    files = sorted(folder.iterdir()) if folder.is_dir() and not _is_marked(folder) else []
+    if strange := [path.name for path in files if not _is_executed(path)]:
+        what = (
+            f"The folder {folder} is no run's, it holds {strange[0]}: take another `run`, or move its files elsewhere."
+        )
+        raise AlpacaError(what, "not-a-run")
 
 
 def _is_executed(path: Path) -> bool:
-    """Return whether a file is a notebook that papermill has written."""
+    """Return whether papermill wrote a notebook with these helpers to `path`, as it does before a cell runs."""
     try:
-        return path.suffix == ".ipynb" and "papermill" in json.loads(path.read_bytes())["metadata"]
+        content = path.read_bytes() if path.suffix == ".ipynb" else b""
+        return PACKAGE.name.encode() in content and "papermill" in json.loads(content)["metadata"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def _is_marked(folder: Path) -> bool:
+    """Return whether a folder is marked as a run's or, made by version 0.2, has the whole record of its data."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        recorded = set(manifest) <= PARTS and not _misfits(manifest["data"], "data")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        recorded = False
+    return recorded or (folder / MARK).is_file()
+
+
+def _misfits(record: dict, part: str) -> list[str]:
+    """Return what the record of a part lacks, or has as another type."""
+    needed = TYPES.keys() - (set() if part == "adapter" else {"sha256", "lora_rank"})
+    return sorted(name for name in needed if not isinstance(record.get(name), TYPES[name]))
 
 
 def artifact(folder: Path, name: str) -> Path:
@@ -87,7 +110,8 @@ def lock_run(folder: Path) -> Iterator[None]:
 
     The system releases it when the process ends, even killed. Raises AlpacaError if another process holds it.
     """
-    if os.environ.get(LOCKED) == str(folder.resolve()):
+    held = os.environ.get(LOCKED, "")
+    if str(folder.resolve()) in held.split("\n"):
         yield
         return
     lock = FileLock(folder / ".lock")  # the operating system's own lock
@@ -104,11 +128,11 @@ def lock_run(folder: Path) -> Iterator[None]:
     except OSError as error:
         what = f"The run {folder} cannot be written to ({error.strerror}): take another `run`."
         raise AlpacaError(what, "run-unwritable") from error
-    os.environ[LOCKED] = str(folder.resolve())
+    os.environ[LOCKED] = f"{held}\n{folder.resolve()}"
     try:
         yield
     finally:
-        del os.environ[LOCKED]
+        os.environ[LOCKED] = held
         lock.release()
 
 
@@ -145,8 +169,7 @@ def read_record(folder: Path, part: str) -> dict:
     if not isinstance(record, dict):
         what = f"The manifest of {folder} has no {part}: run notebook {notebook}, with the same `run`."
         raise AlpacaError(what, "no-artifact")
-    needed = TYPES.keys() - (set() if part == "adapter" else {"sha256", "lora_rank"})
-    if wrong := sorted(name for name in needed if not isinstance(record.get(name), TYPES[name])):
+    if wrong := _misfits(record, part):
         what = f"The manifest of {folder} is of another version ({part}: {wrong[0]}): run notebook {notebook} again."
         raise AlpacaError(what, "manifest-version")
     again = f"run notebook {notebook} with `resume = False`, or take another `run`"

@@ -277,8 +277,12 @@ def main() -> None:
     options = parser.parse_args()
     if "" in (options.profile, options.run):
         parser.error("--profile and --run want a name")
-    named = {"profile": options.profile} | ({"run": options.run} if options.run else {})
-    chosen = named | {key: _value(value) for key, value in options.p}
+    chosen: dict[str, object] = {"run": options.run} if options.run else {}
+    chosen |= {} if options.profile == "auto" else {"profile": options.profile}
+    for key, text in options.p:
+        if chosen.setdefault(key, _value(text)) != _value(text):
+            what = f"The parameter `{key}` is given twice, as {chosen[key]} and as {text}: give it once."
+            raise AlpacaError(what, "given-twice")
     folder = run_series(chosen, FURTHER if options.further else NOTEBOOKS)
     if options.further:
         return print(f"The executed notebooks are in {folder}.")

@@ -402,7 +402,7 @@ def test_a_full_disk_leaves_the_earlier_transcript_and_nothing_half(tiny_model, 
             talk.save(path)
         before = path.read_bytes() if there else None
         talk.add("Hi")
-        (tmp_path / "talk.md.part").symlink_to("/dev/full")
+        (tmp_path / ".alpaca-talk.md.part").symlink_to("/dev/full")
         with pytest.raises(AlpacaError, match="No space left on device"):
             talk.save(path)
         assert [found.name for found in tmp_path.iterdir()] == (["talk.md"] if there else [])
@@ -414,6 +414,7 @@ def test_save_replaces_only_what_this_chat_has_saved(box, tiny_model, pocket_tok
     mine, path = tmp_path / "notes.md", tmp_path / "talk.md"
     mine.write_text("my own notes", encoding="utf-8")
     (tmp_path / "folder.md").mkdir()
+    (tmp_path / "talk.md.part").write_text("mine")
     box.ask("One")
     for taken in (mine, tmp_path / "folder.md"):
         said = save(box, taken)
@@ -430,7 +431,11 @@ def test_save_replaces_only_what_this_chat_has_saved(box, tiny_model, pocket_tok
     assert "exists" in save(box, path) and path.read_text(encoding="utf-8").endswith("a remark")
     path.unlink()
     assert "Saved to" in save(box, path) and "Saved to" in save(other, tmp_path / "other.md")
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["folder.md", "notes.md", "other.md", "talk.md"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        *("folder.md", "notes.md", "other.md", "talk.md"),
+        "talk.md.part",
+    ]
+    assert (tmp_path / "talk.md.part").read_text() == "mine"
 
 
 def test_the_transcript_is_static_the_same_whatever_the_speed_and_says_how_each_answer_ended(box):

@@ -19,10 +19,11 @@ from support.models import with_lora
 from support.runs import byte_tokenizer, prepare_run, save_adapter, tiny_gpt2
 
 from alpaca_helpers import AlpacaError, checkpoints, training
-from alpaca_helpers.files import CHECKSUMS, check_disk_space, write_checksums
+from alpaca_helpers.files import CHECKSUMS, check_disk_space, refuse_foreign_files, verify_checksums, write_checksums
 from alpaca_helpers.lora import WEIGHTS
 from alpaca_helpers.runs import read_manifest, write_record
 
+FOREIGN = ("checkpoint-best", "checkpoint-1-mine", "checkpoint-3 (copy)", "checkpoint-03", "checkpoint-")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])}
 
 
@@ -38,7 +39,11 @@ def float32():
 def whole(float32, tmp_path_factory):
     """A run trained without interruption, dropout included: 24 steps, 6 an epoch, a checkpoint each third step."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    training.finetune(folder, **prepare_run(folder, micro_batch_size=4))
+    settings = prepare_run(folder, micro_batch_size=4)
+    for name in FOREIGN:
+        (folder / "checkpoints" / name).mkdir(parents=True)
+        (folder / "checkpoints" / name / WEIGHTS).write_text("mine")
+    training.finetune(folder, **settings)
     return folder
 
 
@@ -108,7 +113,7 @@ def test_a_killed_training_resumes_bit_for_bit_in_another_folder_on_another_mach
 @pytest.mark.integration
 def test_a_training_whose_first_checkpoint_was_cut_begins_at_the_beginning(whole, untrained):
     cut = shutil.copytree(whole / "checkpoints" / "checkpoint-21", untrained / "checkpoints" / "checkpoint-3")
-    (cut / CHECKSUMS).unlink()
+    (cut / CHECKSUMS).write_text(json.dumps({path.name: "" for path in cut.iterdir()}))
     (cut / "optimizer.pt").write_bytes((cut / "optimizer.pt").read_bytes()[:1000])
     with pytest.warns(UserWarning, match="checkpoint-3 is not used: its writing was cut"):
         assert checkpoints.last_complete_checkpoint(untrained / "checkpoints") is None
@@ -130,10 +135,47 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_it_is_taken(run):
             with pytest.warns(UserWarning, match=f"checkpoint-24 is not used: {name} is {fault}"):
                 assert checkpoints.last_complete_checkpoint(folder).name == "checkpoint-21"
         broken.write_bytes(content)
-    for name in ("checkpoint-best", "checkpoint-24 (copy)", "checkpoint-"):  # not Trainer's
-        shutil.copytree(folder / "checkpoint-21", folder / name)
+    shutil.copytree(folder / "checkpoint-21", folder / "checkpoint-25 (copy)")
     assert resume_point(run).name == "checkpoint-24"
-    assert (folder / "checkpoint-best").is_dir()
+
+
+def test_checkpoints_that_are_not_trainers_are_left_alone(run):
+    kept = {folder.name for folder in (run / "checkpoints").iterdir()}
+    assert kept == {*FOREIGN, "checkpoint-21", "checkpoint-24"}  # after `save_total_limit`
+    (run / "checkpoints" / "notes.txt").write_text("mine")
+    assert resume_point(run, resume=False) is None
+    assert {folder.name for folder in (run / "checkpoints").iterdir()} == {*FOREIGN, "notes.txt"}
+
+
+def test_a_file_that_is_not_recorded_stops_the_training_before_anything_is_removed(run):
+    for place in ("checkpoints/checkpoint-21/notes.txt", "adapter/notes.txt", "checkpoints/checkpoint-30/mine.bin"):
+        (run / place).parent.mkdir(exist_ok=True)
+        (run / place).write_text("mine")
+        before = contents(run)
+        for resume in (True, False):
+            with pytest.raises(AlpacaError, match=place) as refused:
+                resume_point(run, resume=resume)
+            assert refused.value.code == "not-ours" and contents(run) == before
+        (run / place).unlink()
+
+
+def test_the_oldest_checkpoints_are_removed_unless_somebodys_file_is_in_them(tmp_path):
+    callback, args = checkpoints.CompleteCheckpoints(), SimpleNamespace(output_dir=str(tmp_path), world_size=1)
+    best = SimpleNamespace(is_world_process_zero=True, best_model_checkpoint=str(tmp_path / "checkpoint-1"))
+    for step in range(1, 7):
+        args.save_total_limit, best.global_step = 2 if step == 1 else None, step
+        callback.on_train_begin(args, best, None)
+        assert args.save_total_limit is None  # or Trainer would remove by name
+        callback.on_step_end(args, best, SimpleNamespace(should_save=True))
+        newest = tmp_path / f"checkpoint-{step}"
+        (newest / "optimizer.pt").touch()
+        assert verify_checksums(newest) == "its writing was cut"
+        refuse_foreign_files(newest)  # none
+        callback.on_save(args, best, None)
+        assert verify_checksums(newest) == ""
+        if step == 3:
+            (newest / "notes.txt").write_text("mine")
+    assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{step}" for step in (1, 3, 5, 6)}
 
 
 def change_manifest(folder: Path, *parts: str, **changes) -> None:
@@ -183,7 +225,7 @@ def test_what_changes_rounding_alone_may_go_on_and_resume_false_starts_over(here
     record = json.loads((run / "manifest.json").read_text())["training"]
     assert (record["dtype"], record["earlier"][0]["dtype"]) == (there, here)
     assert resume_point(run, seed=1, resume=False) is None
-    assert not (run / "checkpoints").exists() and (run / "adapter").is_dir()
+    assert not list(run.glob("checkpoints/checkpoint-2*")) and (run / "adapter").is_dir()
 
 
 def test_no_pickle_of_a_checkpoint_is_executed(run, tmp_path):

@@ -1,6 +1,7 @@
 """Two processes on a run, artifacts of different trainings, folders that are no run's or cannot be written."""
 
 import errno
+import json
 import os
 import platform
 import shutil
@@ -8,15 +9,27 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from support import PROJECT
 from support.runs import locked_elsewhere, prepare_run, record_adapter
 
-from alpaca_helpers import AlpacaError, training
-from alpaca_helpers.files import atomic_folder, write_json
+from alpaca_helpers import AlpacaError, pocket, training
+from alpaca_helpers.files import atomic_folder, verify_checksums, write_checksums, write_json, write_text
 from alpaca_helpers.runs import artifact, lock_run, read_manifest, read_metrics, read_record, run_folder, write_record
+
+FOREIGN_MANIFESTS = (
+    "{}",
+    "[]",
+    "null",
+    "broken",
+    '{"name": "a web app"}',
+    '{"data": {"files": ["a.csv"]}}',
+    '{"data": ["a.csv"]}',
+    '{"data": {}, "adapter": {}}',
+)
 
 
 def refusal(call, *given) -> AlpacaError:
@@ -57,6 +70,18 @@ def test_what_a_process_starts_under_its_lock_may_write_too_until_it_lets_go(tmp
         raise KeyboardInterrupt
     with locked_elsewhere(tmp_path):  # which an error has let in
         assert "AlpacaError" in subprocess.run(command, capture_output=True, text=True, cwd=PROJECT).stderr
+
+
+def test_a_run_stays_locked_for_its_holder_through_another_runs_lock(tmp_path):
+    first, second = tmp_path / "one", tmp_path / "two"
+    for folder in (first, second):
+        folder.mkdir()
+    with lock_run(first):
+        with lock_run(second), lock_run(first), lock_run(second):
+            pass
+        lock(first)
+        assert os.environ["ALPACA_LOCKED_RUN"].split() == [str(first)]
+    lock(second)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no flock")
@@ -136,39 +161,108 @@ def test_broken_metrics_and_manifests_are_a_sentence(tmp_path):
 
 def test_a_run_is_a_name_or_a_path_to_a_new_folder_or_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("empty", "batch"):
+    for name in ("empty", "batch", "older"):
         (tmp_path / name).mkdir()
-    executed = '{"metadata": {"papermill": {}}, "cells": []}'  # papermill writes before the first cell runs
-    (tmp_path / "batch" / "01_base_model.ipynb").write_text(executed)
+    cells = [{"source": ["from alpaca_helpers.series import open_run"]}]  # papermill writes before the first cell runs
+    (tmp_path / "batch" / "01_base_model.ipynb").write_text(json.dumps({"metadata": {"papermill": {}}, "cells": cells}))
+    write_record(tmp_path / "older", "data", data_record())  # by version 0.2, without a mark
     paths = {
         f"{tmp_path}/elsewhere": "elsewhere",
         "./here": "here",
         "a/b": "a/b",
         "./empty": "empty",
         "./batch": "batch",
+        "./older": "older",
     }
     for run, path in {"mine": "runs/mine", **paths}.items():
         for _ in range(2):
             assert run_folder(run) == tmp_path / path and (tmp_path / path / "pictures").is_dir(), run
+            (tmp_path / path / "manifest.json").write_text(
+                "broken"
+            )  # it stays a run's, and the manifest may be deleted
+            (tmp_path / path / "notes.txt").write_text("mine")
 
 
-def test_a_folder_with_other_files_or_of_the_project_is_no_run(tmp_path, monkeypatch):
-    for name in ("papers", "site", "source"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "papers" / "thesis.txt").write_text("mine")
-    (tmp_path / "site" / "manifest.json").write_text('{"name": "a web app"}')
-    shutil.copy(PROJECT / "notebooks" / "01_base_model.ipynb", tmp_path / "source")
+def test_a_folder_that_is_not_marked_or_lies_in_the_package_is_no_run_and_stays_as_it_is(tmp_path, monkeypatch):
+    foreign = {
+        "papers/thesis.txt": "mine",
+        **{f"site{n}/manifest.json": text for n, text in enumerate(FOREIGN_MANIFESTS)},
+        "gallery/pictures/cat.png": "",
+        "papermill/01_base_model.ipynb": '{"metadata": {"papermill": {}}, "cells": []}',
+        "dataset/data/train.csv": "instruction,output",
+    }
+    for path, content in foreign.items():
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_text(content)
+    copied = Path(shutil.copytree(pocket.DOCUMENT, tmp_path / "alpaca_helpers" / "document")).parent
+    (copied / "__init__.py").write_text("")  # as where it is installed
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(PROJECT)
-    own = ("notebooks/", "./notebooks/fr", str(PROJECT / "alpaca_helpers"), ".", "runs/../tests")
-    for run in (f"{tmp_path}/papers", f"{tmp_path}/site", f"{tmp_path}/source", *own):
+    own = ("notebooks/", "./notebooks/fr", str(PROJECT / "alpaca_helpers"), ".", "runs/../tests", str(pocket.DOCUMENT))
+    own += ("./alpaca_helpers/new", f"{copied}/new", f"{copied}/document")
+    for run in (*(f"{tmp_path}/{path.partition('/')[0]}" for path in foreign), *own):
         assert refusal(run_folder, run).code == "not-a-run", run
-    assert sorted(tmp_path.rglob("*")) == before
+    assert sorted(tmp_path.rglob("*")) == before and not (PROJECT / "alpaca_helpers" / "new").exists()
 
 
-def test_a_folder_is_whole_or_the_earlier_one_also_after_a_cut_between_its_two_renames(tmp_path):
-    (tmp_path / "adapter.old").mkdir()  # as such a cut leaves it
-    (tmp_path / "adapter.old" / "weights").write_text("whole")
+@pytest.mark.parametrize("name", ["data", "adapter", "merged"])
+def test_a_file_that_is_not_recorded_stops_the_work_before_anything_is_removed(name, tmp_path):
+    folder, backups = tmp_path / name, [tmp_path / f"{name}{end}" for end in (".old", ".part", ".bak")]
+    for backup in backups:
+        backup.mkdir()
+        (backup / "weights").write_text("mine")
+    for content in ("one", "two"):
+        with atomic_folder(folder) as part:
+            (part / "train").mkdir()
+            (part / "train" / "weights").write_text(content)
+        (folder / ".DS_Store").touch()  # of a system's file browser
+    assert all((backup / "weights").read_text() == "mine" for backup in backups)
+    damages = {
+        "notes.txt": lambda: (folder / "notes.txt").write_text("mine"),
+        "rows.json": lambda: (folder / "train" / "rows.json").write_text("mine"),
+        "link": lambda: (folder / "link").symlink_to(backups[0]),
+        "": lambda: (folder / "checksums.json").write_text("{}"),
+        name: lambda: (shutil.rmtree(folder), folder.symlink_to(backups[0])),
+    }
+    for strange, damage in damages.items():
+        damage()
+        before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+        refused = refusal(atomic_folder(folder).__enter__)
+        assert refused.code == "not-ours" and f"/{strange}" in str(refused).split()[0]
+        assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+        for path in (folder / "notes.txt", folder / "train" / "rows.json", folder / "link"):
+            path.unlink(missing_ok=True)
+
+
+def test_a_file_put_into_a_folder_while_it_is_made_again_stays(tmp_path):
+    with atomic_folder(tmp_path / "data") as part:
+        (part / "rows").write_text("one")
+    with pytest.raises(AlpacaError, match="notes.txt"), atomic_folder(tmp_path / "data") as part:
+        (tmp_path / "data" / "notes.txt").write_text("mine")
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {"rows", "checksums.json", "notes.txt"}
+
+
+def test_the_model_card_beside_an_adapter_is_ours(recorded):
+    for name, refused in {"adapter": False, "data": True}.items():
+        write_text(recorded / name / "README.md", "written after the checksums")
+        with pytest.raises(AlpacaError, match="README.md") if refused else nullcontext():
+            with atomic_folder(recorded / name):
+                pass
+
+
+def test_checksums_of_nothing_or_of_somebody_are_not_whole(tmp_path):
+    (tmp_path / "rows").write_text("rows")
+    for content in ("{}", "[]", '{"rows": ""}', '{"rows": "a"}', '{"rows": 3}'):
+        (tmp_path / "checksums.json").write_text(content)
+        assert verify_checksums(tmp_path) == "its writing was cut", content
+    write_checksums(tmp_path)
+    assert verify_checksums(tmp_path) == ""
+
+
+def test_a_folder_is_whole_or_the_earlier_one_also_after_a_cut_between_its_two_renames(tmp_path, monkeypatch):
+    with atomic_folder(tmp_path / "adapter") as part:
+        (part / "weights").write_text("whole")
+    (tmp_path / "adapter").rename(tmp_path / ".alpaca-adapter.old")  # as such a cut leaves it
     for error in (OSError("disk full"), KeyboardInterrupt()):
         with pytest.raises(type(error)), atomic_folder(tmp_path / "adapter") as part:
             (part / "weights").write_text("half")
@@ -178,6 +272,10 @@ def test_a_folder_is_whole_or_the_earlier_one_also_after_a_cut_between_its_two_r
     with atomic_folder(tmp_path / "adapter") as part:
         (part / "two").write_text("new")
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {"two", "checksums.json"}
+    (tmp_path / "adapter").rename(tmp_path / "adapter.old")  # somebody's backup: it does not come back
+    with atomic_folder(tmp_path / "adapter") as part:
+        (part / "three").write_text("newer")
+    assert (tmp_path / "adapter.old" / "two").exists() and not (tmp_path / "adapter" / "two").exists()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full, a disk that is always full")
@@ -186,10 +284,11 @@ def test_a_manifest_on_a_full_disk_stays_the_old_one(tmp_path):
     write_json(path, {"n": 1})
     with pytest.raises(TypeError):
         write_json(path, {"n": object()})
-    (tmp_path / "manifest.json.part").symlink_to("/dev/full")
+    (tmp_path / "manifest.json.part").write_text("mine")
+    (tmp_path / ".alpaca-manifest.json.part").symlink_to("/dev/full")
     refused = refusal(write_json, path, {"n": 2})
     assert refused.code == "run-unwritable" and os.strerror(errno.ENOSPC) in str(refused)
-    assert read_manifest(tmp_path) == {"n": 1}
+    assert read_manifest(tmp_path) == {"n": 1} and (tmp_path / "manifest.json.part").read_text() == "mine"
 
 
 @pytest.fixture

@@ -311,6 +311,21 @@ def test_a_bad_parameter_is_refused_before_anything_is_made_and_the_command_line
     assert {text: series._value(text) for text in given} == given
 
 
+def test_a_parameter_given_twice_on_the_command_line_is_refused_unless_it_is_the_same(monkeypatch):
+    taken = []
+    monkeypatch.setattr(series, "run_series", lambda parameters, notebooks: taken.append(parameters))
+    command = ["series", "--further", "--run", "mine"]
+    for more in ("-p run null", "-p run other", "-p seed 1 -p seed 2", "--profile pocket -p profile gpt2-medium"):
+        monkeypatch.setattr("sys.argv", [*command, *more.split()])
+        with pytest.raises(AlpacaError, match="`(run|seed|profile)` is given twice") as refused:
+            series.main()
+        assert refused.value.code == "given-twice" and not taken
+    for more in ("-p run mine -p seed 1", "--profile auto -p profile pocket -p seed 1 -p seed 1"):
+        monkeypatch.setattr("sys.argv", [*command, *more.split()])
+        series.main()
+        assert (taken[-1]["run"], taken.pop()["seed"]) == ("mine", "1")
+
+
 def test_the_run_has_one_name_for_batch_and_notebooks(notebooks, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for run, name in (("", "pocket"), (None, "pocket"), (0, "0"), ("mine", "mine")):
@@ -372,6 +387,23 @@ def test_copies_for_nbval_have_parameters_and_of_another_profile_independent_cel
         assert parameters.metadata.tags[0] == "injected-parameters" and 'push_to = "b"' in parameters.source
         assert cells[0].outputs[0].text == "a\n" and cells[-1].metadata.tags == ["nbval-ignore-output"]
         assert [cell.source for cell in cells if "nbval-ignore-output" not in cell.metadata.tags] == compared
+
+
+def test_copies_for_nbval_replace_copies_alone(notebooks, tmp_path):
+    solved, empty = tmp_path / "solved", tmp_path / "empty"
+    (solved / "run").mkdir(parents=True)
+    for name in ("01_one.ipynb", "run/thesis.txt"):
+        (solved / name).write_text("mine")
+    empty.mkdir()
+    parameters = {"run": "r", "profile": "pocket"}
+    for folder in (solved, series.NOTEBOOKS[0].parent):
+        before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+        with pytest.raises(AlpacaError, match=str(folder)) as refused:
+            authors.write_for_nbval(folder, parameters)
+        assert refused.value.code == "not-ours"
+        assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+    authors.write_for_nbval(empty, parameters)
+    assert {path.name for path in empty.glob("*.ipynb")} == {path.name for path in notebooks}
 
 
 @pytest.mark.parametrize("which", [0, 1])

@@ -15,6 +15,7 @@ from papermill.parameterize import parameterize_notebook
 
 from alpaca_helpers import AlpacaError
 from alpaca_helpers.console import run_command
+from alpaca_helpers.files import atomic_folder
 from alpaca_helpers.profiles import choose_profile
 from alpaca_helpers.series import FURTHER, NOTEBOOKS, notebook_parameters, run_series
 
@@ -23,23 +24,17 @@ def write_for_nbval(folder: Path, parameters: dict[str, object]) -> None:
     """Write copies of the notebooks with `parameters` injected and their stored outputs kept, for nbval to check.
 
     The stored outputs are the pocket's: for another profile only cells tagged `every-profile` are to be compared.
+    Raises AlpacaError for a folder with other files than such copies.
     """
-    strange = {path.name for path in folder.glob("*")} - {
-        "run",
-        *(notebook.name for notebook in [*NOTEBOOKS, *FURTHER]),
-    }
-    if strange:
-        raise AlpacaError(f"{folder} holds {min(strange)}, which was not made here: name another folder.", "not-ours")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for notebook in [*NOTEBOOKS, *FURTHER]:
-        chosen = {key: value for key, value in parameters.items() if key in notebook_parameters(notebook)}
-        prepared = parameterize_notebook(load_notebook_node(str(notebook)), chosen)
-        for cell in prepared.cells:
-            tags = cell.metadata["tags"]
-            if parameters["profile"] != "pocket" and not {"every-profile", "nbval-ignore-output"} & set(tags):
-                tags.append("nbval-ignore-output")
-        nbformat.write(prepared, folder / notebook.name)
+    with atomic_folder(folder.resolve()) as part:
+        for notebook in [*NOTEBOOKS, *FURTHER]:
+            chosen = {key: value for key, value in parameters.items() if key in notebook_parameters(notebook)}
+            prepared = parameterize_notebook(load_notebook_node(str(notebook)), chosen)
+            for cell in prepared.cells:
+                tags = cell.metadata["tags"]
+                if parameters["profile"] != "pocket" and not {"every-profile", "nbval-ignore-output"} & set(tags):
+                    tags.append("nbval-ignore-output")
+            nbformat.write(prepared, part / notebook.name)
 
 
 def refresh() -> None:
@@ -121,7 +116,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.notebooks", description=__doc__.splitlines()[0])
     parser.add_argument("--refresh", action="store_true", help="execute all on the pocket, store the outputs, clean")
     parser.add_argument("--clean", action="store_true", help="clean them, and update the French edition's code")
-    parser.add_argument("--for-nbval", type=Path, metavar="FOLDER", help="write copies with a run of their own there")
+    parser.add_argument(
+        "--for-nbval", type=Path, metavar="FOLDER", help="write copies there, with a new run of their own"
+    )
     parser.add_argument("--profile", default="pocket", help="of those copies (pocket)")
     options = parser.parse_args()
     if options.refresh:
@@ -129,10 +126,8 @@ def main() -> None:
     elif options.clean:
         clean_all()
     elif options.for_nbval:
-        folder = options.for_nbval
-        write_for_nbval(
-            folder, {"profile": choose_profile(options.profile).name, "run": str((folder / "run").resolve())}
-        )
+        run = tempfile.mkdtemp(prefix="alpaca-nbval-")  # a new one each time: nothing is to be removed
+        write_for_nbval(options.for_nbval, {"profile": choose_profile(options.profile).name, "run": run})
     else:
         parser.error("choose what to do")
 
