@@ -16,20 +16,12 @@ from accelerate import PartialState
 from transformers import Trainer, TrainerCallback
 
 from . import PACKAGE, AlpacaError, locate
-from .files import (
-    CARD,
-    CHECKSUMS,
-    WEIGHTS,
-    content_hash,
-    refuse_foreign_files,
-    verify_checksums,
-    write_checksums,
-    write_json,
-)
+from .files import CHECKSUMS, content_hash, refuse_foreign_files, verify_checksums, write_checksums, write_json
 from .runs import read_manifest, read_record, write_record
 
-FILES = (  # that Trainer writes into a checkpoint, besides each process's random state
-    f"{WEIGHTS} adapter_config.json {CARD} optimizer.pt scheduler.pt scaler.pt trainer_state.json training_args.bin"
+FILES = (  # that Trainer writes into a checkpoint, besides the random state of each of several processes
+    "README.md adapter_config.json adapter_model.safetensors optimizer.pt scaler.pt scheduler.pt trainer_state.json "
+    "training_args.bin rng_state.pth"
 ).split()
 LORA = "bias use_rslora use_dora".split()  # of peft's configuration, besides rank, alpha, dropout and targets
 ARGUMENTS = (  # of transformers' TrainingArguments: those that change the result
@@ -47,19 +39,17 @@ class CompleteCheckpoints(TrainerCallback):
     `save_total_limit` is kept here: Trainer itself would remove somebody's checkpoint-best, too.
     """
 
-    limit: int | None = None
-
-    def on_train_begin(self, args, state, control, **named) -> None:
-        """Take `save_total_limit` over."""
-        self.limit, args.save_total_limit = args.save_total_limit or self.limit, None
+    limit: int | None = None  # the checkpoints that are kept
 
     def on_step_end(self, args, state, control, **named) -> None:
-        """Record what is about to be written, so that what a cut leaves is known for ours."""
+        """Take `save_total_limit` over; record what is about to be written, so that what a cut leaves is known."""
+        self.limit, args.save_total_limit = args.save_total_limit or self.limit, None
         if control.should_save and state.is_world_process_zero:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            refuse_foreign_files(checkpoint)
             checkpoint.mkdir(parents=True, exist_ok=True)
-            states = ["rng_state.pth", *(f"rng_state_{rank}.pth" for rank in range(args.world_size))]
-            write_json(checkpoint / CHECKSUMS, dict.fromkeys([*FILES, *states], ""))
+            states = [f"rng_state_{rank}.pth" for rank in range(args.world_size)]
+            write_json(checkpoint / CHECKSUMS, dict.fromkeys(FILES + states, ""))
 
     on_epoch_end = on_step_end
 
@@ -72,7 +62,7 @@ class CompleteCheckpoints(TrainerCallback):
             for checkpoint in _checkpoints(folder)[self.limit :] if self.limit else []:
                 with suppress(AlpacaError):  # somebody's file is in it
                     refuse_foreign_files(checkpoint)
-                    if str(checkpoint) != state.best_model_checkpoint:
+                    if checkpoint != Path(state.best_model_checkpoint or ""):
                         shutil.rmtree(checkpoint)
 
 

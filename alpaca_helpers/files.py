@@ -118,10 +118,10 @@ def verify_checksums(folder: Path) -> str:
 def _read_checksums(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of the folder's files by name; empty where there are none that are written here."""
     try:
-        saved = dict(json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        saved = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
-    return saved if all(DIGEST.fullmatch(str(digest)) for digest in saved.values()) else {}
+    return saved if isinstance(saved, dict) and all(DIGEST.fullmatch(str(value)) for value in saved.values()) else {}
 
 
 def content_hash(path: Path, pattern: str = "*") -> str:

@@ -62,9 +62,7 @@ def _refuse_foreign(folder: Path) -> None:
         raise AlpacaError(what, "not-a-run")
     files = sorted(folder.iterdir()) if folder.is_dir() and not _is_marked(folder) else []
     if strange := [path.name for path in files if not _is_executed(path)]:
-        what = (
-            f"The folder {folder} is no run's, it holds {strange[0]}: take another `run`, or move its files elsewhere."
-        )
+        what = f"The folder {folder} is no run's, it holds {strange[0]}: take another `run`, or move its files away."
         raise AlpacaError(what, "not-a-run")
 
 
@@ -79,12 +77,13 @@ def _is_executed(path: Path) -> bool:
 
 def _is_marked(folder: Path) -> bool:
     """Return whether a folder is marked as a run's or, made by version 0.2, has the whole record of its data."""
+    if (folder / MARK).is_file():
+        return True
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
-        recorded = set(manifest) <= PARTS and not _misfits(manifest["data"], "data")
+        return set(manifest) <= PARTS and not _misfits(manifest["data"], "data")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        recorded = False
-    return recorded or (folder / MARK).is_file()
+        return False
 
 
 def _misfits(record: dict, part: str) -> list[str]:
