@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from . import PACKAGE, AlpacaError, project_folder
-from .files import CHECKSUMS, content_hash, read_json, verify_checksums, write_json
+from .files import CHECKSUMS, check_disk_space, content_hash, read_json, verify_checksums, write_json
 
 PRODUCERS = {  # the notebook that makes each artifact
     "data": "02_dataset_and_tokenizer",
@@ -25,6 +25,7 @@ PRODUCERS = {  # the notebook that makes each artifact
 }
 LOCKED = "ALPACA_LOCKED_RUN"  # environment variable: the runs that a process holds, a line each, for those it starts
 MARK = ".alpaca-run"  # the file that makes a folder a run's
+RUN_BYTES = 2_000_000  # room that a run takes on disk at least
 PARTS = {"data", "training", "adapter", "notebooks"}  # of a manifest
 TYPES: dict[str, Any] = {  # of what is read from a manifest's record
     **dict.fromkeys(("name", "model", "dataset", "recipe", "fingerprint", "sha256"), str),
@@ -37,17 +38,18 @@ def run_folder(run: str, make: bool = True) -> Path:
     """Return the run's folder: `runs/<run>`, or the path that `run` is (it holds a / or is . or ..).
 
     With `make` it may be written to: a new or empty one is made and marked as a run's. Raises AlpacaError if that
-    cannot be, for a folder of the package, and for one with files that is not marked.
+    cannot be, also for want of room, for a folder of the package, and for one with files that is not marked.
     """
     is_path = {"/", os.sep} & set(run) or run in (".", "..", "~")
     folder = Path(run).expanduser().resolve() if is_path else project_folder() / "runs" / run
     if make:
         try:
             _refuse_foreign(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / MARK).exists():
-                (folder / MARK).write_text("A run of alpaca_helpers, which replaces the files that it recorded here.\n")
-            (folder / "pictures").mkdir(exist_ok=True)
+            with check_disk_space(folder, needed=RUN_BYTES):
+                folder.mkdir(parents=True, exist_ok=True)
+                if not (folder / MARK).exists():
+                    (folder / MARK).write_text("A run of alpaca_helpers: what it recorded here, it may replace.\n")
+                (folder / "pictures").mkdir(exist_ok=True)
         except OSError as error:
             what = f"The folder {folder} cannot be made ({error.strerror}): take another `run`."
             raise AlpacaError(what, "run-unwritable") from error
@@ -125,7 +127,7 @@ def lock_run(folder: Path) -> Iterator[None]:
         process = "Another process" + f" on {other}" * bool(other)
         raise AlpacaError(f"{process} is writing to the run {folder}: {remedy}.", "run-locked") from error
     except OSError as error:
-        what = f"The run {folder} cannot be written to ({error.strerror}): take another `run`."
+        what = f"The run {folder} cannot be written to ({error.strerror}): make room, or take another `run`."
         raise AlpacaError(what, "run-unwritable") from error
     os.environ[LOCKED] = f"{held}\n{folder.resolve()}"
     try:

@@ -26,6 +26,7 @@ from .profiles import PROFILES, choose_profile
 from .report import comparison, conclusion
 from .runs import (
     PRODUCERS,
+    RUN_BYTES,
     artifact,
     artifact_hash,
     lock_run,
@@ -173,7 +174,7 @@ def run_series(parameters: dict[str, object], notebooks: Sequence[Path] | None =
     commit = "" if locate(profile.model).is_dir() else fetch_model(profile.model, profile.model_revision).name
     used = [locate(path) for path in (profile.model, profile.dataset, profile.heldout) if path]
     sources = [*sorted(Path(__file__).parent.rglob("*.py")), *used, pocket.HELDOUT, pocket.DOCUMENT / "adapter"]
-    with lock_run(folder), check_disk_space(folder, needed=2_000_000):
+    with lock_run(folder), check_disk_space(folder, needed=RUN_BYTES):
         _execute(notebooks or NOTEBOOKS, chosen, folder, _hash(commit, *map(content_hash, sources)))
     return folder
 

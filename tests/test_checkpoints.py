@@ -19,9 +19,16 @@ from support.models import with_lora
 from support.runs import byte_tokenizer, prepare_run, save_adapter, tiny_gpt2
 
 from alpaca_helpers import AlpacaError, checkpoints, training
-from alpaca_helpers.files import CHECKSUMS, check_disk_space, refuse_foreign_files, verify_checksums, write_checksums
+from alpaca_helpers.files import (
+    CHECKSUMS,
+    atomic_folder,
+    check_disk_space,
+    refuse_foreign_files,
+    verify_checksums,
+    write_checksums,
+)
 from alpaca_helpers.lora import WEIGHTS
-from alpaca_helpers.runs import read_manifest, write_record
+from alpaca_helpers.runs import read_manifest, run_folder, write_record
 
 FOREIGN = ("checkpoint-best", "checkpoint-1-mine", "checkpoint-3 (copy)", "checkpoint-03", "checkpoint-")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])}
@@ -263,6 +270,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_a_disk_too_small_for_adapter_or_checkpoint_says_how_much_is_needed(small_disk, monkeypatch):
     monkeypatch.setattr("alpaca_helpers.lora.TOKENIZER_BYTES", 100_000)
+    with pytest.raises(AlpacaError, match=r"is full: 2\.0 MB are needed and [01]\.\d MB are free"):
+        run_folder(f"{small_disk}/run")  # in the set-up cell
     save_adapter(with_lora(tiny_gpt2()), byte_tokenizer(), small_disk / "adapter")
     before = contents(small_disk)
     with pytest.raises(AlpacaError, match=r"is full: 2\.\d MB are needed and [01]\.\d MB are free"):
@@ -272,6 +281,8 @@ def test_a_disk_too_small_for_adapter_or_checkpoint_says_how_much_is_needed(smal
     with pytest.raises(AlpacaError, match=r"is full: 0\.9 MB are needed and 0\.0 MB are free; make room"):
         with check_disk_space(small_disk, needed=900_000):
             torch.save(torch.zeros(1_000_000), small_disk / "optimizer.pt")
+    with pytest.raises(AlpacaError, match=r"is full: 0\.0 MB are free; make room"), atomic_folder(small_disk / "data"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # where nobody knows how much is needed
 
 
 def test_a_disk_that_fills_up_while_saving_leaves_the_earlier_adapter_whole(tmp_path, monkeypatch):
