@@ -22,16 +22,20 @@ def project_folder() -> Path:
     return next(checkouts, here)
 
 
-def locate(path: str) -> Path:
-    """Return where a file or folder is: seen from the working folder, the project's, or where the package lies."""
-    wanted = Path(path).expanduser()
-    places = [wanted, project_folder() / wanted, PACKAGE.parent / wanted]
-    return next((place for place in places if place.exists()), places[1])
+def locate(path: str, typed: bool = False) -> Path:
+    """Return the absolute path of a file or folder, there or not; AlpacaError where no disk takes so long a name.
+
+    A profile's and a manifest's is looked for from where the package lies, the project's folder, the working folder;
+    one that somebody `typed` in the opposite order.
+    """
+    wanted = os.path.expanduser(path)
+    if any(len(part.encode(errors="replace")) > 255 for part in Path(wanted).parts):
+        raise AlpacaError(f"{path:.60}… is too long for a file's name: check the path.", "name-too-long")
+    places = [PACKAGE.parent / wanted, project_folder() / wanted, Path.cwd() / wanted]
+    return next((place for place in places[:: -1 if typed else 1] if os.path.lexists(place)), places[1])
 
 
 def portable(path: str) -> str:
-    """Return an absolute path as seen from where the package lies, fit for a manifest; any other text as it is."""
-    try:
-        return os.path.relpath(path, PACKAGE.parent) if os.path.isabs(path) else path
-    except ValueError:  # on another drive of Windows
-        return path
+    """Return a path as a manifest has it: of what is beside the package as seen from there, any other as it is."""
+    place = Path(path)
+    return place.relative_to(PACKAGE.parent).as_posix() if place.is_relative_to(PACKAGE.parent) else path

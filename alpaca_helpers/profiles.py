@@ -1,8 +1,9 @@
 """Profiles: what to run. Each is one flat record of a model, a dataset and the settings that go with them."""
 
+import os
 from dataclasses import dataclass, replace
 
-from . import AlpacaError, locate, portable
+from . import AlpacaError, locate
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,14 @@ def choose_profile(
     if name not in PROFILES:
         raise AlpacaError(f"There is no profile {name!r}: choose auto, {' or '.join(PROFILES)}.", "unknown-profile")
     profile = PROFILES[name]
-    if model is not None and _recorded(model) != profile.model:
-        profile = replace(profile, model=_recorded(model), model_revision=None)
-    if dataset is not None and _recorded(dataset) != profile.dataset:
-        profile = replace(profile, dataset=_recorded(dataset), dataset_revision=None, heldout=None)
+    if model is not None and _absolute(model) != _absolute(profile.model):
+        profile = replace(profile, model=_absolute(model), model_revision=None)
+    if dataset is not None and _absolute(dataset) != _absolute(profile.dataset):
+        profile = replace(profile, dataset=_absolute(dataset), dataset_revision=None, heldout=None)
     return profile if heldout_rows is None else replace(profile, heldout_rows=heldout_rows)
 
 
-def _recorded(name: str) -> str:
-    """Return a folder or file as the manifest records it, whatever the working folder; a name on the Hub as it is."""
-    place = locate(name)
-    return portable(str(place.resolve()) if place.exists() else name)
+def _absolute(name: str) -> str:
+    """Return the absolute path of a folder or file that is here; any other name, such as one on the Hub, as it is."""
+    place = locate(name, typed=True)
+    return str(place.resolve()) if os.path.exists(place) else name

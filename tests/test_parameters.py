@@ -3,7 +3,6 @@
 import ast
 import inspect
 import math
-import os
 
 import nbformat
 import pytest
@@ -11,7 +10,8 @@ import torch
 from IPython.core.inputtransformer2 import TransformerManager
 from support import PROJECT
 
-from alpaca_helpers import AlpacaError
+import alpaca_helpers
+from alpaca_helpers import AlpacaError, locate, portable
 from alpaca_helpers.data import drop_reason, tokenize
 from alpaca_helpers.lora import KNOWN_TARGETS
 from alpaca_helpers.parameters import Parameters, check_parameters
@@ -139,12 +139,34 @@ def test_changes_and_what_they_unpin():
     assert (changed.heldout_rows, changed.learning_rate) == (3, 3e-4)
     assert changed.dataset_revision == PROFILES["gpt2-medium"].dataset_revision
     changed = choose_profile("pocket", dataset=str(PROJECT / "mine.json"))
-    assert (changed.dataset, changed.heldout) == ("mine.json", None)  # no path of this machine in a manifest
+    assert (changed.dataset, changed.heldout) == (str(PROJECT / "mine.json"), None)
+    assert choose_profile("pocket", dataset=str(PROJECT / PROFILES["pocket"].dataset)) == PROFILES["pocket"]
 
 
-def test_a_path_is_recorded_as_seen_from_the_project(tmp_path, monkeypatch):
-    monkeypatch.chdir(PROJECT / "notebooks")
-    assert choose_profile("pocket", model="../alpaca_helpers").model == "alpaca_helpers"
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.json").write_text("[]")
-    assert choose_profile("pocket", dataset="mine.json").dataset == os.path.relpath(tmp_path / "mine.json", PROJECT)
+def test_the_file_that_was_typed_is_the_one_that_is_read(tmp_path, monkeypatch):
+    """A checkout, a kernel in its `notebooks`, and a file of the same name in three places."""
+    package, notebooks = tmp_path / "repo" / "alpaca_helpers", tmp_path / "repo" / "notebooks"
+    outside, inside, beside = (folder / "rows.json" for folder in (tmp_path, tmp_path / "repo", notebooks))
+    notebooks.mkdir(parents=True)
+    for path in (notebooks / "01_base_model.ipynb", outside, inside, beside):
+        path.write_text("[]")
+    monkeypatch.setattr(alpaca_helpers, "PACKAGE", package)
+    monkeypatch.chdir(notebooks)
+    for typed, meant, recorded in (
+        (str(outside), outside, str(outside)),
+        ("../../rows.json", outside, str(outside)),
+        ("../rows.json", inside, "rows.json"),
+        ("rows.json", beside, "notebooks/rows.json"),
+    ):
+        used = choose_profile("pocket", dataset=typed).dataset
+        assert used == str(meant) and portable(used) == recorded and locate(recorded) == meant
+    assert locate("../rows.json").resolve() == outside  # as 0.2.0 recorded it
+    beside.unlink()
+    assert choose_profile("pocket", dataset="rows.json").dataset == str(inside)
+    for name in ("owner/name", "~nobody-here/x", "a\0b", "no.json"):
+        assert choose_profile("pocket", dataset=name).dataset == portable(name) == name
+    (notebooks / "loop").symlink_to("loop")
+    assert choose_profile("pocket", model="loop").model == "loop"
+    with pytest.raises(AlpacaError) as refused:
+        choose_profile("pocket", model="x" * 300)
+    assert refused.value.code == "name-too-long"
