@@ -4,9 +4,11 @@ A row has the text columns `instruction`, `input` (may be empty) and `output`, a
 a right answer holds. Source: Alpaca's format (Taori et al., 2023).
 """
 
+import csv
 import gzip
 import io
 import json
+import os
 import re
 import zlib
 from collections import Counter
@@ -14,13 +16,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import mode
 
-import pandas as pd
 import pyarrow.parquet
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 
 from . import AlpacaError, locate
-from .files import check_disk_space
+from .files import check_disk_space, replace_file
 from .hub import cached_folder, fetch, first_line
 from .runs import lock_run
 
@@ -39,6 +40,8 @@ KNOWN = {  # a pinned dataset by its commit: its one file, columns and rows
     )
 }
 DATA_FILES = ["*.parquet", "*.json", "*.jsonl", "*.jsonl.*", "*.csv", "*.arrow", "README.md"]
+OTHER_FILES = {"arrow", "bz2", "txt", "xls", "xlsx", "xz", "zip", "zst"}  # a name that ends so is none on the Hub
+SPACE = re.compile(r"[ \t\r\n\ufeff]*")  # between rows; the last is the mark that a text file may begin with
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can spell it, UTF-8 and so Arrow cannot
 
 
@@ -52,10 +55,12 @@ def prepare_rows(folder: Path, dataset: str, revision: str | None = None, heldou
     files = {}
     with lock_run(folder):
         for split, source in sources.items():
-            rows, path = load_rows(*source), folder / "rows" / f"{split}.parquet"
-            with check_disk_space(folder, needed=rows.data.nbytes):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                rows.to_parquet(path)
+            path, table = folder / "rows" / f"{split}.parquet", io.BytesIO()
+            load_rows(*source).to_parquet(table)
+            if not path.is_file() or path.read_bytes() != table.getvalue():  # load_dataset's cache goes by its time
+                with check_disk_space(folder, needed=table.tell()):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    replace_file(path, table.getvalue())
             files[split] = str(path)
     return files
 
@@ -64,19 +69,18 @@ def load_rows(dataset: str, revision: str | None = None) -> Dataset:
     """Return the rows of a file or a folder of Parquet files, or of a dataset's train split on the Hub.
 
     The columns are `COLUMNS`, all text; a missing `input` or `fact` is "". What is here is never looked up on the Hub,
-    nor what ends like a file (`READERS`, also with .gz) or is not of the form owner/name. Errors name file and row.
+    nor what ends like a file (also with .gz) or is not of the form owner/name. Errors name file and row.
     """
-    path = locate(dataset)
-    kind = path.name.removesuffix(".gz").rpartition(".")[2]
-    if kind in READERS and not path.is_file():
-        raise AlpacaError(f"There is no dataset file {dataset}: check the parameter `dataset`.", "dataset-missing")
-    if path.is_dir() and (shards := sorted(path.glob("*.parquet"))):
-        rows: Iterable[dict] = (row for shard in shards for row in _read_parquet(shard))
-    elif kind in READERS:
-        rows = READERS[kind](path)
-    elif path.exists() or dataset.count("/") != 1 or dataset.startswith((".", "/", "~")):
-        forms = f"a file (.{', .'.join(READERS)}, also .gz), a folder of .parquet files"
-        what = f"The dataset {dataset} is neither {forms} nor a name on the Hub (owner/name)"
+    path = locate(dataset, typed=True)
+    kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
+    files = sorted(path.iterdir()) if os.path.isdir(path) else []
+    if shards := [file for file in files if file.suffix.lower() == ".parquet"]:
+        rows: Iterable[dict] = (row for shard in shards for row in _read(shard, "parquet"))
+    elif kind in READERS and os.path.isfile(path):
+        rows = _read(path, kind)
+    elif kind in {*READERS, *OTHER_FILES} or os.path.lexists(path) or not re.fullmatch(r"[^./~][^/]*/[^/]+", dataset):
+        forms = f"a file here (.{', .'.join(READERS)}, also .gz) nor a folder of .parquet files"
+        what = f"The dataset {dataset} is neither {forms}, nor a name on the Hub (owner/name)"
         raise AlpacaError(f"{what}: check the parameter `dataset`.", "dataset-missing")
     else:
         rows = _hub_rows(dataset, revision)
@@ -105,63 +109,61 @@ def _hub_rows(name: str, revision: str | None) -> Dataset:
     return rows
 
 
-def _object(pairs: list[tuple[str, object]]) -> dict:
-    """Return a JSON object; one that holds a column twice, of which Python would keep the last, has it under None."""
+def _read(path: Path, kind: str) -> Iterator[dict]:
+    """Yield the rows of a file, packed by gzip or not; raise AlpacaError that names it and the place that is broken."""
+    try:
+        content = path.read_bytes()
+        yield from READERS[kind](gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content)
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError, pyarrow.ArrowException) as error:
+        what = f"{path} cannot be read ({first_line(error)})"
+        raise AlpacaError(f"{what}: mend it, or save it again, text as UTF-8.", "dataset-broken") from error
+
+
+def _row(pairs: list[tuple[str, object]]) -> dict:
+    """Return the row, or under None what is wrong with its names: of a column twice Python would keep the last."""
     row = dict(pairs)
-    return row if len(row) == len(pairs) else {None: mode(name for name, _ in pairs)}
+    if HALF_CHARACTER.search("".join(row)):
+        return {None: "a column's name holds half a character"}
+    return row if len(row) == len(pairs) else {None: f"`{mode(name for name, _ in pairs)}` is there twice"}
 
 
-def _content(path: Path) -> bytes:
+def _read_json(content: bytes) -> Iterable[dict]:
+    """Yield the rows of arrays and objects one after the other: of a JSON array as of JSON Lines."""
+    text, place, decoder = content.decode(), 0, json.JSONDecoder(object_pairs_hook=_row)
+    while (space := SPACE.match(text, place)) and (place := space.end()) < len(text):
+        value, place = decoder.raw_decode(text, place)
+        yield from value if isinstance(value, list) else [value]
+
+
+def _read_parquet(content: bytes) -> Iterable[dict]:
+    table = pyarrow.parquet.ParquetFile(io.BytesIO(content)).read()
+    rows = zip(*(column.to_pylist() for column in table.columns))
+    return (_row(list(zip(table.column_names, row))) for row in rows)
+
+
+def _read_csv(content: bytes) -> Iterable[dict]:
+    """Return the rows under the names in the first line, whose fields commas, semicolons or tabs part."""
+    text, rows, line, names = content.decode("utf-8-sig"), [], 1, list[str]()
+    delimiter = max(",;\t", key=text.strip("\r\n").partition("\n")[0].count)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    limit = csv.field_size_limit(2**31 - 1)  # else 128 kB a field
     try:
-        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise AlpacaError(f"{path} cannot be read ({first_line(error)}): write it again.") from error
-
-
-def _read_json(path: Path) -> Iterable[dict]:
-    content = _content(path)
-    try:
-        rows = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_object)
-    except UnicodeDecodeError as error:
-        raise AlpacaError(f"{path} is not UTF-8 text at byte {error.start}: save it as UTF-8.") from error
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and content.lstrip()[:1] == b"{":  # a row a line
-            return _read_jsonl(path)
-        raise AlpacaError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}): mend that line.") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
-        what = f"{path} is no file of rows ({first_line(error)})"
-        raise AlpacaError(f"{what}: check that it is the right one.") from error
-    if not isinstance(rows, list):
-        raise AlpacaError(f"{path} holds no JSON array of rows: write [{{…}}, …], or one row a line as .jsonl.")
+        for fields in lines:
+            while len(fields) > len(names) and not fields[-1]:
+                fields.pop()
+            if names and len(fields) not in (0, len(names)):
+                raise csv.Error(f"{len(fields)} fields under {len(names)} names")
+            if names and fields:
+                rows.append(_row(list(zip(names, fields))))
+            names, line = names or fields, lines.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f'line {line}: {error}; a comma wants quotes around it, a quote in them is ""') from error
+    finally:
+        csv.field_size_limit(limit)
     return rows
 
 
-def _read_jsonl(path: Path) -> Iterator[dict]:
-    for number, line in enumerate(io.BytesIO(_content(path)), 1):
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object)
-        except (ValueError, RecursionError) as error:
-            raise AlpacaError(f"{path}, line {number}: not valid JSON in UTF-8: mend that line.") from error
-
-
-def _read_parquet(path: Path) -> Iterable[dict]:
-    try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, ValueError) as error:
-        raise AlpacaError(f"{path} cannot be read as Parquet ({error}): write it again.") from error
-
-
-def _read_csv(path: Path) -> Iterable[dict]:
-    try:
-        table = pd.read_csv(io.BytesIO(_content(path)), dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except ValueError as error:  # not UTF-8, or a row with other columns
-        raise AlpacaError(f"{path} cannot be read as CSV in UTF-8 ({first_line(error)}): mend it.") from error
-    return table.to_dict("records")
-
-
-READERS = {"json": _read_json, "jsonl": _read_jsonl, "csv": _read_csv, "parquet": _read_parquet}
+READERS = {"json": _read_json, "jsonl": _read_json, "csv": _read_csv, "tsv": _read_csv, "parquet": _read_parquet}
 
 
 def check_rows(rows: Iterable[dict], source: str) -> Iterator[dict]:
@@ -172,10 +174,9 @@ def check_rows(rows: Iterable[dict], source: str) -> Iterator[dict]:
     number, unused = 0, Counter[str]()
     for number, row in enumerate(rows, 1):
         where, checked = f"{source}, row {number}", {}
-        if not isinstance(row, dict):
-            raise AlpacaError(f"{where}: not an object with `instruction` and `output`: mend that row.")
-        if None in row:
-            raise AlpacaError(f"{where}: `{row[None]}` is there twice: mend that row.")
+        if not isinstance(row, dict) or None in row:
+            what = row[None] if isinstance(row, dict) else "not an object with `instruction` and `output`"
+            raise AlpacaError(f"{where}: {what}: mend that row.")
         for column in COLUMNS:
             value = row.get(column)
             if value is None and column in ("input", "fact"):
@@ -185,8 +186,7 @@ def check_rows(rows: Iterable[dict], source: str) -> Iterator[dict]:
             if not isinstance(value, str):
                 raise AlpacaError(f"{where}: `{column}` is {value!r:.40}, not text: mend that row.")
             if half := HALF_CHARACTER.search(value):
-                what = f"holds half a character ({half[0]!a}, a surrogate without its pair)"
-                raise AlpacaError(f"{where}: `{column}` {what}: mend that row.")
+                raise AlpacaError(f"{where}: `{column}` holds half a character ({half[0]!a}): mend that row.")
             checked[column] = value
         if NO_INPUT.fullmatch(checked["input"]):
             checked["input"] = ""

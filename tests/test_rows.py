@@ -1,8 +1,11 @@
 """Files of rows in every form, broken, odd or hostile: read exactly, or one sentence with file and row."""
 
+import csv
 import datetime
 import gzip
+import io
 import json
+import os
 
 import pyarrow
 import pyarrow.parquet
@@ -27,6 +30,13 @@ def table(rows, suffix) -> bytes:
     return written.getvalue().to_pybytes()
 
 
+def lines(delimiter=",", end="\n", after=(), rows=(ROW, ROW)) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter=delimiter, lineterminator=end, quoting=csv.QUOTE_ALL)
+    writer.writerows([[*ROW], *([*row.values(), *after] for row in rows)])
+    return text.getvalue()
+
+
 def written(folder, suffix, content) -> str:
     path = folder / f"rows{suffix}"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -40,15 +50,28 @@ def written(folder, suffix, content) -> str:
         (".json", ARRAY.encode("utf-8-sig")),
         (".json", ARRAY.replace("\n", "\r\n")),
         (".json", LINES),
+        (".json", LINES.encode("utf-8-sig")),
+        (".JSON", ARRAY),
         (".json.gz", gzip.compress(ARRAY.encode(), mtime=0)),
         (".jsonl", LINES),
         (".jsonl", LINES.encode("utf-8-sig")),
         (".jsonl", "\n \n" + LINES.replace("\n", "\r\n\n")),
         (".jsonl", LINES.rstrip("\n")),
+        (".jsonl", LINES.replace('", "', '",\n"')),  # a row on several lines
+        (".jsonl", LINES[: len(LINES) // 2].encode("utf-8-sig") * 2),  # two files put together
+        (".jsonl", ARRAY),
+        (".jsonl", json.dumps([ROW] * 2)),
         (".jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
         (".csv", table([ROW] * 2, ".csv")),
-        (".csv.gz", gzip.compress(table([ROW] * 2, ".csv"), mtime=0)),
+        (".CSV.GZ", gzip.compress(table([ROW] * 2, ".csv"), mtime=0)),
+        (".csv", lines(after=[""])),
+        (".csv", lines().replace("output\n", "output,\n\n")),
+        (".csv", lines(end="\r").encode("utf-8-sig")),
+        (".csv", lines(";")),
+        (".csv", lines("\t")),
+        (".tsv", lines("\t", end="\r\n")),
         (".parquet", table([ROW] * 2, ".parquet")),
+        (".parquet.gz", gzip.compress(table([ROW] * 2, ".parquet"), mtime=0)),
     ],
 )
 def test_the_same_rows_from_every_form(suffix, content, tmp_path):
@@ -56,9 +79,13 @@ def test_the_same_rows_from_every_form(suffix, content, tmp_path):
 
 
 def test_rows_of_shards_are_read_in_their_order(tmp_path):
-    for number in range(2):
-        (tmp_path / f"part-{number}.parquet").write_bytes(table([{**ROW, "fact": str(number)}], ".parquet"))
-    assert load_rows(str(tmp_path))["fact"][:] == ["0", "1"]
+    """Also from a folder that is named like a file, as Spark writes it."""
+    folder = tmp_path / "rows.parquet"
+    folder.mkdir()
+    for number, ending in enumerate(("parquet", "PARQUET")):
+        (folder / f"part-{number}.{ending}").write_bytes(table([{**ROW, "fact": str(number)}], ".parquet"))
+    (folder / "_SUCCESS").touch()
+    assert load_rows(str(folder))["fact"][:] == ["0", "1"]
 
 
 def test_prepared_rows_are_what_load_dataset_reads(tmp_path):
@@ -71,6 +98,16 @@ def test_prepared_rows_are_what_load_dataset_reads(tmp_path):
     assert dataset["train"].to_list() == [{**ROW, "input": "1", "fact": ""}, {**ROW, "fact": "3"}]
     assert dataset["heldout"].to_list() == [{"instruction": "When?", "input": "", "output": "2001-01-01", "fact": ""}]
     assert list(prepare_rows(tmp_path, str(tmp_path / "mine.json"))) == ["train"]
+
+
+def test_the_same_rows_are_written_once_so_that_the_cache_holds_one_copy(tmp_path):
+    source, times = tmp_path / "rows.json", []
+    for rows in ([ROW], [ROW], [ROW, ROW]):
+        source.write_text(json.dumps(rows))
+        path = prepare_rows(tmp_path, str(source))["train"]
+        times.append(os.stat(path).st_mtime_ns)
+        assert pyarrow.parquet.read_table(path).num_rows == len(rows)
+    assert times[0] == times[1] < times[2]
 
 
 def test_no_input_in_words_is_no_input_and_a_question_in_the_input_alone_is_the_question(tmp_path):
@@ -106,6 +143,7 @@ def test_any_text_comes_back_exactly_from_each_format_and_from_its_tokens(tmp_pa
         line = json.dumps(row, ensure_ascii=False)
         for suffix, content in ((".json", f"[{line}]"), (".jsonl", line), (".jsonl", json.dumps(row))):
             assert load_rows(written(tmp_path, suffix, content)).to_list() == [{**row, "fact": ""}]
+        assert load_rows(written(tmp_path, ".csv", lines(rows=[row]))).to_list() == [{**row, "fact": ""}]
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "rows.parquet")
         assert load_rows(str(tmp_path / "rows.parquet")).to_list() == [{**row, "fact": ""}]
         batch = {name: [value] for name, value in row.items()}
@@ -131,6 +169,9 @@ def test_a_megabyte_in_one_field_is_cut_like_any_row(tmp_path, pocket_tokenizer)
 TWICE = '{"instruction": "a", "output": "b", "output": "c"}'
 DATED = pyarrow.BufferOutputStream()
 pyarrow.parquet.write_table(pyarrow.table({"instruction": ["a"], "output": [datetime.date(2024, 2, 29)]}), DATED)
+DOUBLE = pyarrow.BufferOutputStream()
+pyarrow.parquet.write_table(pyarrow.table([["a"], ["b"], ["c"]], ["instruction", "output", "output"]), DOUBLE)
+HALF = '"\\ud83d": "b"'
 INVALID = b'{"instruction": "\xff", "output": "b"}'
 
 
@@ -138,36 +179,42 @@ INVALID = b'{"instruction": "\xff", "output": "b"}'
     "suffix, content, place",
     [
         # not text, or cut
-        (".json", ARRAY.encode("utf-16"), "UTF-8 text at byte 0"),
-        (".jsonl", LINES.encode("utf-16"), "line 1"),
-        (".json", b"[" + INVALID + b"]", "UTF-8 text at byte 18"),
-        (".jsonl", LINES.encode() + INVALID, "line 3"),
-        (".csv", "instruction,output\né,b\n".encode("latin-1"), "as CSV"),
-        (".csv", 'instruction,output\n"a,b\n', "as CSV"),
+        (".json", ARRAY.encode("utf-16"), "'utf-8' .* position 0"),
+        (".jsonl", LINES.encode() + INVALID, f"'utf-8' .* position {len(LINES.encode()) + 17}"),
+        (".csv", "instruction,output\né,b\n".encode("latin-1"), "'utf-8' .* position 19"),
         (".json.gz", gzip.compress(b"[1]" * 999, mtime=0)[:-20], "cannot be read"),
-        (".parquet", table([ROW] * 100, ".parquet")[:-20], "as Parquet"),
+        (".parquet", table([ROW] * 100, ".parquet")[:-20], "Parquet"),
         (".json", ARRAY[:-10], "line 10"),
         (".jsonl", LINES[:-20], "line 2"),
         (".json", '{"instruction": "a", "output": "b"}\n{"instr', "line 2"),
         (".json", '[{"instruction": "a",\n "output": }]', "line 2"),
         (".jsonl", LINES + "instruction,output\n", "line 3"),
-        (".json", "[" * 100_000, "no file of rows"),
-        (".jsonl", "[" * 100_000, "line 1"),
-        (".json", '[{"instruction": "a", "output": ' + "9" * 5000 + "}]", "no file of rows"),
+        (".json", "[" * 100_000, "recursion"),
+        (".json", '[{"instruction": "a", "output": ' + "9" * 5000 + "}]", "5000 digits"),
+        # CSV with other fields than names, or with quotes that do not pair
+        (".csv", "instruction,output\nQ,A\nName red, blue or green.,Red.\n", "line 3: 3 fields under 2 names"),
+        (".csv", "instruction,output\nQ,A,,B\n", "line 2: 4 fields under 2 names"),
+        (".csv", 'instruction,output\n"Q\n",A\nQ\n', "line 4: 1 fields under 2 names"),
+        (".csv", 'instruction,output\n"Say \\"a\\" b",A\n', "line 2: ',' expected"),
+        (".csv", 'instruction,output\nQ,A\n"Q,A\nQ,A\n', "line 3: unexpected end"),
         # empty
-        (".json", "", "line 1"),
+        (".json", "", "no rows"),
         (".json", "[]", "no rows"),
         (".jsonl", "\n\n", "no rows"),
-        (".parquet", "", "as Parquet"),
-        (".csv", "", "as CSV"),
+        (".parquet", "", "Parquet"),
+        (".csv", "", "no rows"),
+        (".csv", "instruction,output\n\n", "no rows"),
         # no rows, or without a column
         (".xlsx", "x", "is neither a file"),
-        (".json", "{}", "no JSON array"),
+        (".json", "{}", "row 1: no column `instruction`"),
+        (".csv", "instruction|output\na|b\n", r"row 1: no column `instruction`, it has instruction\|output"),
         (".json", '["a"]', "row 1: not an object"),
         (".jsonl", LINES + "[1, 2]\n", "row 3: not an object"),
         (".json", '[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "row 2: no column `output`"),
         (".json", f"[{json.dumps(ROW)}, {TWICE}]", "row 2: `output` is there twice"),
         (".jsonl", LINES + TWICE, "row 3: `output` is there twice"),
+        (".csv", "instruction,output,output\na,b,c\n", "row 1: `output` is there twice"),
+        (".parquet", DOUBLE.getvalue().to_pybytes(), "row 1: `output` is there twice"),
         # columns that hold no text
         (".json", '[{"instruction": "a", "output": 3}]', "row 1: `output` is 3"),
         (".json", '[{"instruction": null, "output": "b"}]', "row 1: `instruction` is None"),
@@ -176,6 +223,12 @@ INVALID = b'{"instruction": "\xff", "output": "b"}'
         (".json", '[{"instruction": "a", "input": {"b": 3}, "output": "c"}]', r"row 1: `input` is \{'b': 3\}"),
         (".json", '[{"instruction": "a", "output": true}]', "row 1: `output` is True"),
         (".jsonl", LINES + '{"instruction": "a \\ud83d", "output": "b"}', "row 3: `instruction` holds half a char"),
+        (
+            ".jsonl",
+            LINES + f'{{"instruction": "a", "output": "b", {HALF}}}',
+            "row 3: a column's name holds half a char",
+        ),
+        (".json", f"[{{{HALF}, {HALF}}}]", "row 1: a column's name holds half a char"),
         (".parquet", DATED.getvalue().to_pybytes(), "row 1: `output` is datetime.date"),
         # other names of columns, with what to rename
         (".json", '[{"instruction": "a", "response": "b"}]', "rename `response` to `output`"),
@@ -189,11 +242,22 @@ def test_a_broken_file_is_one_sentence_with_file_and_row_and_names_the_mapping(s
     path = written(tmp_path, suffix, content)
     with pytest.raises(AlpacaError, match=place) as refused:
         load_rows(path)
-    assert path in str(refused.value) and "\n" not in str(refused.value)
+    said = str(refused.value)
+    assert path in said and "\n" not in said and said.encode()  # half a character cannot be printed
 
 
-def test_a_missing_file_is_never_looked_up_on_the_hub():
-    for name in ("here/rows.json", "./owner/name"):
-        with pytest.raises(AlpacaError, match=name) as refused:
+def test_what_is_no_name_on_the_hub_is_never_looked_up_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("alpaca_helpers.rows._hub_rows", lambda *given: pytest.fail("looked up"))
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "name").symlink_to("name")  # to itself
+    (tmp_path / "rows.json").mkdir()
+    endings = [f"here/rows.{ending}" for ending in ("json", "tsv", "TXT", "xlsx", "parquet.gz", "jsonl.zst")]
+    for name in (*endings, "./owner/name", "owner/name", "rows.json", "~nobody-here/x", "~nobody-here/x.csv", "a\0b"):
+        with pytest.raises(AlpacaError) as refused:
             load_rows(name)
-        assert refused.value.code == "dataset-missing"
+        assert refused.value.code == "dataset-missing" and name in str(refused.value)
+    for name in ("x" * 300 + ".json", "é" * 200, "owner/" + "x" * 300):
+        with pytest.raises(AlpacaError) as refused:
+            load_rows(name)
+        assert refused.value.code == "name-too-long" and "\n" not in str(refused.value)
