@@ -11,12 +11,12 @@ from types import SimpleNamespace
 
 from datasets import Dataset, DatasetDict
 
-from . import AlpacaError
+from . import AlpacaError, portable
 from .files import atomic_folder
 from .prompts import encode, format_answer, format_prompt
 from .rows import COLUMNS
 from .runs import lock_run, write_record
-from .text import words
+from .text import plain, words
 
 # What each recipe does beyond the document's: its name is its definition.
 RECIPES = {
@@ -54,8 +54,8 @@ def drop_reason(row: dict, max_words: int = 80) -> str:
 
 
 def question_key(row: dict) -> str:
-    """Return what makes two rows the same question: the prompt, without regard to case and spacing."""
-    return " ".join(format_prompt(row["instruction"], row["input"]).casefold().split())
+    """Return what makes two rows the same question: the prompt, as texts are compared."""
+    return plain(format_prompt(row["instruction"], row["input"]))
 
 
 def split_rows(rows: Dataset, heldout_rows: int, seed: int = 0) -> DatasetDict:
@@ -144,8 +144,9 @@ def tokenize(batch: dict[str, list[str]], tokenizer, recipe: str = "answers", ma
         raise AlpacaError(f"There is no recipe {recipe!r}: choose {', '.join(RECIPES)}.", "unknown-recipe")
     features, eos, pad = RECIPES[recipe], tokenizer.eos_token_id, tokenizer.pad_token_id
     inputs = batch["input"] if "input" in features else [""] * len(batch["instruction"])
-    prompts = encode([format_prompt(*pair) for pair in zip(batch["instruction"], inputs)], tokenizer)
-    answers = encode([format_answer(output) for output in batch["output"]], tokenizer, add_special_tokens=False)
+    most = 1000 * max_length  # characters: no token has more, and a million words would take a minute
+    prompts = encode([format_prompt(*pair)[:most] for pair in zip(batch["instruction"], inputs)], tokenizer)
+    answers = encode([format_answer(output)[:most] for output in batch["output"]], tokenizer, add_special_tokens=False)
     if "eos" in features:
         answers = [answer + [eos] for answer in answers]
     rows = [(prompt + answer)[:max_length] for prompt, answer in zip(prompts, answers)]
@@ -172,7 +173,8 @@ def save_data(folder: Path, settings: SimpleNamespace, split: DatasetDict) -> It
 
     The manifest then notes the settings that made them of the rows of text in `split`.
     """
-    record = {name: value for name, value in vars(settings).items() if name in RECORDED}
+    chosen = {name: value for name, value in vars(settings).items() if name in RECORDED}
+    record = {name: portable(value) if isinstance(value, str) else value for name, value in chosen.items()}
     with lock_run(folder):
         with atomic_folder(folder / "data") as part:
             yield part

@@ -76,7 +76,7 @@ def _items(words: list[str]) -> list[str]:
 
 
 def exact_match(answer: str, output: str) -> bool:
-    """Return whether the answer is the expected one, up to case, spacing and a sentence's final mark."""
+    """Return whether the answer is the expected one as texts are compared, up to a sentence's final mark."""
     return plain(answer) == plain(output) or unmarked(answer) == unmarked(output) != ""
 
 

@@ -1,6 +1,7 @@
 """What a word is, in every script: the one definition by which answers are counted, filtered and compared.
 
-Texts are compared in Unicode's composed form (NFC), without regard to case. A word is a run of letters, marks and
+Texts are compared in Unicode's composed form (NFC), without regard to case, to the form of quotes (’ is ', “ is ") and
+to the commas in 1,000. A word is a run of letters, marks and
 digits; in scripts that put no space between words (Han, kana, Thai, Lao, Khmer, Burmese) each character is one.
 """
 
@@ -10,17 +11,23 @@ import regex
 
 _WORD = regex.compile(
     r"(?=[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}])\X"
-    r"|\p{N}+(?:[.,]\p{N}+)*(?![\p{L}\p{M}\p{N}])"  # 3.5 and 1,000 are one word each
+    r"|\p{N}+(?:[.,]\p{N}+)*(?![\p{L}\p{M}\p{N}])"  # 3.5 is one word
     r"|[\p{L}\p{M}\p{N}]+"
 )
 _WORD_OR_MARK = regex.compile(_WORD.pattern + r"|\S")
 # Not all punctuation: C# is not C, 50% is not 50. Searched from the end, (?r): a run of marks takes linear time.
+_QUOTES = str.maketrans(dict.fromkeys("‘’‚‛ʼ", "'") | dict.fromkeys("“”„‟", '"'))
+_THOUSANDS = regex.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9])")
 _FINAL_MARKS = regex.compile(r"(?r)[\p{Terminal_Punctuation}…‥\s]+$")
 
 
 def plain(text: str) -> str:
-    """Return the text as it is compared: composed, case folded, each run of spaces one space, none at the ends."""
-    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+    """Return the text as it is compared: two texts are the same where this is.
+
+    It is composed and case folded, quotes are ' and ", 1,000 is 1000, each run of spaces is one, none is at the ends.
+    """
+    plainer = unicodedata.normalize("NFC", text).casefold().translate(_QUOTES)
+    return " ".join(_THOUSANDS.sub(lambda number: number[0].replace(",", ""), plainer).split())
 
 
 def words(text: str) -> list[str]:

@@ -39,6 +39,10 @@ LIST = "red, yellow and blue"
         ("C++", ["use C++ here"], ["use C here"]),
         ("3.5", ["it is 3.5 m"], ["3, 5", "35"]),
         ("5", [], ["it is 3.5 m"]),
+        ("1,000", ["about 1000 m", "1,000."], ["1,0000", "1000.5", "1,000,000"]),
+        ("2500000", ["2,500,000"], ["2,500", "2,500,00"]),
+        ("don't", ["I don’t know"], ["I dont know"]),
+        ("the “one”", ['it is the "one"'], ["it is the one"]),
         (LIST, ["They are red, blue, and yellow.", "Blue; yellow & red", "light red, yellow and blue"], []),
         (LIST, [], ["red, yellow and green", "red and blue", "red yellow blue", "red, red and blue"]),
         # in any order, in French too
@@ -54,6 +58,8 @@ def test_contains_the_fact_as_whole_words(fact, holding, lacking):
     [
         ("Paris.", ["Paris", " paris\n", "Paris!"], ["", "Paris, France"]),
         ("?", [], ["", "!", "..."]),
+        ("It's “1,000”.", ['it’s "1000"', "It‘s „1,000”!"], ["Its 1000"]),
+        ("0,125", [], ["0125"]),
         ("Café au lait", ["caf\u0065\u0301 au  lait"], ["cafe au lait"]),
         ("北京", ["北京。"], []),
         ("यह एक बिल्ली है", ["यह एक बिल्ली है।"], []),
