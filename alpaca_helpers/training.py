@@ -53,6 +53,12 @@ class AnswerTrainer(Trainer):
 
     def __init__(self, args: TrainingArguments, data_collator: Callable, **named):
         args._n_gpu = min(args.n_gpu, 1)  # one process uses one GPU; torchrun starts one for each
+        asked, rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size, named["train_dataset"]
+        self.batch_size = min(asked, len(rows))
+        if asked > len(rows):  # a batch is what there is
+            share = math.ceil(len(rows) / args.world_size)
+            args.gradient_accumulation_steps = math.ceil(share / args.train_batch_size)
+            args.per_device_train_batch_size = math.ceil(share / args.gradient_accumulation_steps)
         cuda = args.device.type == "cuda"
         args.dataloader_pin_memory = args.accelerator_config.non_blocking = cuda  # Python goes on while rows are sent
         args.logging_nan_inf_filter = False  # NaN is shown as such, and no step waits to be looked at
@@ -60,7 +66,6 @@ class AnswerTrainer(Trainer):
         check_trained(self.model)
         self.add_callback(CompleteCheckpoints())
         self.add_callback(ProgressLines())
-        self.batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         learned = sum(label != IGNORED for labels in self.train_dataset["labels"] for label in labels[1:])
         self.labels_per_batch = self.batch_size * learned / len(self.train_dataset)
         self.since_log = torch.zeros(2, device=args.device)  # nats, labels

