@@ -75,6 +75,8 @@ def write_card(folder: Path) -> None:
 
 def model_card(training: dict, metrics: dict) -> str:
     """Return the model card in Markdown, made of the manifest's record of the adapter and of its metrics, if any."""
+    loading, places = _loading(training["model"], training["model_revision"]), ("model", "dataset")
+    training = training | {key: Path(training[key]).name for key in places if Path(training[key]).is_absolute()}
     tag, licence = LICENCES.get(training["dataset"], UNKNOWN_LICENCE)
     features = RECIPES[training["recipe"]]
     end = ", and ends with the end-of-text token." if "eos" in features else "."
@@ -95,7 +97,7 @@ def model_card(training: dict, metrics: dict) -> str:
         ["---", *head, "---", "", f"# {training['model']} with LoRA, answering instructions", "", "## Prompt", ""]
         + ["```", format_prompt("{instruction}", "{input, or no such line}" if "input" in features else ""), "```", ""]
         + [f"The answer follows after a space{end}", ""]
-        + ["## Load it", "", "```python", *_loading(training["model"], training["model_revision"]), "```", ""]
+        + ["## Load it", "", "```python", *loading, "```", ""]
         + ["## What made it", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
         + ["## What it reached on held-out rows", "", *_table(metrics), ""]
         + ["## Licence of the data", "", licence, ""]

@@ -166,6 +166,10 @@ def run_series(parameters: dict[str, object], notebooks: Sequence[Path] | None =
     with the sentence of the cell that failed.
     """
     chosen: dict[str, Any] = {name: check_parameters(**{name: value}) for name, value in parameters.items()}
+    taken = {"profile"}.union(*map(notebook_parameters, notebooks or NOTEBOOKS))
+    if dropped := ", ".join(sorted(chosen.keys() - taken)):
+        what = f"The notebooks to run take no {dropped}: leave it out, or run those that take it."
+        raise AlpacaError(what, "unknown-parameter")
     profile = choose_profile(chosen.get("profile", "auto"), chosen.get("model_name"), chosen.get("dataset_name"))
     chosen |= {"profile": profile.name, "run": chosen.get("run") or profile.name, "run_earlier": False}
     folder = run_folder(chosen["run"])

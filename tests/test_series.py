@@ -303,8 +303,11 @@ def test_a_second_series_on_the_run_is_refused_before_it_touches_anything(notebo
 
 
 def test_a_bad_parameter_is_refused_before_anything_is_made_and_the_command_lines_values_are_read(notebooks, tmp_path):
-    for name, value, code in (("wrod", "x", "unknown-parameter"), ("seed", "x", "bad-parameter")):
-        with pytest.raises(AlpacaError) as refused:
+    for name, value, code in (
+        *(("wrod", "x", "unknown-parameter"), ("seed", "x", "bad-parameter")),
+        ("lora_rank", 4, "unknown-parameter"),  # none of these two takes it
+    ):
+        with pytest.raises(AlpacaError, match=name) as refused:
             series.run_series({"run": str(tmp_path / "r"), name: value})
         assert refused.value.code == code and not (tmp_path / "r").exists()
     given = {"3": "3", '["a", "b"]': ["a", "b"], "None": None, "null": None, "[a": "[a", "": ""}
@@ -324,6 +327,24 @@ def test_a_parameter_given_twice_on_the_command_line_is_refused_unless_it_is_the
         monkeypatch.setattr("sys.argv", [*command, *more.split()])
         series.main()
         assert (taken[-1]["run"], taken.pop()["seed"]) == ("mine", "1")
+
+
+def test_a_parameter_is_known_whatever_its_annotation_and_its_value(notebooks, tmp_path):
+    """papermill reads such lines one by one, and misses some: the batch then left `run` out."""
+    lines = """from typing import Literal, Optional
+recipe: Literal["a", "b"] = "a"
+model_name: str | None = None  # a = b
+run: Optional[str] = ""
+push_to: str = "o/a=b"
+seed = 1
+max_words: int = (
+    80
+)"""
+    write(notebooks[0], lines, SECOND.replace("merged", "False"))
+    names = ["recipe", "model_name", "run", "push_to", "max_words", "seed"]
+    assert sorted(series.notebook_parameters(notebooks[0])) == sorted(names)
+    folder = series.run_series({"run": str(tmp_path / "r"), "push_to": "o/b", "max_words": 3}, notebooks[:1])
+    assert folder == tmp_path / "r" and seen(folder) == "b"
 
 
 def test_the_run_has_one_name_for_batch_and_notebooks(notebooks, tmp_path, monkeypatch):
