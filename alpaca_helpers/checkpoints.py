@@ -144,6 +144,8 @@ def training_record(folder: Path, trainer: Trainer) -> dict:
 
 
 def _commit() -> str | None:
+    if not (PACKAGE.parent / ".git").exists():
+        return None  # git would take any repository around
     git = ["git", "-C", str(PACKAGE), "describe", "--always", "--abbrev=40", "--dirty"]
     try:
         return subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None

@@ -10,6 +10,8 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
+from .files import check_disk_space
+
 INK, PALE, BLUE, ORANGE = "#222222", "#e4e4e4", "#0072b2", "#e69f00"
 BASE = {"facecolor": PALE, "edgecolor": INK, "hatch": "///", "linewidth": 0.8}
 TUNED = {"facecolor": BLUE, "edgecolor": INK, "linewidth": 0.8}
@@ -35,8 +37,9 @@ class Picture(Figure):
 
     def save(self, path: Path) -> "Picture":
         """Write the picture as PNG and return it."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.savefig(path, format="png")
+        with check_disk_space(path, needed=0):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.savefig(path, format="png")
         return self
 
     def _repr_mimebundle_(self, **_) -> tuple[dict, dict]:

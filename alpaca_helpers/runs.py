@@ -180,7 +180,7 @@ def read_record(folder: Path, part: str) -> dict:
     if part == "adapter" and record["sha256"] != content_hash(artifact(folder, part), "*.safetensors"):
         what = f"The adapter in {folder} is not the one that the manifest tells of"
         raise AlpacaError(f"{what}: {again}.", "other-adapter")
-    return record
+    return {"model_revision": None} | record  # of which an early version's manifest tells nothing
 
 
 def write_record(folder: Path, part: str, content: dict) -> None:

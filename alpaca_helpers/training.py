@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from . import PACKAGE, AlpacaError
+from . import AlpacaError
 from .batches import LengthGroups, PadToLongest, add_learned, split_batch
 from .card import write_card
 from .checkpoints import CompleteCheckpoints, is_main_process, resume_point
@@ -286,8 +286,7 @@ def record_result(folder: Path, trainer: Trainer) -> None:
     last = {name: entry[name] for entry in history for name in ("loss", "eval_loss") if name in entry}
     result = {"steps": trainer.state.global_step, **last}
     sha256 = content_hash(artifact(folder, "adapter"), "*.safetensors")
-    ours = {} if (PACKAGE.parent / ".git").exists() else {"commit": None}  # git would take any repository around
-    write_record(folder, "adapter", trainer.record | {"result": result, "sha256": sha256} | ours)
+    write_record(folder, "adapter", trainer.record | {"result": result, "sha256": sha256})
     write_card(folder)
 
 

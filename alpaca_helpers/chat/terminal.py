@@ -66,7 +66,7 @@ def main() -> None:
     run, once, text = (settings.pop(key) for key in ("run", "once", "input"))
     folder = run_folder(check_parameters(run=run), make=False)
     adapter, made = artifact(folder, "adapter"), read_record(folder, "adapter")
-    name, revision = made["model"], made.get("model_revision")  # an early version's manifest has none
+    name, revision = made["model"], made["model_revision"]
     print(f"Loading {name} and {adapter} …", file=sys.stderr, flush=True)
     model = load_adapter(load_base(name, revision), adapter)
     conversation = Conversation(model, load_tokenizer(name, revision), **settings)
