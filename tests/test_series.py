@@ -137,7 +137,7 @@ LEAVES = """
 from alpaca_helpers.files import atomic_folder
 from alpaca_helpers.runs import write_record
 with atomic_folder(folder / "adapter") as part:
-    (part / "weights").write_text("rows")
+    (part / "adapter_model.safetensors").write_text("rows")
 (folder / "adapter" / "README.md").write_text("a card")
 (folder / "merged").mkdir(exist_ok=True)
 (folder / "merged" / "model").write_text("whole")
@@ -187,7 +187,7 @@ def test_whatever_a_notebook_left_and_rests_on_is_looked_at(notebooks, tmp_path,
         "the metrics": (lambda: (folder / "metrics.json").unlink(), 1),
         "the merged model": (lambda: shutil.rmtree(folder / "merged"), 2),
         "the pictures": (lambda: shutil.rmtree(folder / "pictures"), 2),
-        "a weight": (lambda: (folder / "adapter" / "weights").write_text("rwos"), 2),
+        "a weight": (lambda: (folder / "adapter" / "adapter_model.safetensors").write_text("rwos"), 2),
         "the manifest's record": (forget_the_adapter, 2),
         "a truncated notebook": (lambda: executed.write_bytes(executed.read_bytes()[:-50]), 2),
         "a notebook with a cell less": (lambda: edit(executed, lambda cells: cells.__delitem__(slice(2))), 2),
