@@ -57,7 +57,7 @@ quick: $(TESTABLE)  ## the unit tests alone: a minute
 nbval: $(TESTABLE)  ## the notebooks' stored outputs against fresh ones
 	$(BIN)/python -m tools.notebooks --for-nbval build/nbval \
 	  --profile=$(if $(filter auto,$(PROFILE)),pocket,"$$PROFILE")
-	$(BIN)/python -m pytest --nbval build/nbval
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval build/nbval
 
 nightly: $(TESTABLE)  ## the tests that `make test` leaves out: minutes each, or for a browser, a wheel, torchrun
 	$(PYTEST) -m nightly --durations=15
