@@ -20,7 +20,7 @@ from transformers import AttentionInterface, DataCollatorForLanguageModeling, Tr
 from transformers import TrainingArguments as Arguments
 
 import alpaca_helpers
-from alpaca_helpers import AlpacaError, card, models, speedups, training
+from alpaca_helpers import AlpacaError, card, models, resources, speedups, training
 from alpaca_helpers.batches import LengthGroups, PadToLongest
 from alpaca_helpers.data import RECIPES, tokenize
 from alpaca_helpers.files import write_json
@@ -318,7 +318,7 @@ def test_out_of_memory_says_what_to_change(error, tmp_path, monkeypatch):
         raise error
 
     monkeypatch.setattr(trainer, "compute_loss", fail)
-    for step in (trainer.train, lambda: training.measure_step(trainer)):
+    for step in (trainer.train, lambda: resources.measure_step(trainer)):
         with pytest.raises(AlpacaError, match="with 4 rows at once: set `micro_batch_size` to 2") as refused:
             step()
         assert refused.value.code == "out-of-memory"
@@ -332,7 +332,7 @@ def test_a_measured_step_leaves_weights_gradients_and_random_state_as_they_were(
     loss = trainer.compute_loss
     monkeypatch.setattr(trainer, "compute_loss", lambda m, i: seen.append(i["input_ids"].shape) or loss(m, i))
     weights, before, random_state = [p.clone() for p in model.parameters()], state(model), torch.get_rng_state()
-    seconds, size, there = training.measure_step(trainer)
+    seconds, size, there = resources.measure_step(trainer)
     assert seconds > 0 and size > 0 and there > 0
     assert all(torch.equal(*pair) for pair in zip(weights, model.parameters())) and state(model) == before
     assert torch.equal(torch.get_rng_state(), random_state)
