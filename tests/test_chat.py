@@ -156,9 +156,9 @@ def test_enter_and_the_button_send_and_the_answers_are_those_of_generate(box, ti
 
 
 def test_tokens_appear_one_after_the_other_and_no_thread_changes_a_widget(box, steps, monkeypatch):
-    senders, real = set(), widgets.Widget._send
+    senders, real = set(), widgets.Widget.notify_change  # of every change of a widget, in ipywidgets 7 and 8
     monkeypatch.setattr(
-        widgets.Widget, "_send", lambda *given, **more: (senders.add(threading.get_ident()), real(*given, **more))[1]
+        widgets.Widget, "notify_change", lambda *given: (senders.add(threading.get_ident()), real(*given))[1]
     )
     enter(box, "Hi")
     for tokens in (1, 2, 3):
