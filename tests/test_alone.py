@@ -68,7 +68,7 @@ def test_without_an_address_the_first_cell_says_so_in_a_sentence(tmp_path):
 def test_with_run_earlier_off_the_notebook_that_is_missing_is_named(tmp_path):
     notebook = alone("04_comparison_and_chat", tmp_path / "alone", run_earlier=False, profile="pocket")
     done = run([sys.executable, "-c", EXECUTE, notebook], tmp_path, PYTHONPATH=str(PROJECT))
-    assert "has no adapter: run notebook 03_lora_finetuning first, with the same `run`" in done.stderr
+    assert "has no data: run notebook 02_dataset_and_tokenizer first, with the same `run`" in done.stderr
 
 
 def test_papermill_alone_runs_a_notebook_and_nbval_checks_it(tmp_path):

@@ -10,6 +10,7 @@ from support.fresh import copy_project, fresh_python, run
 
 pytestmark = pytest.mark.nightly
 
+NOTEBOOKS = PROJECT / "notebooks"
 MODULES = sorted((PROJECT / "alpaca_helpers").rglob("*.py"))
 
 # Nothing that only runs notebooks can be imported; ipykernel can, since ipywidgets 7 imports it.
@@ -57,9 +58,12 @@ def test_the_wheel_holds_the_package_the_pocket_and_the_notebooks_and_answers_wh
         metadata = archive.read(next(name for name in archive.namelist() if name.endswith("/METADATA"))).decode()
     folders = (PROJECT / "alpaca_helpers" / "pocket" / name for name in ("model", "instructions", "document"))
     pocket = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-    notebooks = {f"alpaca_helpers/notebooks/{path.name}" for path in (PROJECT / "notebooks").glob("*.ipynb")}
+    paths = [
+        path.relative_to(PROJECT) for pattern in ("*.ipynb", "further/*.ipynb") for path in NOTEBOOKS.glob(pattern)
+    ]
+    notebooks = {f"alpaca_helpers/{path.as_posix()}" for path in paths}
     assert files == {path.relative_to(PROJECT).as_posix() for path in [*MODULES, *pocket]} | notebooks
-    assert len(notebooks) == 4 and "License-Expression: MIT" in metadata.splitlines()
+    assert len(notebooks) == 7 and "License-Expression: MIT" in metadata.splitlines()
 
     python, site = fresh_python(tmp_path)
     succeed([sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", wheel], tmp_path)
