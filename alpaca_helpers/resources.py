@@ -50,7 +50,7 @@ def measure_step(trainer: Trainer) -> tuple[float, int, int]:
 
 
 def announce(trainer: Trainer) -> None:
-    """Print how long the training will take, and the memory and disk that it needs."""
+    """Print how long the whole training takes, and the memory and disk that it needs."""
     args = trainer.args
     seconds, memory, there = measure_step(trainer)
     steps = trainer.steps_in_all()
@@ -59,7 +59,7 @@ def announce(trainer: Trainer) -> None:
         every = args.eval_steps if args.eval_steps >= 1 else math.ceil(args.eval_steps * steps)
         evaluations = math.ceil(steps / every)
     evaluated = evaluations * len(trainer.eval_dataset or ()) / trainer.batch_size  # at a third of a step's work
-    minutes = (steps - trainer.state.global_step + evaluated / 3) * seconds / 60
+    minutes = (steps + evaluated / 3) * seconds / 60
     print(f"The training takes about {minutes:.1f} minutes: {steps} steps of {seconds:.2f} s, and the evaluations")
     disk = readable_size(trainer.disk_bytes())
     print(f"The training needs {readable_size(memory)} of {readable_size(there)} of memory, at most {disk} on disk")

@@ -1,8 +1,8 @@
 """What a word is, in every script: the one definition by which answers are counted, filtered and compared.
 
 Texts are compared in Unicode's composed form (NFC), without regard to case, to the form of quotes (’ is ', “ is ") and
-to the commas in 1,000. A word is a run of letters, marks and
-digits; in scripts that put no space between words (Han, kana, Thai, Lao, Khmer, Burmese) each character is one.
+to the commas in 1,000. A word is a run of letters, marks and digits; in scripts that put no space between words (Han,
+kana, Thai, Lao, Khmer, Burmese) each character is one.
 """
 
 import unicodedata

@@ -190,8 +190,7 @@ def save_adapter(trainer: "AnswerTrainer") -> Iterator[Path]:
     """Give a folder to save the trained adapter and its tokenizer to, which becomes the run's `adapter`.
 
     All of it or nothing: the earlier adapter stays where the block fails, and where the new one is of no use. The
-    manifest then notes what made it.
-    Errors as in `lora.adapter_folder`.
+    manifest then notes what made it. Errors as in `lora.adapter_folder`.
     """
     folder, base = trainer.run_folder(), read_record(trainer.run_folder(), "data")["model"]
     with lock_run(folder):

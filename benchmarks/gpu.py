@@ -5,8 +5,7 @@
 
 A stand-in Hub on loopback serves a model of gpt2-medium's shape with random weights and 52,002 rows in Alpaca's form,
 so no network is needed; real rows and GPT-2's vocabulary come from --data (see tests/support/hub.py). The four
-notebooks run
-by papermill; they are killed in the middle of the training, and started again.
+notebooks run by papermill; they are killed in the middle of the training, and started again.
 """
 
 import argparse
