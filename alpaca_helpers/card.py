@@ -7,14 +7,14 @@ from types import SimpleNamespace
 from huggingface_hub import create_repo, upload_folder
 
 from . import AlpacaError, locate
+from .config import PROFILES
 from .data import RECIPES
 from .files import write_json, write_text
 from .hub import first_line
 from .lora import save_merged
 from .models import load_base, load_tokenizer
-from .profiles import PROFILES
 from .prompts import format_prompt
-from .runs import lock_run, read_metrics, read_record
+from .run import Run
 
 SHOWN = (  # the settings that a card lists
     "lora_rank lora_alpha lora_dropout target_modules learning_rate num_train_epochs batch_size max_words max_length "
@@ -48,7 +48,7 @@ def export(folder: Path, settings: SimpleNamespace) -> None:
     """Do what the parameters `merged` and `push_to` ask for: write the run's whole model, upload its adapter."""
     if settings.merged:
         base, tokenizer = (load(settings.model, settings.model_revision) for load in (load_base, load_tokenizer))
-        with lock_run(folder):
+        with Run(folder).lock():
             save_merged(base, tokenizer, folder / "adapter", folder / "merged")
     if settings.push_to:
         print(push_adapter(folder / "adapter", settings.push_to))
@@ -56,19 +56,19 @@ def export(folder: Path, settings: SimpleNamespace) -> None:
 
 def save_metrics(folder: Path, metrics: dict) -> None:
     """Write the run's metrics.json, with what its adapter was made by, and the adapter's card, now with its metrics."""
-    made = read_record(folder, "adapter")
+    made = Run(folder).record("adapter")
     about = {"profile": made["name"], "recipe": made["recipe"], "seed": made["seed"], "adapter": made["sha256"]}
-    with lock_run(folder):
+    with Run(folder).lock():
         write_json(folder / "metrics.json", metrics | about)
         write_card(folder)
 
 
 def write_card(folder: Path) -> None:
     """Write the model card of the run's adapter, from the run's manifest and this adapter's metrics, if any."""
-    made = read_record(folder, "adapter")
+    made = Run(folder).record("adapter")
     metrics: dict = {}
     with suppress(AlpacaError):  # there are none yet, or of an earlier version, or cut: notebook 04 writes new ones
-        metrics = read_metrics(folder)
+        metrics = Run(folder).metrics()
     measured = metrics if metrics.get("adapter") == made["sha256"] else {}
     write_text(folder / "adapter" / "README.md", model_card(made, measured))
 

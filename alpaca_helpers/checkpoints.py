@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback
 
 from . import PACKAGE, AlpacaError, locate
 from .files import CHECKSUMS, content_hash, refuse_foreign_files, verify_checksums, write_checksums, write_json
-from .runs import read_manifest, read_record, write_record
+from .run import Run
 
 FILES = (  # that Trainer writes into a checkpoint, besides the random state of each of several processes
     "README.md adapter_config.json adapter_model.safetensors optimizer.pt scaler.pt scheduler.pt trainer_state.json "
@@ -41,7 +41,7 @@ class CompleteCheckpoints(TrainerCallback):
 
     limit: int | None = None  # the checkpoints that are kept
 
-    def on_step_end(self, args, state, control, **named) -> None:
+    def on_step_end(self, args, state, control, **kwargs) -> None:
         """Take `save_total_limit` over; record what is about to be written, so that what a cut leaves is known."""
         self.limit, args.save_total_limit = args.save_total_limit or self.limit, None
         if control.should_save and state.is_world_process_zero:
@@ -53,7 +53,7 @@ class CompleteCheckpoints(TrainerCallback):
 
     on_epoch_end = on_step_end
 
-    def on_save(self, args, state, control, **named) -> None:
+    def on_save(self, args, state, control, **kwargs) -> None:
         """Mark the newest checkpoint as complete, and remove the oldest that are recorded."""
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
@@ -75,7 +75,7 @@ def last_complete_checkpoint(checkpoints: Path) -> Path | None:
     return None
 
 
-def resume_point(folder: Path, trainer: Trainer, resume: bool = True) -> Path | None:
+def resume_point(run: Run, trainer: Trainer, resume: bool = True) -> Path | None:
     """Record what makes this training, and return the checkpoint to go on from; None: from the beginning.
 
     The run's lock is to be held. `resume` False removes the run's checkpoints. Raises AlpacaError that shows the
@@ -84,28 +84,22 @@ def resume_point(folder: Path, trainer: Trainer, resume: bool = True) -> Path | 
     """
     checkpoints = Path(trainer.args.output_dir)
     if is_main_process():
-        now = training_record(folder, trainer)
-        for recorded in (folder / "adapter", *_checkpoints(checkpoints)):
+        now = training_record(run, trainer)
+        for recorded in (run.folder / "adapter", *_checkpoints(checkpoints)):
             refuse_foreign_files(recorded)
         for recorded in [] if resume else _checkpoints(checkpoints):
             shutil.rmtree(recorded)
         if _checkpoints(checkpoints):
-            before = read_manifest(folder).get("training")
+            before = run.manifest().get("training")
             before = before if isinstance(before, dict) else {}
             refuse_changes(before, now)
             place = {name: before.get(name) for name in PLACE}
             moved = any(now[name] != value for name, value in place.items())
             now["earlier"] = before.get("earlier", []) + [place] * moved  # on what its parts were made, if elsewhere
-        write_record(folder, "training", now)
+        run.write_record("training", now)
         trainer.record = now  # what is saved when the training ends tells of this, whatever the folder holds by then
     trainer.accelerator.wait_for_everyone()
-    checkpoint = last_complete_checkpoint(checkpoints)
-    if checkpoint and is_main_process():
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        done, steps = state["global_step"], state["max_steps"]
-        finished = f"This training is finished, all {steps} steps of it: `resume = False` would start it over."
-        print(finished if done == steps else f"Going on after step {done} of {steps}.")
-    return checkpoint
+    return last_complete_checkpoint(checkpoints)
 
 
 def refuse_changes(before: dict, now: dict) -> None:
@@ -118,9 +112,9 @@ def refuse_changes(before: dict, now: dict) -> None:
         raise AlpacaError(f"{what}: {remedy}.", "other-settings")
 
 
-def training_record(folder: Path, trainer: Trainer) -> dict:
+def training_record(run: Run, trainer: Trainer) -> dict:
     """Return what makes a training, for the manifest, from the objects that train: whatever was edited is in it."""
-    data, args = read_record(folder, "data"), trainer.args
+    data, args = run.record("data"), trainer.args
     lora = trainer.model.active_peft_config
     libraries = ("torch", "transformers", "peft", "datasets", "accelerate")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"

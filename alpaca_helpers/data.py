@@ -15,7 +15,7 @@ from . import AlpacaError, portable
 from .files import atomic_folder
 from .prompts import encode, format_answer, format_prompt
 from .rows import COLUMNS
-from .runs import lock_run, write_record
+from .run import Run
 from .text import plain, words
 
 # What each recipe does beyond the document's: its name is its definition.
@@ -175,7 +175,8 @@ def save_data(folder: Path, settings: SimpleNamespace, split: DatasetDict) -> It
     """
     chosen = {name: value for name, value in vars(settings).items() if name in RECORDED}
     record = {name: portable(value) if isinstance(value, str) else value for name, value in chosen.items()}
-    with lock_run(folder):
+    run = Run(folder)
+    with run.lock():
         with atomic_folder(folder / "data") as part:
             yield part
-        write_record(folder, "data", record | {"fingerprint": fingerprint(split)})
+        run.write_record("data", record | {"fingerprint": fingerprint(split)})

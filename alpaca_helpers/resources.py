@@ -4,15 +4,16 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 
 from . import AlpacaError
 from .hub import readable_size
-from .speedups import faster_training
+from .speedups import lora_in_base_precision
 
 
 def measure_step(trainer: Trainer) -> tuple[float, int, int]:
@@ -27,7 +28,7 @@ def measure_step(trainer: Trainer) -> tuple[float, int, int]:
     lengths = np.array([len(ids) for ids in rows["input_ids"]])
     text = [name for name in rows.column_names if name not in ("input_ids", "attention_mask", "labels")]
     out_of_memory = explained_out_of_memory(args.train_batch_size)
-    with torch.random.fork_rng(), out_of_memory, faster_training(model.train()):
+    with torch.random.fork_rng(), out_of_memory, lora_in_base_precision(model.train()):
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         for wanted in (lengths.max(), lengths.mean(), lengths.mean()):
@@ -49,14 +50,19 @@ def measure_step(trainer: Trainer) -> tuple[float, int, int]:
     return seconds * args.gradient_accumulation_steps, peak, there
 
 
-def announce(trainer: Trainer) -> None:
-    """Print how long the whole training takes, and the memory and disk that it needs."""
-    args = trainer.args
+def announce(trainer: Trainer, checkpoint: Path | None = None) -> None:
+    """Print how long the training takes, from `checkpoint` on if there is one, and what memory and disk it needs."""
+    args, steps = trainer.args, trainer.steps_in_all()
+    if checkpoint:
+        done = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step
+        if done == steps:
+            return print(f"This training is finished, all {steps} steps of it: `resume = False` would start it over.")
+        print(f"Going on after step {done} of {steps}.")
+        steps -= done
     seconds, memory, there = measure_step(trainer)
-    steps = trainer.steps_in_all()
     evaluations = 0
     if args.eval_strategy == "steps":
-        every = args.eval_steps if args.eval_steps >= 1 else math.ceil(args.eval_steps * steps)
+        every = args.eval_steps if args.eval_steps >= 1 else math.ceil(args.eval_steps * trainer.steps_in_all())
         evaluations = math.ceil(steps / every)
     evaluated = evaluations * len(trainer.eval_dataset or ()) / trainer.batch_size  # at a third of a step's work
     minutes = (steps + evaluated / 3) * seconds / 60

@@ -23,7 +23,7 @@ from datasets.exceptions import DatasetsError
 from . import AlpacaError, locate
 from .files import check_disk_space, replace_file
 from .hub import cached_folder, fetch, first_line
-from .runs import lock_run
+from .run import Run
 
 COLUMNS = ("instruction", "input", "output", "fact")
 NO_INPUT = re.compile(r"[\W_]*(no[\W_]*input|n/a)[\W_]*", re.IGNORECASE)  # as Alpaca's generator wrote it
@@ -53,7 +53,7 @@ def prepare_rows(folder: Path, dataset: str, revision: str | None = None, heldou
     """
     sources = {"train": (dataset, revision)} | ({"heldout": (heldout, None)} if heldout else {})
     files = {}
-    with lock_run(folder):
+    with Run(folder).lock():
         for split, source in sources.items():
             path, table = folder / "rows" / f"{split}.parquet", io.BytesIO()
             load_rows(*source).to_parquet(table)

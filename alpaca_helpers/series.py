@@ -1,7 +1,6 @@
-"""The four notebooks in one batch, by papermill: `python -m alpaca_helpers.series --help`."""
+"""A notebook's set-up, and the four notebooks in one batch, by papermill: `python -m alpaca_helpers.series --help`."""
 
 import argparse
-import ast
 import errno
 import hashlib
 import json
@@ -10,49 +9,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 from tqdm import tqdm
 
-from . import PACKAGE, AlpacaError, locate, pocket, project_folder
+from . import PACKAGE, AlpacaError, locate, pocket
 from .batches import split_batch
+from .cells import FURTHER, NAMES, NOTEBOOKS, notebook_parameters, read_cells, refuse_dropped
+from .config import PROFILES, add_parameters, check_parameters, choose_profile, parse_parameters
 from .console import ignore_known_warnings, run_command
 from .files import NO_SPACE, check_disk_space, content_hash
-from .hub import first_line
 from .lora import BASE, choose_targets
 from .models import check_length, empty_model, fetch_model
-from .parameters import check_parameters
-from .profiles import PROFILES, choose_profile
 from .report import comparison, conclusion
-from .runs import (
-    PRODUCERS,
-    RUN_BYTES,
-    artifact,
-    artifact_hash,
-    lock_run,
-    read_manifest,
-    read_metrics,
-    read_record,
-    run_folder,
-    write_record,
-)
+from .run import PRODUCERS, RUN_BYTES, Run
 
 QUIET = ["--log-level=CRITICAL"]  # ipykernel warns of its local sockets, and tells at length of an interrupt
-NAMES = ("01_base_model", "02_dataset_and_tokenizer", "03_lora_finetuning", "04_comparison_and_chat")
-
-# those of the checkout that the working folder or the package lies in, else those that were installed with the package
-_FOLDERS = [folder / "notebooks" for folder in (project_folder(), PACKAGE.parent, PACKAGE)]
-_FOLDER = next((folder for folder in _FOLDERS if (folder / f"{NAMES[0]}.ipynb").is_file()), _FOLDERS[0])
-NOTEBOOKS = [_FOLDER / f"{name}.ipynb" for name in NAMES]
-FURTHER = [_FOLDER / "further" / f"{name}.ipynb" for name in ("sampling_and_examples", "inside_the_adapter")]
-FURTHER += [_FOLDER / "further" / "what_tuning_changed.ipynb"]
-
 NEEDS = {"data": NAMES[2:3], "adapter": (NAMES[3], *(path.stem for path in FURTHER))}  # what a notebook builds on
 RECORD = "manifest.json: "  # before the name of a record in it, among the files that a notebook left
 PROMPT_TOKENS = 64  # room for a prompt beside the new tokens
-
-# minutes of the notebooks that others build on, by profile: the pocket's on two cores, GPT-2 medium's reckoned for a T4
-MINUTES = {"pocket": {NAMES[1]: 0.3, NAMES[2]: 1.2}, "gpt2-medium": {NAMES[1]: 1.0, NAMES[2]: 10.0}}
 
 
 class ProgressFile:
@@ -65,23 +39,6 @@ class ProgressFile:
 
     def flush(self) -> None:
         pass
-
-
-def notebook_parameters(notebook: Path) -> list[str]:
-    """Return the names in the notebook's cell tagged `parameters`; raise AlpacaError where it cannot be read."""
-    try:
-        cells = json.loads(notebook.read_bytes())["cells"]
-        tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
-        lines = ast.parse("".join("".join(cell["source"]) for cell in tagged)).body
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SyntaxError) as error:
-        what = f"{notebook} cannot be read ({first_line(error)}): take it from the project again."
-        raise AlpacaError(what, "notebook-broken") from error
-    names = [ast.unparse(line.target) for line in lines if isinstance(line, ast.AnnAssign)]
-    names += [ast.unparse(line.targets[0]) for line in lines if isinstance(line, ast.Assign)]
-    if not names:
-        what = f"{notebook} has no cell tagged `parameters`: give its first code cell that tag."
-        raise AlpacaError(what, "notebook-broken")
-    return names
 
 
 def open_run(notebook: str, values: Mapping[str, object]) -> tuple[SimpleNamespace, Path]:
@@ -101,17 +58,16 @@ def open_run(notebook: str, values: Mapping[str, object]) -> tuple[SimpleNamespa
     """
     ignore_known_warnings()
     path = next(path for path in [*NOTEBOOKS, *FURTHER] if path.stem == notebook)
-    names = [name for name in notebook_parameters(path) if name in values]
-    given: dict[str, Any] = {name: check_parameters(**{name: values[name]}) for name in names}
+    given = check_parameters({name: values[name] for name in notebook_parameters(path) if name in values})
     needs = next((part for part, names in NEEDS.items() if notebook in names), "")
     profile = choose_profile(given["profile"], given.get("model_name"), given.get("dataset_name"))
-    folder = run_folder(given["run"] or profile.name)
+    run = Run.named(given["run"] or profile.name)
     made = asdict(profile)
     if needs:
         if given["run_earlier"]:
             run_earlier_notebooks(notebook, given["profile"], given["run"])
-        artifact(folder, "data")
-        made = dict.fromkeys(made) | read_record(folder, needs)  # an early version's record lacks some
+        run.artifact("data")
+        made = dict.fromkeys(made) | run.record(needs)  # an early version's record lacks some
     settings = SimpleNamespace(**given | made | {name: value for name, value in given.items() if value is not None})
     settings.model_path = fetch_model(settings.model, settings.model_revision)
     if not locate(settings.model).is_dir():  # one on the Hub, in a folder of its cache that is named after the commit
@@ -119,22 +75,22 @@ def open_run(notebook: str, values: Mapping[str, object]) -> tuple[SimpleNamespa
     written = given["max_new_tokens"] + PROMPT_TOKENS if "max_new_tokens" in given else 0
     check_length(settings.model_path, max(written, given.get("max_length", 0)))
     if "other_run" in given:
-        settings.other_run = _other_run(settings, folder)
+        settings.other_run = _other_run(settings, run.folder)
     if notebook == NAMES[2]:
         settings.rows_at_once, settings.accumulation = split_batch(settings.batch_size, settings.micro_batch_size)
         settings.target_modules = choose_targets(empty_model(settings.model_path), given["target_modules"])
-    return settings, folder
+    return settings, run.folder
 
 
 def _other_run(settings: SimpleNamespace, folder: Path) -> Path | None:
     """Return the folder of the finished run to compare with, if any: the one named, else the pocket's own."""
     if settings.other_run:
-        other = run_folder(settings.other_run, make=False)
-        read_record(other, "adapter")
-        if content_hash(other / "adapter" / BASE) != content_hash(folder / "adapter" / BASE):
-            what = f"The run {other} was trained on another base model than {folder}: take another `other_run`."
+        other = Run.named(settings.other_run, make=False)
+        other.record("adapter")
+        if content_hash(other.folder / "adapter" / BASE) != content_hash(folder / "adapter" / BASE):
+            what = f"The run {other.folder} was trained on another base model than {folder}: take another `other_run`."
             raise AlpacaError(what, "other-base")
-        return other
+        return other.folder
     ours = PROFILES["pocket"]
     return pocket.DOCUMENT if (settings.model, settings.heldout) == (ours.model, ours.heldout) else None
 
@@ -145,15 +101,14 @@ def run_earlier_notebooks(notebook: str, profile: str = "auto", run: str = "") -
     Says so in one line, or does nothing. Raises AlpacaError with the sentence of the cell that failed.
     """
     name = choose_profile(profile).name
-    folder = run_folder(run or name)
+    earlier = Run.named(run or name)
     end = NAMES[3] if notebook in {path.stem for path in FURTHER} else notebook
-    missing = {by: made for made, by in PRODUCERS.items() if by < end and not artifact_hash(folder / made)}
+    missing = {by: made for made, by in PRODUCERS.items() if by < end and not earlier.artifact_hash(made)}
     if missing:
         what = " and ".join(f"no {made}" for made in missing.values())
-        minutes = sum(MINUTES[name][by] for by in missing)
-        first = f"running {' and '.join(missing)} first, about {minutes:.0f} minutes"
+        first = f"running {' and '.join(missing)} first"
         elsewhere = "(If you have such a run elsewhere, set `run` to its folder.)"
-        print(f"The run {folder} has {what}: {first}. {elsewhere}", flush=True)
+        print(f"The run {earlier.folder} has {what}: {first}. {elsewhere}", flush=True)
         run_series({"profile": name, "run": run or name}, [path for path in NOTEBOOKS if path.stem in missing])
 
 
@@ -165,82 +120,83 @@ def run_series(parameters: dict[str, object], notebooks: Sequence[Path] | None =
     parameters and the other run are checked here; without a `run` the run has the profile's name. Raises AlpacaError
     with the sentence of the cell that failed.
     """
-    chosen: dict[str, Any] = {name: check_parameters(**{name: value}) for name, value in parameters.items()}
-    taken = {"profile"}.union(*map(notebook_parameters, notebooks or NOTEBOOKS))
-    if dropped := ", ".join(sorted(chosen.keys() - taken)):
-        what = f"The notebooks to run take no {dropped}: leave it out, or run those that take it."
-        raise AlpacaError(what, "unknown-parameter")
+    chosen = check_parameters(parameters)
+    refuse_dropped(chosen, notebooks or NOTEBOOKS)
     profile = choose_profile(chosen.get("profile", "auto"), chosen.get("model_name"), chosen.get("dataset_name"))
     chosen |= {"profile": profile.name, "run": chosen.get("run") or profile.name, "run_earlier": False}
-    folder = run_folder(chosen["run"])
+    run = Run.named(chosen["run"])
     if chosen.get("other_run"):
-        read_record(run_folder(chosen["other_run"], make=False), "adapter")
+        Run.named(chosen["other_run"], make=False).record("adapter")
     commit = "" if locate(profile.model).is_dir() else fetch_model(profile.model, profile.model_revision).name
     used = [locate(path) for path in (profile.model, profile.dataset, profile.heldout) if path]
-    sources = [*sorted(Path(__file__).parent.rglob("*.py")), *used, pocket.HELDOUT, pocket.DOCUMENT / "adapter"]
-    with lock_run(folder), check_disk_space(folder, needed=RUN_BYTES):
-        _execute(notebooks or NOTEBOOKS, chosen, folder, _hash(commit, *map(content_hash, sources)))
-    return folder
+    sources = [*sorted(PACKAGE.rglob("*.py")), *used, pocket.HELDOUT, pocket.DOCUMENT / "adapter"]
+    with run.lock(), check_disk_space(run.folder, needed=RUN_BYTES):
+        _execute_changed(notebooks or NOTEBOOKS, chosen, run, _hash(commit, *map(content_hash, sources)))
+    return run.folder
 
 
-def _execute(notebooks: Sequence[Path], parameters: dict[str, object], folder: Path, inputs: str) -> None:
-    """Execute what is not done; `inputs` is the hash of all that the first notebook is made from."""
-    import papermill  # only where notebooks are run: not everybody who opens one has it
-
-    done = read_manifest(folder).get("notebooks")
+def _execute_changed(notebooks: Sequence[Path], parameters: dict[str, object], run: Run, inputs: str) -> None:
+    """Execute the notebooks that are not done; `inputs` is the hash of all that the first one is made from."""
+    done = run.manifest().get("notebooks")
     marks = done.items() if isinstance(done, dict) else ()
     done = {name: mark for name, mark in marks if isinstance(mark, dict) and "files" in mark}  # not an early version's
     for number, notebook in enumerate(notebooks, 1):
         known = notebook_parameters(notebook)
         chosen = {key: value for key, value in parameters.items() if key in known}
-        inputs = _hash(inputs, *map(str, _cells(notebook)), json.dumps(chosen, sort_keys=True))
+        inputs = _hash(inputs, *map(str, _code(notebook)), json.dumps(chosen, sort_keys=True))
         if notebook in FURTHER:
-            inputs = _hash(inputs, artifact_hash(folder / "adapter"))
+            inputs = _hash(inputs, run.artifact_hash("adapter"))
         if other := chosen.get("other_run"):
-            inputs = _hash(inputs, artifact_hash(run_folder(str(other), make=False) / "adapter"))
-        executed, mark = folder / notebook.name, done.get(notebook.stem, {})
-        unchanged = mark.get("inputs") == inputs and len(_cells(executed)) >= len(_cells(notebook))
-        unchanged = unchanged and all(_digest(folder, name) == digest for name, digest in mark["files"].items())
+            inputs = _hash(inputs, Run.named(str(other), make=False).artifact_hash("adapter"))
+        executed, mark = run.folder / notebook.name, done.get(notebook.stem, {})
+        unchanged = mark.get("inputs") == inputs and len(_code(executed)) >= len(_code(notebook))
+        unchanged = unchanged and all(_digest(run, name) == digest for name, digest in mark["files"].items())
         print(f"[{number}/{len(notebooks)}] {notebook.stem}{': unchanged' if unchanged else ''}", flush=True)
         if unchanged:
             continue
         after = {notebook.stem} if notebook in FURTHER else {name for name in done if name >= notebook.stem}
         done = {name: mark for name, mark in done.items() if name not in after}
-        write_record(folder, "notebooks", done)  # until it is through, this notebook and those after it are not done
-        before = _stamps(folder)
-        try:
-            options = {"kernel_name": "python3", "extra_arguments": QUIET, "stdout_file": ProgressFile()}
-            print(_times(papermill.execute_notebook(notebook, executed, chosen, **options)), flush=True)
-        except RuntimeError as error:
-            if type(error).__name__ != "DeadKernelError":  # nbclient's, which papermill brings along
-                raise
-            what = f"The kernel of {executed} was killed, most likely for want of memory: free some"
-            remedy = "take a smaller `micro_batch_size` or model, and run this again"
-            raise AlpacaError(f"{what}, or {remedy}.", "kernel-killed") from error
-        except (papermill.PapermillExecutionError, FileNotFoundError) as error:
-            if not folder.exists():
-                raise AlpacaError(f"The run's folder {folder} was deleted: start again.", "run-deleted") from error
-            if isinstance(error, FileNotFoundError):
-                raise
-            if error.ename == "KeyboardInterrupt":
-                raise KeyboardInterrupt from error
-            if error.ename == "OSError" and NO_SPACE in error.evalue:
-                raise OSError(errno.ENOSPC, NO_SPACE) from error
-            what = f"{error.ename}: {error.evalue} [cell {error.exec_count} of {executed}]"
-            raise AlpacaError(what, "cell-failed") from error
-        left = [name for name, stamp in _stamps(folder).items() if before.get(name) != stamp]
+        run.write_record("notebooks", done)  # until it is through, this notebook and those after it are not done
+        before = _stamps(run.folder)
+        _execute(notebook, executed, chosen)
+        left = [name for name, stamp in _stamps(run.folder).items() if before.get(name) != stamp]
         for mark in done.values():  # a file is the notebook's that wrote it last
             mark["files"] = {name: digest for name, digest in mark["files"].items() if name not in left}
         left += [f"{RECORD}{part}" for part, by in PRODUCERS.items() if by == notebook.stem]
-        done[notebook.stem] = {"inputs": inputs, "files": {name: _digest(folder, name) for name in left}}
-        write_record(folder, "notebooks", done)
+        done[notebook.stem] = {"inputs": inputs, "files": {name: _digest(run, name) for name in left}}
+        run.write_record("notebooks", done)
 
 
-def _cells(notebook: Path) -> list[tuple[str, str]]:
+def _execute(notebook: Path, executed: Path, parameters: dict[str, object]) -> None:
+    """Execute one notebook and print what it took; raise AlpacaError with the sentence of the cell that failed."""
+    import papermill  # only where notebooks are run: not everybody who opens one has it
+
+    options = {"kernel_name": "python3", "extra_arguments": QUIET, "stdout_file": ProgressFile()}
+    try:
+        print(_times(papermill.execute_notebook(notebook, executed, parameters, **options)), flush=True)
+    except (papermill.PapermillExecutionError, FileNotFoundError, RuntimeError) as error:
+        if not executed.parent.exists():
+            what = f"The run's folder {executed.parent} was deleted: start again."
+            raise AlpacaError(what, "run-deleted") from error
+        if type(error).__name__ == "DeadKernelError":  # nbclient's, which papermill brings along
+            what = f"The kernel of {executed} was killed, most likely for want of memory: free some"
+            remedy = "take a smaller `micro_batch_size` or model, and run this again"
+            raise AlpacaError(f"{what}, or {remedy}.", "kernel-killed") from error
+        if not isinstance(error, papermill.PapermillExecutionError):
+            raise
+        if error.ename == "KeyboardInterrupt":
+            raise KeyboardInterrupt from error
+        if error.ename == "OSError" and NO_SPACE in error.evalue:
+            raise OSError(errno.ENOSPC, NO_SPACE) from error
+        what = f"{error.ename}: {error.evalue} [cell {error.exec_count} of {executed}]"
+        raise AlpacaError(what, "cell-failed") from error
+
+
+def _code(notebook: Path) -> list[tuple[str, str]]:
     """Return type and source of each of a notebook's cells; none where it is missing, or cut."""
     try:
-        return [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(notebook.read_bytes())["cells"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        return [(cell["cell_type"], cell["source"]) for cell in read_cells(notebook)]
+    except AlpacaError:
         return []
 
 
@@ -252,10 +208,10 @@ def _stamps(folder: Path) -> dict[str, tuple]:
     return {name: (stat.st_mtime_ns, stat.st_ino, stat.st_size) for name, stat in stats.items()}
 
 
-def _digest(folder: Path, name: str) -> str:
+def _digest(run: Run, name: str) -> str:
     """Return the hash of a file in the run's folder, or of a record in its manifest."""
     record = name.removeprefix(RECORD)
-    return content_hash(folder / name) if record == name else _hash(json.dumps(read_manifest(folder).get(record)))
+    return content_hash(run.folder / name) if record == name else _hash(json.dumps(run.manifest().get(record)))
 
 
 def _times(executed) -> str:
@@ -275,32 +231,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m alpaca_helpers.series", description=__doc__)
     parser.add_argument("--profile", default="auto", help="auto, pocket or gpt2-medium (auto)")
     parser.add_argument("--run", help="name of the run, or a path to its folder (the profile's name)")
-    parser.add_argument(
-        "-p", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help="a notebook parameter, as papermill"
-    )
     parser.add_argument("--further", action="store_true", help="the notebooks that go deeper, on a finished run")
+    add_parameters(parser)
     options = parser.parse_args()
     if "" in (options.profile, options.run):
         parser.error("--profile and --run want a name")
-    chosen: dict[str, object] = {"run": options.run} if options.run else {}
-    chosen |= {} if options.profile == "auto" else {"profile": options.profile}
-    for key, text in options.p:
-        if chosen.setdefault(key, _value(text)) != _value(text):
-            what = f"The parameter `{key}` is given twice, as {chosen[key]} and as {text}: give it once."
-            raise AlpacaError(what, "given-twice")
-    folder = run_series(chosen, FURTHER if options.further else NOTEBOOKS)
-    if options.further:
-        return print(f"The executed notebooks are in {folder}.")
-    metrics = read_metrics(folder)
-    print(f"\n{comparison(metrics).to_string()}\n\n{conclusion(metrics)}\n\nThe executed notebooks are in {folder}.")
-
-
-def _value(text: str) -> object:
-    """Return a command line's None or list as such; of other text `check_parameters` makes what it spells."""
-    try:
-        return json.loads(text) if text.startswith("[") else None if text in ("None", "null") else text
-    except ValueError:
-        return text
+    given = {"run": options.run} if options.run else {}
+    given |= {} if options.profile == "auto" else {"profile": options.profile}
+    folder = run_series(parse_parameters(options.p, **given), FURTHER if options.further else NOTEBOOKS)
+    if not options.further:
+        metrics = Run(folder).metrics()
+        print(f"\n{comparison(metrics).to_string()}\n\n{conclusion(metrics)}\n")
+    print(f"The executed notebooks are in {folder}.")
 
 
 if __name__ == "__main__":

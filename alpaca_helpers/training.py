@@ -1,13 +1,13 @@
-"""Fine-tuning, as notebook 03's cells do it, and `python -m alpaca_helpers.training --help` for several devices."""
+"""The trainer of notebook 03, and `python -m alpaca_helpers.training --help` for training on several devices."""
 
 import argparse
-import inspect
 import math
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -15,43 +15,38 @@ from pathlib import Path
 import torch
 import torch.distributed
 import torch.nn.functional as F
-from datasets import load_from_disk
-from peft import get_peft_model
-from transformers import (
-    DataCollatorForLanguageModeling,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.pytorch_utils import Conv1D
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from . import AlpacaError
-from .batches import LengthGroups, PadToLongest, add_learned, split_batch
+from .batches import LengthGroups, add_learned
 from .card import write_card
+from .cells import NOTEBOOKS, refuse_dropped, run_cells
 from .checkpoints import CompleteCheckpoints, is_main_process, resume_point
+from .config import add_parameters, parse_parameters
 from .console import run_command
 from .data import IGNORED
 from .files import check_disk_space, content_hash
-from .lora import adapter_folder, check_trained, choose_targets, lora_config
-from .models import base_dtype, check_weights, load_base, load_tokenizer
-from .parameters import check_parameters
+from .lora import adapter_folder, check_trained
+from .models import check_weights
 from .resources import announce, explained_out_of_memory
-from .runs import artifact, lock_run, read_record, run_folder, write_record
-from .speedups import faster_training
+from .run import Run
+from .speedups import lora_in_base_precision
 
 
 class AnswerTrainer(Trainer):
     """transformers' Trainer, which may stand in its place, with less waste and safer checkpoints.
 
     Overridden: the order of rows (`LengthGroups`); the loss (logits at learned labels only, each label with the same
-    weight); the losses on show (nats per label); checkpoints (with checksums); `train` (with `faster_training`, and one
-    sentence where memory or disk are too small).
+    weight); the losses on show (nats per label); checkpoints (with checksums); `train` (with `lora_in_base_precision`,
+    and one sentence where memory or disk are too small).
     """
 
-    def __init__(self, args: TrainingArguments, data_collator: Callable, **named):
+    def __init__(self, args: TrainingArguments, data_collator: Callable, **kwargs):
         args._n_gpu = min(args.n_gpu, 1)  # one process uses one GPU; torchrun starts one for each
-        asked, rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size, named["train_dataset"]
+        asked, rows = (
+            args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            kwargs["train_dataset"],
+        )
         self.batch_size = min(asked, len(rows))
         if asked > len(rows):  # a batch is what there is
             share = math.ceil(len(rows) / args.world_size)
@@ -60,7 +55,7 @@ class AnswerTrainer(Trainer):
         cuda = args.device.type == "cuda"
         args.dataloader_pin_memory = args.accelerator_config.non_blocking = cuda  # Python goes on while rows are sent
         args.logging_nan_inf_filter = False  # NaN is shown as such, and no step waits to be looked at
-        super().__init__(args=args, data_collator=partial(add_learned, data_collator), **named)
+        super().__init__(args=args, data_collator=partial(add_learned, data_collator), **kwargs)
         check_trained(self.model)
         self.add_callback(CompleteCheckpoints())
         self.add_callback(ProgressLines())
@@ -111,10 +106,10 @@ class AnswerTrainer(Trainer):
             loss = loss / num_items_in_batch * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def evaluation_loop(self, *given, **named):
+    def evaluation_loop(self, *args, **kwargs):
         """Return the output of an evaluation, its loss in nats per learned label, not as a mean of batch means."""
         before, self.since_log = self.since_log, torch.zeros_like(self.since_log)
-        output = super().evaluation_loop(*given, **named)
+        output = super().evaluation_loop(*args, **kwargs)
         (nats, labels), self.since_log = self.since_log.tolist(), before
         loss = next(name for name in output.metrics if name.endswith("_loss"))  # eval_loss, or by another prefix
         output.metrics[loss] = nats / labels
@@ -132,7 +127,7 @@ class AnswerTrainer(Trainer):
         """Return 0: nobody reads the count, and it takes a twentieth of the pocket's step."""
         return 0
 
-    def train(self, resume_from_checkpoint: bool | Path | str | None = None, **named):
+    def train(self, resume_from_checkpoint: bool | Path | str | None = None, **kwargs):
         """Train; AlpacaError where memory or disk are too small, or the base is broken.
 
         With True the run's training goes on from its last complete checkpoint, with False it starts over; both hold
@@ -140,20 +135,23 @@ class AnswerTrainer(Trainer):
         """
         if isinstance(resume_from_checkpoint, bool):
             check_weights(self.model.get_base_model())
-            with lock_run(self.run_folder()) if is_main_process() else nullcontext():
-                checkpoint = resume_point(self.run_folder(), self, resume_from_checkpoint)
+            with self.run.lock() if is_main_process() else nullcontext():
+                checkpoint = resume_point(self.run, self, resume_from_checkpoint)
                 if is_main_process():
-                    announce(self)
+                    announce(self, checkpoint)
                 set_seed(self.args.seed)  # whatever was drawn since the trainer was made, as by an evaluation
-                return self.train(checkpoint, **named)
+                return self.train(checkpoint, **kwargs)
         self.since_log.zero_()
-        space = check_disk_space(Path(self.args.output_dir), needed=self.disk_bytes())
-        with explained_out_of_memory(self.args.train_batch_size), space, faster_training(self.model):
-            return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **named)
+        with ExitStack() as stack:
+            stack.enter_context(explained_out_of_memory(self.args.train_batch_size))
+            stack.enter_context(check_disk_space(Path(self.args.output_dir), needed=self.disk_bytes()))
+            stack.enter_context(lora_in_base_precision(self.model))
+            return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **kwargs)
 
-    def run_folder(self) -> Path:
-        """Return the folder of the run whose `checkpoints` the trainer writes."""
-        return Path(self.args.output_dir).parent
+    @property
+    def run(self) -> Run:
+        """The run whose `checkpoints` the trainer writes."""
+        return Run(Path(self.args.output_dir).parent)
 
     def steps_in_all(self) -> int:
         """Return the optimizer steps of the whole training."""
@@ -170,11 +168,11 @@ class AnswerTrainer(Trainer):
 class ProgressLines(TrainerCallback):
     """Prints a plain line at each logging step, for terminals and the logs of batch runs."""
 
-    def on_train_begin(self, args, state, control, **named) -> None:
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Note when and where the training begins."""
         self.begun, self.first = time.monotonic(), state.global_step
 
-    def on_log(self, args, state, control, logs=None, **named) -> None:
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         """Print steps, loss, rows a second and the time left."""
         if not state.is_world_process_zero or "loss" not in logs:
             return
@@ -186,127 +184,56 @@ class ProgressLines(TrainerCallback):
 
 
 @contextmanager
-def save_adapter(trainer: "AnswerTrainer") -> Iterator[Path]:
+def save_adapter(trainer: AnswerTrainer) -> Iterator[Path]:
     """Give a folder to save the trained adapter and its tokenizer to, which becomes the run's `adapter`.
 
     All of it or nothing: the earlier adapter stays where the block fails, and where the new one is of no use. The
-    manifest then notes what made it. Errors as in `lora.adapter_folder`.
+    manifest then records what made it and what it came to, and the adapter gets its model card. Of several processes
+    the main one saves. Errors as in `lora.adapter_folder`.
     """
-    folder, base = trainer.run_folder(), read_record(trainer.run_folder(), "data")["model"]
-    with lock_run(folder):
-        with adapter_folder(folder / "adapter", trainer.model, base) as part:
+    if not is_main_process():
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
+    run = trainer.run
+    with run.lock():
+        with adapter_folder(run.folder / "adapter", trainer.model, run.record("data")["model"]) as part:
             yield part
-        record_result(folder, trainer)
+        history = trainer.state.log_history
+        last = {name: entry[name] for entry in history for name in ("loss", "eval_loss") if name in entry}
+        result = {"steps": trainer.state.global_step, **last}
+        sha256 = content_hash(run.artifact("adapter"), "*.safetensors")
+        run.write_record("adapter", trainer.record | {"result": result, "sha256": sha256})
+        write_card(run.folder)
 
 
-def data_collator(tokenizer, recipe: str) -> Callable:
-    """Return the document's collator for its recipe, for the others one that pads to the longest row of a batch."""
-    if recipe == "document":
-        return DataCollatorForLanguageModeling(tokenizer=tokenizer, mlm=False)
-    return PadToLongest(tokenizer.pad_token_id)
-
-
-def record_result(folder: Path, trainer: Trainer) -> None:
-    """Write into the run's manifest what made the adapter, and what it came to; and the adapter's model card."""
-    history = trainer.state.log_history
-    last = {name: entry[name] for entry in history for name in ("loss", "eval_loss") if name in entry}
-    result = {"steps": trainer.state.global_step, **last}
-    sha256 = content_hash(artifact(folder, "adapter"), "*.safetensors")
-    write_record(folder, "adapter", trainer.record | {"result": result, "sha256": sha256})
-    write_card(folder)
-
-
-def make_trainer(
-    folder: Path,
-    lora_rank: int = 8,
-    lora_alpha: int = 16,
-    lora_dropout: float = 0.1,
-    target_modules: Sequence[str] | str | None = None,
-    learning_rate: float | None = None,
-    num_train_epochs: float | None = None,
-    batch_size: int = 16,
-    micro_batch_size: int = 16,
-    seed: int = 0,
-) -> AnswerTrainer:
-    """Return the trainer of the run's prepared data, as notebook 03's cells make it.
-
-    The parameters are the notebook's, with its values; those that are None are the profile's, and `target_modules`
-    those that peft knows for the model. Raises AlpacaError for `target_modules` that LoRA cannot correct.
-    """
-    prepared, data = read_record(folder, "data"), load_from_disk(artifact(folder, "data"))
-    rows, accumulation = split_batch(batch_size, micro_batch_size)
-    dtype = base_dtype()
-    epochs = prepared["num_train_epochs"] if num_train_epochs is None else num_train_epochs
-    tokenizer = load_tokenizer(prepared["model"], prepared["model_revision"])
-    base = load_base(prepared["model"], prepared["model_revision"], dtype)
-    target_modules = choose_targets(base, target_modules)
-    args = TrainingArguments(
-        output_dir=str(folder / "checkpoints"),
-        per_device_train_batch_size=rows,
-        gradient_accumulation_steps=accumulation,
-        per_device_eval_batch_size=4 * rows,
-        learning_rate=prepared["learning_rate"] if learning_rate is None else learning_rate,
-        num_train_epochs=epochs,
-        fp16=torch.cuda.is_available() and dtype == torch.float32,  # older GPUs; others hold the base in bfloat16
-        eval_strategy="steps",
-        logging_steps=0.1,  # of the training; evaluations come as often
-        save_steps=0.1,
-        save_total_limit=2,  # the newest, and one to go back to should it be broken
-        seed=seed,
-    )
-    transposed = any(isinstance(layer, Conv1D) for layer in base.modules())
-    set_seed(seed)
-    return AnswerTrainer(
-        model=get_peft_model(base, lora_config(lora_rank, lora_alpha, lora_dropout, target_modules, transposed)),
-        args=args,
-        train_dataset=data["train"],
-        eval_dataset=data["heldout"],
-        data_collator=data_collator(tokenizer, prepared["recipe"]),
-    )
-
-
-def finetune(folder: Path, resume: bool = True, **settings) -> None:
-    """Train and save the run's adapter on all of torchrun's devices; without `resume` it starts over."""
+def finetune(folder: Path, **parameters) -> None:
+    """Train and save the adapter of the run in `folder` by the cells of notebook 03, on all of torchrun's devices."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # before anything is put on a GPU
-    with lock_run(folder) if is_main_process() else nullcontext():
-        trainer = make_trainer(folder, **settings)
-        trainer.train(resume_from_checkpoint=resume)
-        if is_main_process():
-            with save_adapter(trainer) as part:
-                trainer.model.save_pretrained(part)
-                prepared = read_record(folder, "data")
-                load_tokenizer(prepared["model"], prepared["model_revision"]).save_pretrained(part)
+    with redirect_stdout(sys.stdout if is_main_process() else None):
+        run_cells(NOTEBOOKS[2], "training", parameters | {"run": str(folder), "run_earlier": False})
 
 
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m alpaca_helpers.training",
-        description="Train the adapter of a run whose data notebook 02 has prepared, as notebook 03 does.",
+        description="Train the adapter of a run whose data notebook 02 has prepared, by the cells of notebook 03.",
         epilog="On several devices: torchrun --nproc-per-node N -m alpaca_helpers.training runs/NAME",
     )
-    parser.add_argument("folder", metavar="RUN", nargs="?", help="name of the run, or a path to its folder")
-    parser.add_argument("--run", help="the same; torchrun under Python 3.11 takes it for its own --run-path")
-    parser.add_argument("--no-resume", action="store_true", help="forget the run's checkpoints and start over")
-    settings = inspect.signature(make_trainer).parameters
-    for name in settings.keys() - {"folder"}:
-        several, own = ("+", "the architecture's") if name == "target_modules" else (None, "the profile's")
-        default = own if settings[name].default is None else settings[name].default
-        parser.add_argument(f"--{name.replace('_', '-')}", nargs=several, help=f"({default})")
-    options = vars(parser.parse_args())
-    if not (run := options.pop("folder") or options.pop("run")):
-        parser.error("which RUN? Give its name, or a path to its folder")
+    parser.add_argument("run", metavar="RUN", help="name of the run, or a path to its folder")
+    add_parameters(parser)
+    options = parser.parse_args()
     # Up to transformers 5.15, several processes without a GPU resume on the device "cpu:0", unknown to torch.load
     torch.serialization.register_package(
         15, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
     )
     try:
-        folder = run_folder(check_parameters(run=run), make=False)
-        artifact(folder, "data")
-        chosen = {name: value for name, value in options.items() if name in settings and value is not None}
-        given = {name: check_parameters(**{name: value}) for name, value in chosen.items()}
-        finetune(folder, resume=not options["no_resume"], **given)
+        parameters = parse_parameters(options.p, run=options.run)
+        folder = Run.named(parameters.pop("run"), make=False).folder
+        refuse_dropped(parameters, NOTEBOOKS[2:3])
+        finetune(folder, **parameters)
     except AlpacaError:
         if not is_main_process() and not torch.distributed.is_initialized():
             sys.exit(1)  # the main process says the same

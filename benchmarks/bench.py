@@ -40,13 +40,13 @@ from transformers import (
 
 from alpaca_helpers import pocket
 from alpaca_helpers.batches import PadToLongest
+from alpaca_helpers.config import PROFILES
 from alpaca_helpers.data import IGNORED, drop_reason, tokenize
 from alpaca_helpers.lora import lora_config
 from alpaca_helpers.models import base_dtype, best_device, load_base, load_tokenizer
-from alpaca_helpers.profiles import PROFILES
 from alpaca_helpers.prompts import format_prompt
 from alpaca_helpers.rows import load_rows
-from alpaca_helpers.runs import run_folder
+from alpaca_helpers.run import Run
 from alpaca_helpers.series import run_series
 from alpaca_helpers.training import AnswerTrainer
 from benchmarks import chat, evaluation, graphs
@@ -409,7 +409,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def evaluation_speed(options: argparse.Namespace) -> dict:
     """Held-out rows answered in batches against the document's way, on a finished run of the pocket."""
-    if not (run_folder("pocket") / "adapter").exists():
+    if not (Run.named("pocket").folder / "adapter").exists():
         run_series({"profile": "pocket", "run": "pocket"})
     return evaluation.measure("pocket", rows=200 if options.rounds > 1 else 8)
 

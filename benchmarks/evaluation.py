@@ -15,7 +15,7 @@ from alpaca_helpers.evaluation import evaluate
 from alpaca_helpers.lora import load_adapter
 from alpaca_helpers.models import load_base, load_tokenizer
 from alpaca_helpers.prompts import encode, format_prompt, parse_answer
-from alpaca_helpers.runs import artifact, read_record, run_folder
+from alpaca_helpers.run import Run
 
 
 def measure(run: str = "pocket", rows: int = 200, max_new_tokens: int = 80) -> dict[str, float | int]:
@@ -26,9 +26,9 @@ def measure(run: str = "pocket", rows: int = 200, max_new_tokens: int = 80) -> d
 
     Raises AlpacaError if the run has no adapter.
     """
-    folder = run_folder(run)
-    adapter, made_of = artifact(folder, "adapter"), read_record(folder, "training")
-    heldout = load_from_disk(artifact(folder, "data"))["heldout"]
+    folder = Run.named(run).folder
+    adapter, made_of = Run(folder).artifact("adapter"), Run(folder).record("training")
+    heldout = load_from_disk(Run(folder).artifact("data"))["heldout"]
     heldout = heldout.select(range(min(rows, len(heldout))))
     prompts = [format_prompt(row["instruction"], row["input"]) for row in heldout]
     tokenizer = load_tokenizer(made_of["model"], made_of["model_revision"])

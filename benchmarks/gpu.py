@@ -32,11 +32,11 @@ sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
 
 from support.hub import stand_in  # noqa: E402
 
+from alpaca_helpers.cells import NOTEBOOKS  # noqa: E402
 from alpaca_helpers.checkpoints import last_complete_checkpoint  # noqa: E402
+from alpaca_helpers.config import choose_profile  # noqa: E402
 from alpaca_helpers.files import verify_checksums, write_json  # noqa: E402
-from alpaca_helpers.profiles import choose_profile  # noqa: E402
-from alpaca_helpers.runs import read_manifest  # noqa: E402
-from alpaca_helpers.series import NOTEBOOKS  # noqa: E402
+from alpaca_helpers.run import Run  # noqa: E402
 
 LIBRARIES = ("torch", "transformers", "peft", "datasets", "accelerate", "huggingface_hub")
 
@@ -204,7 +204,7 @@ def measure(o: argparse.Namespace, folder: Path) -> None:
         kept, finished_before = sorted(checkpoints(run)), (run / "metrics.json").exists()
         again, went_on = series(run, environment, given)
     printed = "".join(path.read_text(encoding="utf-8") for path in run.glob("0*.ipynb"))
-    curve, manifest, unlike = losses(run), read_manifest(run), unlike_the_stored(run)
+    curve, manifest, unlike = losses(run), Run(run).manifest(), unlike_the_stored(run)
     expected = o.layers * manifest["training"]["lora_rank"] * (o.width + 3 * o.width)
     figures = {
         "device": torch.cuda.get_device_name() if gpu else f"CPU {platform.machine()}: a rehearsal, not a GPU figure",

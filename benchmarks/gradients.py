@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import TrainingArguments, set_seed
 
 from alpaca_helpers.batches import PadToLongest
-from alpaca_helpers.speedups import faster_training
+from alpaca_helpers.speedups import lora_in_base_precision
 from alpaca_helpers.training import AnswerTrainer
 from benchmarks import bench
 from benchmarks.graphs import TRAINERS
@@ -28,7 +28,7 @@ def make(kind: type[AnswerTrainer], name: str, rows: Dataset, pad: int, dropout:
 def usual(make) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return AnswerTrainer's loss and gradients."""
     trainer, batch = make(AnswerTrainer)
-    with faster_training(trainer.model):
+    with lora_in_base_precision(trainer.model):
         loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=trainer.labels_per_batch)
         loss.backward()
     return loss.detach(), [value.grad for value in trainer.model.parameters() if value.requires_grad]
@@ -37,7 +37,7 @@ def usual(make) -> tuple[torch.Tensor, list[torch.Tensor]]:
 def differences(kind: type[AnswerTrainer], make) -> dict[str, float]:
     """Return how far its loss and gradients are from the usual ones, relative, and whether its dropout is random."""
     (loss, gradients), (trainer, batch), (dropped, same_batch) = usual(make), make(kind), make(kind, dropout=0.5)
-    with faster_training(trainer.model), faster_training(dropped.model):
+    with lora_in_base_precision(trainer.model), lora_in_base_precision(dropped.model):
         trainer.gradients(**batch)  # the first call captures, the second replays
         its_loss, *its = trainer.gradients(**batch)
         losses = [dropped.gradients(**same_batch)[0].item() for _ in range(4)]

@@ -26,7 +26,7 @@ from alpaca_helpers.metrics import METRICS
 from alpaca_helpers.models import load_base, load_tokenizer
 from alpaca_helpers.prompts import format_prompt
 from alpaca_helpers.report import verdict, with_interval
-from alpaca_helpers.runs import artifact, read_metrics, read_record
+from alpaca_helpers.run import Run
 from alpaca_helpers.series import run_series
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -83,7 +83,7 @@ def run(out: Path, model: Path, runs: Mapping[str, Mapping], settings: Mapping) 
         print(f"\n{name}", flush=True)
         beside = {"other_run": first} if folders[name] != first else {}
         parameters = {**settings, **choice, **beside, "model_name": str(model), "run": folders[name]}
-        results[name] = read_metrics(run_series(parameters))
+        results[name] = Run(run_series(parameters)).metrics()
     return results
 
 
@@ -109,13 +109,13 @@ def table(results: Mapping[str, Mapping]) -> str:
 def answers(folders: Mapping[str, Path], number: int = 5) -> str:
     """Return, as Markdown, what the base and each run answer to held-out rows at even distances: nobody chose them."""
     first = next(iter(folders.values()))
-    heldout = load_from_disk(artifact(first, "data"))["heldout"]
+    heldout = load_from_disk(Run(first).artifact("data"))["heldout"]
     rows = [heldout[len(heldout) * place // number] for place in range(number)]
     prompts = [format_prompt(row["instruction"], row["input"]) for row in rows]
-    name = read_record(first, "adapter")["model"]
+    name = Run(first).record("adapter")["model"]
     tokenizer, given = load_tokenizer(name), {}
     for run_name, folder in tqdm(folders.items(), desc="answering", unit="run"):
-        model = load_adapter(load_base(name), artifact(folder, "adapter"))
+        model = load_adapter(load_base(name), Run(folder).artifact("adapter"))
         if not given:
             given["base"] = generate(model, tokenizer, prompts, side="base")
         given[run_name] = generate(model, tokenizer, prompts)

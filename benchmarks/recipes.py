@@ -25,13 +25,14 @@ from papermill.parameterize import parameterize_notebook
 from tqdm import tqdm
 
 from alpaca_helpers import AlpacaError
+from alpaca_helpers.cells import NOTEBOOKS, notebook_parameters
 from alpaca_helpers.checkpoints import FREE
 from alpaca_helpers.data import RECIPES
 from alpaca_helpers.files import write_json
 from alpaca_helpers.metrics import METRICS, Metric
 from alpaca_helpers.picture import BLUE, INK, PALE, Picture, in_style
-from alpaca_helpers.runs import artifact, read_manifest
-from alpaca_helpers.series import NOTEBOOKS, notebook_parameters, run_series
+from alpaca_helpers.run import Run
+from alpaca_helpers.series import run_series
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -123,8 +124,8 @@ def read_run(folder: Path) -> tuple[dict[str, object], dict[str, float | None]]:
 
     Raises AlpacaError if the run is not finished.
     """
-    metrics = json.loads(artifact(folder, "metrics.json").read_text(encoding="utf-8"))
-    settings = read_manifest(folder).get("training", {}) | {"recipe": metrics["recipe"]}
+    metrics = json.loads(Run(folder).artifact("metrics.json").read_text(encoding="utf-8"))
+    settings = Run(folder).manifest().get("training", {}) | {"recipe": metrics["recipe"]}
     tuned = {name: metrics["tuned"][name] for name in SHOWN if name != "seconds"}
     return settings, tuned | {"seconds": training_seconds(folder)}
 

@@ -2,11 +2,12 @@
 
 import shutil
 
+from alpaca_helpers.cells import NOTEBOOKS
 from alpaca_helpers.console import run_command
 from alpaca_helpers.files import atomic_folder, write_checksums, write_json
 from alpaca_helpers.pocket import DOCUMENT
-from alpaca_helpers.runs import artifact, read_record
-from alpaca_helpers.series import NOTEBOOKS, run_series
+from alpaca_helpers.run import Run
+from alpaca_helpers.series import run_series
 
 SHIPPED = ("adapter_config.json", "adapter_model.safetensors", "base.json")  # the tokenizer is the pocket's
 
@@ -14,7 +15,7 @@ SHIPPED = ("adapter_config.json", "adapter_model.safetensors", "base.json")  # t
 def main() -> None:
     """Run notebooks 02 and 03 with the recipe `document`, and ship the adapter with the record of what made it."""
     folder = run_series({"profile": "pocket", "recipe": "document", "run": "document"}, NOTEBOOKS[1:3])
-    adapter, record = artifact(folder, "adapter"), read_record(folder, "adapter")
+    adapter, record = Run(folder).artifact("adapter"), Run(folder).record("adapter")
     with atomic_folder(DOCUMENT, checksums=False) as part:
         (part / "adapter").mkdir()
         for name in SHIPPED:

@@ -32,7 +32,7 @@ from alpaca_helpers.lora import (
     lora_config,
 )
 from alpaca_helpers.models import best_device, fetch_model, load_base, load_tokenizer
-from alpaca_helpers.runs import read_record, write_record
+from alpaca_helpers.run import Run
 
 CONFIG = "adapter_config.json"
 NAN, INFINITY = float("nan"), float("inf")
@@ -146,9 +146,9 @@ def test_the_chat_answers_for_a_manifest_of_an_early_version_without_a_revision(
     tokenizer = load_tokenizer(str(base_folder))
     save_adapter(with_lora(load_base(str(base_folder))), tokenizer, tmp_path / "run" / "adapter")
     record_adapter(tmp_path / "run", model=str(base_folder))
-    record = read_record(tmp_path / "run", "adapter")
+    record = Run(tmp_path / "run").record("adapter")
     del record["model_revision"]
-    write_record(tmp_path / "run", "adapter", record)
+    Run(tmp_path / "run").write_record("adapter", record)
     monkeypatch.setattr(sys, "argv", ["chat", "--run", str(tmp_path / "run"), "--once", "Hi", "--max-new-tokens", "2"])
     terminal.main()
     assert capsys.readouterr().out.strip()

@@ -13,10 +13,10 @@ from peft import get_peft_model
 from support.models import MODELS, OTHERS, SHAPE, assert_same, gradients, tiny, with_lora
 from support.notebooks import ENGLISH, made_of
 from support.runs import save_adapter
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, pipeline
 
 from alpaca_helpers import AlpacaError
-from alpaca_helpers.batches import add_learned
+from alpaca_helpers.batches import PadToLongest, add_learned
 from alpaca_helpers.chat.conversation import Conversation
 from alpaca_helpers.data import IGNORED, tokenize
 from alpaca_helpers.evaluation import answer_losses
@@ -24,8 +24,8 @@ from alpaca_helpers.generation import end_tokens, generate
 from alpaca_helpers.lora import choose_targets, load_adapter, lora_config, save_merged
 from alpaca_helpers.models import fetch_model, load_base, positions
 from alpaca_helpers.prompts import encode, format_prompt
-from alpaca_helpers.speedups import faster_training
-from alpaca_helpers.training import AnswerTrainer, data_collator
+from alpaca_helpers.speedups import lora_in_base_precision, training_options
+from alpaca_helpers.training import AnswerTrainer
 
 QUESTIONS = ["Hi", "What is the capital of France, and of Spain?", "Name it.", "Tell me who wrote this book of old."]
 PROMPTS = [format_prompt(question) for question in QUESTIONS]
@@ -42,6 +42,15 @@ def adapted(kind, targets=None, **settings):
         warnings.simplefilter("error")  # of fan_in_fan_out
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
         return with_lora(base, 0.2, **{"lora_dropout": 0.0, "target_modules": targets} | settings), tokenizer
+
+
+def loaded_for_training(model, kind, folder, **settings):
+    """The same model and adapter, its base loaded with `training_options`."""
+    tiny(kind)[0].save_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(folder, **training_options(folder))
+    faster = with_lora(base, 0.2, **settings)
+    faster.load_state_dict(model.state_dict())
+    return faster.train()
 
 
 def first_ids(model, ask):
@@ -144,46 +153,44 @@ def test_greedy_answers_are_those_of_transformers_in_any_batch(kind):
     [(kind, *how) for kind in ANYWHERE for how in (("document", None), ("answers", "all-linear"))]
     + [("llama", "document+eos", ["q_proj", "lm_head"])],  # the head itself, before which positions are chosen
 )
-def test_loss_and_gradients_are_the_plain_models(kind, recipe, targets):
+def test_loss_and_gradients_are_the_plain_models(kind, recipe, targets, tmp_path):
     """Logits at learned labels alone, rows without a mask, faster layers, no dropout of the base: in float32."""
     model, tokenizer = adapted(kind, targets)
     rows = [row | {"input": text} for row, text in zip(made_of(ENGLISH, 2), ("x y", "", "and a longer one", "z"))]
     made = tokenize({name: [row[name] for row in rows] for name in rows[0]}, tokenizer, recipe, 48)
     lengths = [len(ids) for ids in made["input_ids"]]
     rows = [dict(zip(made, values)) for values in zip(*made.values())]
-    batch = add_learned(data_collator(tokenizer, recipe), rows)
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False) if recipe == "document" else None
+    batch = add_learned(collator or PadToLongest(tokenizer.pad_token_id), rows)
     learned, width = batch["labels"][:, 1:] != IGNORED, batch["input_ids"].shape[1]
     real = torch.tensor([[1] * length + [0] * (width - length) for length in lengths])
     real = torch.tensor(made["attention_mask"])[:, :width] if "attention_mask" in made else real
     trainer = AnswerTrainer.__new__(AnswerTrainer)  # its loss alone
-    trainer.model, trainer.since_log = model, torch.zeros(2)
+    faster = loaded_for_training(model, kind, tmp_path, lora_dropout=0.0, target_modules=targets)
+    trainer.model, trainer.since_log = faster, torch.zeros(2)
 
     plain = model(batch["input_ids"], labels=batch["labels"], attention_mask=real).loss  # without dropout
     wanted = gradients(model, plain) | {"loss": plain.detach()}
-    model.train()
-    with faster_training(model):
-        loss, outputs = trainer.compute_loss(model, dict(batch), return_outputs=True)
-        found = gradients(model, loss) | {"loss": loss.detach()}
+    with lora_in_base_precision(faster):
+        loss, outputs = trainer.compute_loss(faster, dict(batch), return_outputs=True)
+        found = gradients(faster, loss) | {"loss": loss.detach()}
     assert outputs.logits.shape == (learned.sum(), len(tokenizer))
     assert all("lora_" in name for name in wanted if name != "loss") and len(wanted) > 4
     assert_same(found, wanted)
-    assert model(batch["input_ids"]).logits.shape == (*batch["input_ids"].shape, len(tokenizer))  # the hook is gone
+    assert faster(batch["input_ids"]).logits.shape == (*batch["input_ids"].shape, len(tokenizer))  # the hook is gone
 
 
 @pytest.mark.parametrize("kind", ANYWHERE)
-def test_loras_dropout_stays_in_the_training_and_the_bases_comes_back_after_it(kind):
+def test_loras_dropout_alone_stays_in_the_training(kind, tmp_path):
     model, tokenizer = adapted(kind, lora_dropout=0.1)
     ids = torch.tensor(encode(PROMPTS[:1], tokenizer))
 
-    def drawn():
-        torch.manual_seed(0)
+    def drawn(lora_dropout):
+        faster = loaded_for_training(model, kind, tmp_path, lora_dropout=lora_dropout)
         with torch.inference_mode():
-            return model.train()(ids).logits
+            return [faster(ids).logits for _ in range(2)]
 
-    before = drawn()
-    with faster_training(model):
-        inside = drawn()
-    assert torch.equal(drawn(), before) and not torch.equal(inside, model.eval()(ids).logits)
+    assert torch.equal(*drawn(0.0)) and not torch.equal(*drawn(0.1))
 
 
 @pytest.mark.integration

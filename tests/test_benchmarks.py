@@ -16,9 +16,9 @@ from support.notebooks import ENGLISH, made_of
 
 from alpaca_helpers import AlpacaError
 from alpaca_helpers.batches import PadToLongest
+from alpaca_helpers.cells import NOTEBOOKS
 from alpaca_helpers.data import IGNORED, RECIPES
 from alpaca_helpers.models import base_dtype
-from alpaca_helpers.series import NOTEBOOKS
 from benchmarks import graphs, real, recipes
 from benchmarks.on_gpu import PARTS
 

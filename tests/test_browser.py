@@ -22,7 +22,8 @@ from papermill.parameterize import parameterize_notebook
 from playwright.sync_api import sync_playwright
 from support import PROJECT
 
-from alpaca_helpers.series import NOTEBOOKS, run_series
+from alpaca_helpers.cells import NOTEBOOKS
+from alpaca_helpers.series import run_series
 
 pytest.importorskip("ipywidgets", "8", reason="JupyterLab 4 has no front end for ipywidgets 7, and Colab's is its own")
 pytestmark = pytest.mark.nightly

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 from support import PROJECT, TRAIN_AND_DIE
 from support.models import with_lora
-from support.runs import byte_tokenizer, prepare_run, save_adapter, tiny_gpt2
+from support.runs import byte_tokenizer, notebook_03, prepare_run, save_adapter, tiny_gpt2
 
-from alpaca_helpers import AlpacaError, checkpoints, training
+from alpaca_helpers import AlpacaError, checkpoints, models, training
 from alpaca_helpers.files import (
     CHECKSUMS,
     atomic_folder,
@@ -28,7 +28,7 @@ from alpaca_helpers.files import (
     write_checksums,
 )
 from alpaca_helpers.lora import WEIGHTS
-from alpaca_helpers.runs import read_manifest, run_folder, write_record
+from alpaca_helpers.run import Run
 
 FOREIGN = ("checkpoint-best", "checkpoint-1-mine", "checkpoint-3 (copy)", "checkpoint-03", "checkpoint-")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])}
@@ -38,7 +38,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), str(PR
 def float32():
     """The base is held alike on every processor, in the processes that are killed too."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(training, "base_dtype", lambda: torch.float32)
+        patched.setattr(models, "base_dtype", lambda: torch.float32)
         yield
 
 
@@ -72,7 +72,8 @@ def settings_of(folder):
 
 def resume_point(folder: Path, resume: bool = True, **changes):
     """The checkpoint that a training of the run would go on from, with these settings changed."""
-    return training.resume_point(folder, training.make_trainer(folder, **settings_of(folder) | changes), resume)
+    trainer = notebook_03(folder, "trainer", **settings_of(folder) | changes)
+    return checkpoints.resume_point(trainer.run, trainer, resume)
 
 
 def history(folder: Path) -> list[dict]:
@@ -113,7 +114,7 @@ def test_a_killed_training_resumes_bit_for_bit_in_another_folder_on_another_mach
     assert found.name == f"checkpoint-{goes_on_from}"
     training.finetune(moved, **settings_of(moved))
     assert_same_training(moved, whole)
-    record = read_manifest(moved)["adapter"]
+    record = Run(moved).manifest()["adapter"]
     assert record["hardware"].startswith("another kind") and len(record["earlier"]) == 1
 
 
@@ -211,22 +212,22 @@ def test_resuming_with_other_settings_data_or_base_is_refused_and_the_difference
     tiny_gpt2(initializer_range=0.3).save_pretrained(run / "base")  # another one at the same place
     refused(run, "base [0-9a-f]+ -> [0-9a-f]+")
     for record in (None, [], "x"):
-        write_record(run, "training", record)
+        Run(run).write_record("training", record)
         refused(run, ".*seed None -> 0.*")
 
 
 def test_what_is_edited_in_the_objects_is_what_counts(run):
     """A value changed in a cell, not among the parameters: the record is made from what trains."""
-    trainer = training.make_trainer(run, **settings_of(run))
+    trainer = notebook_03(run, "trainer", **settings_of(run))
     trainer.args.weight_decay = 0.1
     with pytest.raises(AlpacaError, match=r"\(weight_decay 0.0 -> 0.1\)"):
-        training.resume_point(run, trainer)
+        checkpoints.resume_point(trainer.run, trainer)
 
 
 @pytest.mark.parametrize("here, there", [("bfloat16", "float32"), ("float32", "bfloat16")])
 def test_what_changes_rounding_alone_may_go_on_and_resume_false_starts_over(here, there, run, monkeypatch):
     change_manifest(run, "training", dtype=here)
-    monkeypatch.setattr(training, "base_dtype", lambda: getattr(torch, there))
+    monkeypatch.setattr(models, "base_dtype", lambda: getattr(torch, there))
     assert resume_point(run, micro_batch_size=2).name == "checkpoint-24"
     record = json.loads((run / "manifest.json").read_text())["training"]
     assert (record["dtype"], record["earlier"][0]["dtype"]) == (there, here)
@@ -271,7 +272,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_disk_too_small_for_adapter_or_checkpoint_says_how_much_is_needed(small_disk, monkeypatch):
     monkeypatch.setattr("alpaca_helpers.lora.TOKENIZER_BYTES", 100_000)
     with pytest.raises(AlpacaError, match=r"is full: 2\.0 MB are needed and [01]\.\d MB are free"):
-        run_folder(f"{small_disk}/run")  # in the set-up cell
+        Run.named(f"{small_disk}/run")  # in the set-up cell
     save_adapter(with_lora(tiny_gpt2()), byte_tokenizer(), small_disk / "adapter")
     before = contents(small_disk)
     with pytest.raises(AlpacaError, match=r"is full: 2\.\d MB are needed and [01]\.\d MB are free"):

@@ -16,7 +16,7 @@ from alpaca_helpers.batches import PadToLongest
 from alpaca_helpers.data import IGNORED, RECIPES, tokenize
 from alpaca_helpers.prompts import encode, format_answer, format_example, format_prompt, parse_answer
 from alpaca_helpers.rows import load_rows
-from alpaca_helpers.runs import read_manifest
+from alpaca_helpers.run import Run
 
 ROW = {"instruction": "Add the numbers.", "input": "1 and 2", "output": "3"}
 
@@ -184,7 +184,7 @@ def test_the_manifest_has_paths_of_this_machine_only_outside_the_checkout(tmp_pa
     settings = SimpleNamespace(name="n", model=str(PROJECT / "m" / "x"), dataset=str(tmp_path / "r.json"), heldout=None)
     with data.save_data(tmp_path, settings, DatasetDict(train=rows_of(ROW), heldout=rows_of(ROW))):
         pass
-    record = read_manifest(tmp_path)["data"]
+    record = Run(tmp_path).manifest()["data"]
     assert [record[name] for name in ("name", "model", "dataset", "heldout")] == ["n", "m/x", settings.dataset, None]
 
 

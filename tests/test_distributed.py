@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from support import PROJECT, TRAIN_AND_DIE
 from support.runs import prepare_run
 
-from alpaca_helpers import checkpoints, training
+from alpaca_helpers import checkpoints, models, training
 from alpaca_helpers.lora import WEIGHTS
 
 pytestmark = pytest.mark.nightly
@@ -23,8 +23,8 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"
 ENVIRONMENT["PYTHONPATH"] = os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])
 IN_FLOAT32 = """
 import torch
-from alpaca_helpers import training
-training.base_dtype = lambda: torch.float32  # on every processor
+from alpaca_helpers import models, training
+models.base_dtype = lambda: torch.float32  # on every processor
 training.main()
 """
 
@@ -41,7 +41,7 @@ def losses(folder: Path) -> list[float]:
 
 def test_two_processes_train_as_one_and_resume_after_one_is_killed(tmp_path, monkeypatch):
     """Without dropout; 44 rows, so that the last batch of an epoch is filled up."""
-    monkeypatch.setattr(training, "base_dtype", lambda: torch.float32)
+    monkeypatch.setattr(models, "base_dtype", lambda: torch.float32)
     one, two = tmp_path / "one", tmp_path / "two"
     settings = prepare_run(one, micro_batch_size=4, lora_dropout=0.0)
     shutil.copytree(one, two)
@@ -51,7 +51,7 @@ def test_two_processes_train_as_one_and_resume_after_one_is_killed(tmp_path, mon
     assert not (two / "adapter").exists()
     assert checkpoints.last_complete_checkpoint(two / "checkpoints").name == "checkpoint-9"
     (tmp_path / "train.py").write_text(IN_FLOAT32)
-    flags = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", f"{value:g}")]
+    flags = [text for name, value in settings.items() for text in ("-p", name, f"{value:g}")]
     again = torchrun(str(tmp_path / "train.py"), str(two), *flags)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("Going on after step 9 of 24.") == 1
@@ -63,11 +63,11 @@ def test_two_processes_train_as_one_and_resume_after_one_is_killed(tmp_path, mon
         torch.testing.assert_close(saved[name], wanted[name], atol=1e-4, rtol=1e-3)
 
 
-def test_a_refusal_is_printed_once_and_names_the_commands_own_flags(tmp_path):
+def test_a_refusal_is_printed_once_and_names_the_parameter(tmp_path):
     prepare_run(tmp_path)
-    for flag, value, sentence in (
-        ("--batch-size", "9", "A batch of 9 rows cannot be shared by 2 processes: choose a --batch-size"),
-        ("--lora-dropout", "1", "The parameter `lora_dropout` is '1'"),
+    for name, value, sentence in (
+        ("batch_size", "9", "A batch of 9 rows cannot be shared by 2 processes: choose a `batch_size`"),
+        ("lora_dropout", "1", "The parameter `lora_dropout` is '1'"),
     ):
-        failed = torchrun("-m", "alpaca_helpers.training", str(tmp_path), flag, value)
+        failed = torchrun("-m", "alpaca_helpers.training", str(tmp_path), "-p", name, value)
         assert failed.returncode != 0 and failed.stderr.count(sentence) == 1 and "AlpacaError" not in failed.stderr

@@ -18,9 +18,9 @@ from support.hub import ALPACA_FILE, DATASET, DATASET_COMMIT, MODEL, MODEL_COMMI
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alpaca_helpers import AlpacaError, hub, rows
+from alpaca_helpers.cells import NOTEBOOKS
 from alpaca_helpers.models import fetch_model, load_base, load_tokenizer
 from alpaca_helpers.rows import load_rows
-from alpaca_helpers.series import NOTEBOOKS
 
 pytestmark = pytest.mark.integration
 

@@ -18,10 +18,10 @@ from support.models import save
 from support.notebooks import ENGLISH, execute, made_of
 
 from alpaca_helpers import AlpacaError, training
+from alpaca_helpers.cells import FURTHER, NAMES, NOTEBOOKS, notebook_parameters
 from alpaca_helpers.lora import WEIGHTS
 from alpaca_helpers.report import conclusion
-from alpaca_helpers.runs import read_metrics
-from alpaca_helpers.series import FURTHER, NAMES, NOTEBOOKS, notebook_parameters
+from alpaca_helpers.run import Run
 
 IGNORED = "nbval-ignore-output"
 LOCAL_PATH = re.compile(r"(?<![\w.:/])/(home|root|tmp|Users|content|work|mnt)/|(?<![A-Za-z])[A-Z]:\\")
@@ -200,7 +200,7 @@ def test_all_notebooks_run_on_any_rows_and_any_model(kind, rows, run_notebooks, 
         assert f"{check}: True" in said and f"{check}: False" not in said
     assert "adapter off is the base model: True" in said
     assert "changed by training: True\nthe same after loading: True" in said and "in both: 0" in said
-    metrics = read_metrics(folder)
+    metrics = Run(folder).metrics()
     assert metrics["n"] >= 1 and metrics["tuned"]["answer_loss"] > 0 and conclusion(metrics) in said
     assert (folder / "merged" / "model.safetensors").exists()
 

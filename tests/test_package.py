@@ -28,12 +28,12 @@ from alpaca_helpers import pocket
 from alpaca_helpers.generation import generate
 from alpaca_helpers.models import load_base, load_tokenizer
 from alpaca_helpers.prompts import format_prompt
-from alpaca_helpers.runs import run_folder
+from alpaca_helpers.run import Run
 
 tokenizer = load_tokenizer(str(pocket.MODEL))
 model = load_base(str(pocket.MODEL))
 answer, = generate(model, tokenizer, [format_prompt("What is the capital of France?")], max_new_tokens=8)
-print(alpaca_helpers.__file__, run_folder("x"), len(answer.text), sep="\\n")
+print(alpaca_helpers.__file__, Run.named("x").folder, len(answer.text), sep="\\n")
 """
 
 

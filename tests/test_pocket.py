@@ -21,7 +21,7 @@ from alpaca_helpers.lora import load_adapter
 from alpaca_helpers.metrics import contains
 from alpaca_helpers.pocket import DOCUMENT, FOLDER, HELDOUT, MODEL, TRAIN
 from alpaca_helpers.prompts import format_example, format_prompt
-from alpaca_helpers.runs import artifact, read_record
+from alpaca_helpers.run import Run
 from pocket import build, corpus
 
 WRITE = "from pocket import corpus; print(ascii((corpus.documents(), corpus.instruction_rows())))"
@@ -203,8 +203,8 @@ def test_the_base_does_not_answer(model, pocket_tokenizer, rows, most):
 
 @pytest.mark.integration
 def test_the_run_of_the_documents_recipe_is_of_this_model_and_does_not_stop(pocket_tokenizer, rows):
-    assert read_record(DOCUMENT, "adapter")["recipe"] == "document"
-    tuned = load_adapter(AutoModelForCausalLM.from_pretrained(MODEL), artifact(DOCUMENT, "adapter"))
+    assert Run(DOCUMENT).record("adapter")["recipe"] == "document"
+    tuned = load_adapter(AutoModelForCausalLM.from_pretrained(MODEL), Run(DOCUMENT).artifact("adapter"))
     answers, right = answers_of(tuned, pocket_tokenizer, rows[1])
     assert right == pytest.approx(0.95, abs=0.05) and not any(answer.stopped for answer in answers)
     for question, fact in (("What is the capital of France?", "Paris"), ("Who wrote 'Romeo and Juliet'?", "William S")):

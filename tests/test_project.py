@@ -16,7 +16,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 from packaging.requirements import Requirement
 from support import PROJECT
 
-from alpaca_helpers.profiles import PROFILES
+from alpaca_helpers.config import PROFILES
 from tools import address
 
 README = PROJECT / "README.md"
@@ -61,8 +61,9 @@ def test_no_code_from_elsewhere_is_run():
         "subprocess.run(x, shell=True)",
     ):
         assert faults(ast.parse(code)), f"the search does not find {code}"
+    runs_the_notebooks = {PROJECT / "alpaca_helpers" / "cells.py": ["exec", "compile"]}  # the project's own
     for path, source in SOURCES.items():
-        assert faults(ast.parse(source)) == [], path
+        assert faults(ast.parse(source)) == runs_the_notebooks.get(path, []), path
 
 
 def test_what_comes_from_the_hub_is_pinned_to_a_commit():

@@ -18,7 +18,7 @@ from support.runs import locked_elsewhere, prepare_run, record_adapter
 
 from alpaca_helpers import AlpacaError, pocket, training
 from alpaca_helpers.files import atomic_folder, verify_checksums, write_checksums, write_json, write_text
-from alpaca_helpers.runs import artifact, lock_run, read_manifest, read_metrics, read_record, run_folder, write_record
+from alpaca_helpers.run import Run
 
 FOREIGN_MANIFESTS = (
     "{}",
@@ -41,7 +41,7 @@ def refusal(call, *given) -> AlpacaError:
 
 
 def lock(folder):
-    with lock_run(folder):
+    with Run(folder).lock():
         pass
 
 
@@ -62,10 +62,10 @@ def test_a_second_process_is_refused_by_name_and_let_in_when_the_first_is_killed
 
 @pytest.mark.integration
 def test_what_a_process_starts_under_its_lock_may_write_too_until_it_lets_go(tmp_path):
-    inner = "import sys; from pathlib import Path; from alpaca_helpers.runs import lock_run\n"
-    inner += "with lock_run(Path(sys.argv[1])): print('in')"
+    inner = "import sys; from pathlib import Path; from alpaca_helpers.run import Run\n"
+    inner += "with Run(Path(sys.argv[1])).lock(): print('in')"
     command = [sys.executable, "-c", inner, str(tmp_path)]
-    with pytest.raises(KeyboardInterrupt), lock_run(tmp_path), lock_run(tmp_path):
+    with pytest.raises(KeyboardInterrupt), Run(tmp_path).lock(), Run(tmp_path).lock():
         assert subprocess.run(command, capture_output=True, text=True, cwd=PROJECT).stdout == "in\n"
         raise KeyboardInterrupt
     with locked_elsewhere(tmp_path):  # which an error has let in
@@ -76,8 +76,8 @@ def test_a_run_stays_locked_for_its_holder_through_another_runs_lock(tmp_path):
     first, second = tmp_path / "one", tmp_path / "two"
     for folder in (first, second):
         folder.mkdir()
-    with lock_run(first):
-        with lock_run(second), lock_run(first), lock_run(second):
+    with Run(first).lock():
+        with Run(second).lock(), Run(first).lock(), Run(second).lock():
             pass
         lock(first)
         assert os.environ["ALPACA_LOCKED_RUN"].split() == [str(first)]
@@ -94,7 +94,7 @@ def test_where_a_disk_knows_no_locks_a_mark_of_another_machine_is_named_with_wha
 
     monkeypatch.setattr(fcntl, "flock", flock)
     mark = tmp_path / ".lock"
-    with lock_run(tmp_path):
+    with Run(tmp_path).lock():
         written = mark.read_text()
         assert platform.node() in written
     mark.write_text(written.replace(platform.node(), "colab-1"))
@@ -115,20 +115,20 @@ def recorded(tmp_path):
     for name, file in (("data", "rows.arrow"), ("adapter", "adapter_model.safetensors")):
         with atomic_folder(tmp_path / name) as part:
             (part / file).write_text(name)
-    write_record(tmp_path, "data", data_record())
+    Run(tmp_path).write_record("data", data_record())
     record_adapter(tmp_path)
     return tmp_path
 
 
 def test_a_record_is_of_the_bytes_that_are_there(recorded):
-    write_record(recorded, "training", {"lora_rank": 1})  # one that did not finish: the earlier adapter is as it was
-    assert read_record(recorded, "data")["seed"] == 0 and read_record(recorded, "adapter")["lora_rank"] == 8
-    write_record(recorded, "data", data_record(fingerprint="b"))
-    assert refusal(read_record, recorded, "adapter").code == "other-rows"
-    write_record(recorded, "data", data_record())
+    Run(recorded).write_record("training", {"lora_rank": 1})  # one that did not finish: the adapter is as it was
+    assert Run(recorded).record("data")["seed"] == 0 and Run(recorded).record("adapter")["lora_rank"] == 8
+    Run(recorded).write_record("data", data_record(fingerprint="b"))
+    assert refusal(Run(recorded).record, "adapter").code == "other-rows"
+    Run(recorded).write_record("data", data_record())
     with atomic_folder(recorded / "adapter") as part:
         (part / "adapter_model.safetensors").write_text("of a later training")
-    assert refusal(read_record, recorded, "adapter").code == "other-adapter"
+    assert refusal(Run(recorded).record, "adapter").code == "other-adapter"
 
 
 def test_no_record_or_one_of_another_version_is_a_sentence(recorded):
@@ -136,27 +136,27 @@ def test_no_record_or_one_of_another_version_is_a_sentence(recorded):
     lacking = [{name: value for name, value in data_record().items() if name != gone} for gone in ("recipe", "seed")]
     for code, records in {"no-artifact": [None, [], "x", 3], "manifest-version": [*changed, *lacking]}.items():
         for record in records:
-            write_record(recorded, "data", record)
-            assert refusal(read_record, recorded, "data").code == code, record
+            Run(recorded).write_record("data", record)
+            assert refusal(Run(recorded).record, "data").code == code, record
 
 
 def test_damaged_data_are_noticed_where_they_are_read(recorded):
     rows, checksums = recorded / "data" / "rows.arrow", recorded / "data" / "checksums.json"
     for damage in (lambda: rows.write_text("dat"), rows.unlink, checksums.unlink, lambda: shutil.rmtree(rows.parent)):
         damage()
-        refused = refusal(artifact, recorded, "data")
+        refused = refusal(Run(recorded).artifact, "data")
         assert refused.code == "no-artifact" and "02_dataset_and_tokenizer" in str(refused)
 
 
 def test_broken_metrics_and_manifests_are_a_sentence(tmp_path):
     for content in (b"", b'{"base": {"re', bytes(20), b"\xff\xfe", b"[1]", b"null"):
-        for name, read in {"metrics.json": read_metrics, "manifest.json": read_manifest}.items():
+        for name, read in {"metrics.json": Run.metrics, "manifest.json": Run.manifest}.items():
             (tmp_path / name).write_bytes(content)
-            refused = refusal(read, tmp_path)
+            refused = refusal(read, Run(tmp_path))
             assert refused.code == "json-broken" and str(tmp_path / name) in str(refused), content
     for content in ("{}", '{"base": {}, "tuned": null}'):
         (tmp_path / "metrics.json").write_text(content)
-        assert refusal(read_metrics, tmp_path).code == "manifest-version"
+        assert refusal(Run(tmp_path).metrics).code == "manifest-version"
 
 
 def test_a_run_is_a_name_or_a_path_to_a_new_folder_or_its_own(tmp_path, monkeypatch):
@@ -165,7 +165,7 @@ def test_a_run_is_a_name_or_a_path_to_a_new_folder_or_its_own(tmp_path, monkeypa
         (tmp_path / name).mkdir()
     cells = [{"source": ["from alpaca_helpers.series import open_run"]}]  # papermill writes before the first cell runs
     (tmp_path / "batch" / "01_base_model.ipynb").write_text(json.dumps({"metadata": {"papermill": {}}, "cells": cells}))
-    write_record(tmp_path / "older", "data", data_record())  # by version 0.2, without a mark
+    Run(tmp_path / "older").write_record("data", data_record())  # by version 0.2, without a mark
     paths = {
         f"{tmp_path}/elsewhere": "elsewhere",
         "./here": "here",
@@ -176,7 +176,7 @@ def test_a_run_is_a_name_or_a_path_to_a_new_folder_or_its_own(tmp_path, monkeypa
     }
     for run, path in {"mine": "runs/mine", **paths}.items():
         for _ in range(2):
-            assert run_folder(run) == tmp_path / path and (tmp_path / path / "pictures").is_dir(), run
+            assert Run.named(run).folder == tmp_path / path and (tmp_path / path / "pictures").is_dir(), run
             (tmp_path / path / "manifest.json").write_text(
                 "broken"
             )  # it stays a run's, and the manifest may be deleted
@@ -201,7 +201,7 @@ def test_a_folder_that_is_not_marked_or_lies_in_the_package_is_no_run_and_stays_
     own = ("notebooks/", "./notebooks/fr", str(PROJECT / "alpaca_helpers"), ".", "runs/../tests", str(pocket.DOCUMENT))
     own += ("./alpaca_helpers/new", f"{copied}/new", f"{copied}/document")
     for run in (*(f"{tmp_path}/{path.partition('/')[0]}" for path in foreign), *own):
-        assert refusal(run_folder, run).code == "not-a-run", run
+        assert refusal(Run.named, run).code == "not-a-run", run
     assert sorted(tmp_path.rglob("*")) == before and not (PROJECT / "alpaca_helpers" / "new").exists()
 
 
@@ -288,7 +288,7 @@ def test_a_manifest_on_a_full_disk_stays_the_old_one(tmp_path):
     (tmp_path / ".alpaca-manifest.json.part").symlink_to("/dev/full")
     refused = refusal(write_json, path, {"n": 2})
     assert refused.code == "run-unwritable" and os.strerror(errno.ENOSPC) in str(refused)
-    assert read_manifest(tmp_path) == {"n": 1} and (tmp_path / "manifest.json.part").read_text() == "mine"
+    assert Run(tmp_path).manifest() == {"n": 1} and (tmp_path / "manifest.json.part").read_text() == "mine"
 
 
 @pytest.fixture
@@ -298,7 +298,7 @@ def read_only():
         os.chmod(place, 0o755)
         folder = Path(place) / "run"
         folder.mkdir()
-        write_record(folder, "data", {"recipe": "answers"})
+        Run(folder).write_record("data", {"recipe": "answers"})
         folder.chmod(0o555)
         root = os.geteuid() == 0
         if root:
@@ -311,15 +311,15 @@ def read_only():
 
 def test_a_run_folder_that_cannot_be_written_is_one_sentence(read_only):
     for write in (
-        lambda: write_record(read_only, "training", {}),
+        lambda: Run(read_only).write_record("training", {}),
         lambda: atomic_folder(read_only / "adapter").__enter__(),
         lambda: lock(read_only),
-        lambda: run_folder(str(read_only / "new")),
+        lambda: Run.named(str(read_only / "new")).folder,
     ):
         refused = refusal(write)
         assert refused.code == "run-unwritable" and str(read_only) in str(refused)
     assert [path.name for path in read_only.iterdir()] == ["manifest.json"]
-    assert read_manifest(read_only) == {"data": {"recipe": "answers"}}
+    assert Run(read_only).manifest() == {"data": {"recipe": "answers"}}
 
 
 @pytest.mark.integration

@@ -13,9 +13,10 @@ from support.models import with_lora
 from support.runs import byte_tokenizer, locked_elsewhere, prepare_run, record_adapter, save_adapter, tiny_gpt2
 
 from alpaca_helpers import AlpacaError, models, series
+from alpaca_helpers.cells import notebook_parameters
+from alpaca_helpers.config import parse_parameters
 from alpaca_helpers.files import write_json
-from alpaca_helpers.profiles import PROFILES
-from alpaca_helpers.runs import read_manifest, read_record, write_record
+from alpaca_helpers.run import Run
 from tools import notebooks as authors
 
 FIRST = 'push_to: str = "o/a"  # a word\nrun: str = ""  # the run\nmerged: bool = False  # whether to fail'
@@ -76,14 +77,14 @@ def seen(folder):
 @pytest.mark.integration
 def test_in_a_real_kernel_it_writes_under_its_lock_and_fails_with_a_sentence(notebooks, tmp_path, monkeypatch, capsys):
     monkeypatch.undo()
-    locked = "from alpaca_helpers.runs import lock_run\nwith lock_run(folder):\n    print('Note: at it')"
+    locked = "from alpaca_helpers.run import Run\nwith Run(folder).lock():\n    print('Note: at it')"
     write(notebooks[0], FIRST, SECOND.replace("if merged", "if False"), locked)
     with pytest.raises(AlpacaError, match="ValueError: the bread is burnt .cell 3 of .*02_two.ipynb") as failed:
         series.run_series({"run": str(tmp_path / "r"), "push_to": "o/b", "merged": True}, notebooks)
     assert failed.value.code == "cell-failed" and seen(tmp_path / "r") == "bb"
     told = capsys.readouterr().out
     assert told.count("\n    Note: at it\n") == 1 == told.count("the longest cells: ") and " s print('Note" in told
-    assert list(read_manifest(tmp_path / "r")["notebooks"]) == ["01_one"]
+    assert list(Run(tmp_path / "r").manifest()["notebooks"]) == ["01_one"]
     assert "the bread is burnt" in (tmp_path / "r" / "02_two.ipynb").read_text()
 
 
@@ -92,7 +93,7 @@ def test_only_what_changed_is_executed_again(notebooks, tmp_path, monkeypatch, c
     rows.write_text("[1]")
     source.parent.mkdir()
     source.write_text("1")
-    monkeypatch.setattr(series, "__file__", str(source))
+    monkeypatch.setattr(series, "PACKAGE", source.parent)
     write(notebooks[0], FIRST + '\ndataset_name: str = ""', SECOND)
     parameters = {"run": str(tmp_path / "r"), "push_to": "o/a", "dataset_name": str(rows)}
     again = {
@@ -135,7 +136,7 @@ def test_what_is_missing_or_was_damaged_since_is_made_again(notebooks, tmp_path,
 
 LEAVES = """
 from alpaca_helpers.files import atomic_folder
-from alpaca_helpers.runs import write_record
+from alpaca_helpers.run import Run
 with atomic_folder(folder / "adapter") as part:
     (part / "adapter_model.safetensors").write_text("rows")
 (folder / "adapter" / "README.md").write_text("a card")
@@ -143,7 +144,7 @@ with atomic_folder(folder / "adapter") as part:
 (folder / "merged" / "model").write_text("whole")
 (folder / "pictures").mkdir(exist_ok=True)
 (folder / "pictures" / "losses.png").write_text("picture")
-write_record(folder, "adapter", {"seed": 0})
+Run(folder).write_record("adapter", {"seed": 0})
 """
 MEASURES = """
 (folder / "adapter" / "README.md").write_text("a card with metrics")
@@ -172,10 +173,10 @@ def test_whatever_a_notebook_left_and_rests_on_is_looked_at(notebooks, tmp_path,
         record_adapter(other)
 
     def forget_the_adapter():
-        write_json(folder / "manifest.json", {"notebooks": read_manifest(folder)["notebooks"]})
+        write_json(folder / "manifest.json", {"notebooks": Run(folder).manifest()["notebooks"]})
 
     def from_an_early_version():
-        write_record(folder, "notebooks", {"01_one": ["0", "1"], "02_two": None})
+        Run(folder).write_record("notebooks", {"01_one": ["0", "1"], "02_two": None})
 
     train_the_other(0.5)
     changes = {
@@ -227,7 +228,7 @@ def finish(folder, model=None, **changes):
     """Make a finished run on a tiny base model."""
     prepare_run(folder)
     save_adapter(with_lora(tiny_gpt2(**changes)), byte_tokenizer(), folder / "adapter")
-    made = read_record(folder, "data")
+    made = Run(folder).record("data")
     record_adapter(folder, model=model or made["model"], fingerprint=made["fingerprint"])
 
 
@@ -254,9 +255,9 @@ def test_the_commit_of_a_model_on_the_hub_is_recorded_and_another_is_noticed(tmp
     given = {"profile": "pocket", "run": str(tmp_path / "b"), "model_name": "owner/name", "max_new_tokens": 8}
     settings, _ = series.open_run("01_base_model", given)
     assert (settings.model, settings.model_revision) == ("owner/name", "1111")
-    record = read_record(tmp_path / "a", "adapter")
+    record = Run(tmp_path / "a").record("adapter")
     del record["model_revision"]  # as an early version wrote it
-    write_record(tmp_path / "a", "adapter", record)
+    Run(tmp_path / "a").write_record("adapter", record)
     assert opened(tmp_path / "a").model_revision == "1111"
 
     monkeypatch.setattr(papermill, "execute_notebook", execute)
@@ -280,7 +281,7 @@ def test_a_failed_cell_is_not_done_and_its_fault_is_a_sentence(notebooks, tmp_pa
             series.run_series({"run": str(folder)})
         assert failed.value.code == code and str(folder) in str(failed.value)
         if code != "run-deleted":
-            assert list(read_manifest(folder)["notebooks"]) == ["01_one"]
+            assert list(Run(folder).manifest()["notebooks"]) == ["01_one"]
     write(notebooks[1], FIRST, "raise KeyboardInterrupt")
     with pytest.raises(KeyboardInterrupt):
         series.run_series({"run": str(tmp_path / "cell-failed")})
@@ -289,7 +290,7 @@ def test_a_failed_cell_is_not_done_and_its_fault_is_a_sentence(notebooks, tmp_pa
     write(notebooks[0], FIRST, "1 / 0")
     with pytest.raises(AlpacaError):
         series.run_series({"run": str(tmp_path / "cell-failed")})
-    assert read_manifest(tmp_path / "cell-failed")["notebooks"] == {}  # nor the one that rests on it
+    assert Run(tmp_path / "cell-failed").manifest()["notebooks"] == {}  # nor the one that rests on it
 
 
 @pytest.mark.integration
@@ -310,8 +311,9 @@ def test_a_bad_parameter_is_refused_before_anything_is_made_and_the_command_line
         with pytest.raises(AlpacaError, match=name) as refused:
             series.run_series({"run": str(tmp_path / "r"), name: value})
         assert refused.value.code == code and not (tmp_path / "r").exists()
-    given = {"3": "3", '["a", "b"]': ["a", "b"], "None": None, "null": None, "[a": "[a", "": ""}
-    assert {text: series._value(text) for text in given} == given
+    given = {"3": ["3"], '["a", "b"]': ["a", "b"], "None": None, "null": None, "[a": ["[a"]}
+    for text, value in given.items():
+        assert parse_parameters([("target_modules", text)], run=5) == {"run": "5", "target_modules": value}
 
 
 def test_a_parameter_given_twice_on_the_command_line_is_refused_unless_it_is_the_same(monkeypatch):
@@ -326,7 +328,7 @@ def test_a_parameter_given_twice_on_the_command_line_is_refused_unless_it_is_the
     for more in ("-p run mine -p seed 1", "--profile auto -p profile pocket -p seed 1 -p seed 1"):
         monkeypatch.setattr("sys.argv", [*command, *more.split()])
         series.main()
-        assert (taken[-1]["run"], taken.pop()["seed"]) == ("mine", "1")
+        assert (taken[-1]["run"], taken.pop()["seed"]) == ("mine", 1)
 
 
 def test_a_parameter_is_known_whatever_its_annotation_and_its_value(notebooks, tmp_path):
@@ -342,7 +344,7 @@ max_words: int = (
 )"""
     write(notebooks[0], lines, SECOND.replace("merged", "False"))
     names = ["recipe", "model_name", "run", "push_to", "max_words", "seed"]
-    assert sorted(series.notebook_parameters(notebooks[0])) == sorted(names)
+    assert sorted(notebook_parameters(notebooks[0])) == sorted(names)
     folder = series.run_series({"run": str(tmp_path / "r"), "push_to": "o/b", "max_words": 3}, notebooks[:1])
     assert folder == tmp_path / "r" and seen(folder) == "b"
 
@@ -357,10 +359,7 @@ def test_the_run_has_one_name_for_batch_and_notebooks(notebooks, tmp_path, monke
 
 
 def test_what_an_earlier_notebook_makes_is_made_once_where_it_is_missing(notebooks, tmp_path, monkeypatch, capsys):
-    builders = set(series.PRODUCERS.values()) - {series.NAMES[3]}
-    assert {name: set(minutes) for name, minutes in series.MINUTES.items()} == dict.fromkeys(PROFILES, builders)
     monkeypatch.setattr(series, "PRODUCERS", {"seen": "01_one", "later": "03_three"})
-    monkeypatch.setattr(series, "MINUTES", {"pocket": {"01_one": 1.6}})
     folder = tmp_path / "r"
     series.run_earlier_notebooks("01_one", "pocket", str(folder))
     assert not (folder / "seen").exists() and capsys.readouterr().out == ""
@@ -368,7 +367,7 @@ def test_what_an_earlier_notebook_makes_is_made_once_where_it_is_missing(noteboo
         series.run_earlier_notebooks("02_two", "pocket", str(folder))
     assert seen(folder) == "a" and not (folder / "02_two.ipynb").exists()
     told = capsys.readouterr().out
-    assert told.startswith(f"The run {folder} has no seen: running 01_one first, about 2 minutes.")
+    assert told.startswith(f"The run {folder} has no seen: running 01_one first.")
     assert told.count("running") == 1
 
 

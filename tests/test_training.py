@@ -14,19 +14,19 @@ import torch
 from peft import LoraConfig, get_peft_model
 from support import PROJECT
 from support.models import assert_same, gradients, with_lora
-from support.runs import NO_DROPOUT, byte_tokenizer, prepare_run, random_rows, tiny_gpt2
+from support.runs import NO_DROPOUT, byte_tokenizer, notebook_03, prepare_run, random_rows, tiny_gpt2
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AttentionInterface, DataCollatorForLanguageModeling, Trainer, TrainerCallback
+from transformers import AttentionInterface, DataCollatorForLanguageModeling, GPT2LMHeadModel, Trainer, TrainerCallback
 from transformers import TrainingArguments as Arguments
 
 import alpaca_helpers
 from alpaca_helpers import AlpacaError, card, models, resources, speedups, training
-from alpaca_helpers.batches import LengthGroups, PadToLongest
-from alpaca_helpers.data import RECIPES, tokenize
+from alpaca_helpers.batches import LengthGroups, PadToLongest, split_batch
+from alpaca_helpers.data import tokenize
 from alpaca_helpers.files import write_json
 from alpaca_helpers.generation import generate
 from alpaca_helpers.lora import WEIGHTS, load_adapter
-from alpaca_helpers.runs import read_record
+from alpaca_helpers.run import Run
 
 
 def tokens(rows, recipe="answers"):
@@ -47,8 +47,10 @@ def arguments(folder, rows_at_once=4, accumulation=2, **changes):
 
 
 def trainer_on(rows, folder, model, recipe="answers", **changes):
-    collate, both = training.data_collator(byte_tokenizer(), recipe), {"train_dataset": rows, "eval_dataset": rows}
-    return training.AnswerTrainer(model=model, args=arguments(folder, **changes), data_collator=collate, **both)
+    document = DataCollatorForLanguageModeling(byte_tokenizer(), mlm=False)
+    collate = document if recipe == "document" else PadToLongest(256)
+    both, args = {"train_dataset": rows, "eval_dataset": rows}, arguments(folder, **changes)
+    return training.AnswerTrainer(model=model, args=args, data_collator=collate, **both)
 
 
 class SumGradients(TrainerCallback):
@@ -139,7 +141,7 @@ def test_a_step_asks_the_device_for_no_value_but_for_packed_rows(tmp_path, monke
     rows, model = tokens(random_rows(6)), random_lora()
     trainer = trainer_on(rows, tmp_path, model)
     batch = trainer.data_collator(list(rows))
-    with speedups.faster_training(model), NoValues():
+    with speedups.lora_in_base_precision(model), NoValues():
         trainer.training_step(model, batch, num_items_in_batch=10.0)
         for wanted in (lambda: batch["input_ids"].sum().item(), lambda: batch["input_ids"].nonzero()):
             with pytest.raises(AssertionError):
@@ -147,28 +149,30 @@ def test_a_step_asks_the_device_for_no_value_but_for_packed_rows(tmp_path, monke
     assert all(value.grad is not None for value in model.parameters() if value.requires_grad)
 
 
-def state(model):
-    """What the patches change: the attention's name, each module's attributes, and the model's own."""
-    kept = ("p", "act", "forward")
-    modules = {name: {key: vars(module).get(key) for key in kept} for name, module in model.named_modules()}
-    activations = {name: module.act for name, module in model.named_modules() if hasattr(module, "act")}
-    return model.config._attn_implementation, modules, activations, sorted(vars(model))
+def forwards(model):
+    """What is changed for the time of a training: which modules have a forward of their own."""
+    return {name for name, module in model.named_modules() if "forward" in vars(module)}
 
 
-@pytest.mark.parametrize("patch", [*speedups.PATCHES, None], ids=lambda patch: patch.__name__ if patch else "all")
-def test_each_patch_changes_something_and_is_undone_however_training_ends(patch, monkeypatch):
-    model = with_lora(tiny_gpt2().bfloat16(), lora_dropout=0.25).train()
-    monkeypatch.setattr(speedups, "PATCHES", [patch] if patch else speedups.PATCHES)
-    before = state(model)
-    with speedups.faster_training(model):
-        assert state(model) != before
-        if patch in (speedups.no_base_dropout, None):
-            shares = {("lora" in name, part.p) for name, part in model.named_modules() if hasattr(part, "p")}
-            assert shares == {(True, 0.25), (False, 0.0)}
-    assert state(model) == before
-    with pytest.raises(KeyboardInterrupt), speedups.faster_training(model):
+def test_what_is_faster_is_undone_however_training_ends():
+    model = with_lora(tiny_gpt2())
+    with pytest.raises(KeyboardInterrupt), speedups.lora_in_base_precision(model):
+        assert forwards(model)
         raise KeyboardInterrupt
-    assert state(model) == before
+    assert not forwards(model)
+
+
+def test_the_options_of_a_training_switch_off_the_bases_dropout_alone_and_suit_the_processor(tmp_path, monkeypatch):
+    tiny_gpt2().save_pretrained(tmp_path)
+    dropouts = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "summary_first_dropout": 0.0}
+    for dtype, more in ((torch.float32, {}), (torch.bfloat16, {"attn_implementation": "eager"})):
+        monkeypatch.setattr(speedups, "base_dtype", lambda dtype=dtype: dtype)
+        monkeypatch.setattr(speedups, "best_device", lambda: "cpu")
+        options = speedups.training_options(tmp_path)
+        assert options == {"activation_function": "gelu_pytorch_tanh"} | dropouts | more
+    model = with_lora(GPT2LMHeadModel.from_pretrained(tmp_path, **options), lora_dropout=0.25)
+    shares = {("lora" in name, part.p) for name, part in model.named_modules() if hasattr(part, "p")}
+    assert shares == {(True, 0.25), (False, 0.0)}
 
 
 def test_importing_registers_nothing():
@@ -183,8 +187,7 @@ def test_over_a_bfloat16_base_the_trained_weights_are_float32_and_gradients_near
     trainer = trainer_on(rows, tmp_path, model)
 
     def computed():
-        with speedups.faster_training(model):
-            assert model.config._attn_implementation == ("eager" if model.dtype == torch.bfloat16 else "sdpa")
+        with speedups.lora_in_base_precision(model):
             loss = trainer.compute_loss(model, trainer.data_collator(list(rows)))
             return loss.item(), gradients(model, loss)
 
@@ -203,7 +206,7 @@ def test_over_a_bfloat16_base_the_trained_weights_are_float32_and_gradients_near
 @pytest.mark.integration
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_training_over_either_precision_learns_and_is_recorded(dtype, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training, "base_dtype", lambda: dtype)
+    monkeypatch.setattr(models, "base_dtype", lambda: dtype)
     settings = prepare_run(tmp_path, learning_rate=2e-2)
     training.finetune(tmp_path, **settings)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
@@ -240,7 +243,7 @@ def check_card(folder, monkeypatch):
         card.write_card(folder)
         assert page.read_text() == text
     metrics = {"n": 8, "base": {"stop_rate": 0.0, "contains": None}, "tuned": {"stop_rate": 0.95, "contains": None}}
-    for adapter, shown in (("another", False), (read_record(folder, "adapter")["sha256"], True)):
+    for adapter, shown in (("another", False), (Run(folder).record("adapter")["sha256"], True)):
         write_json(folder / "metrics.json", metrics | {"change": {}, "base_bare": {}, "adapter": adapter})
         card.write_card(folder)
         assert ("| stop_rate | 0 | 0.95 |" in page.read_text()) == shown
@@ -266,9 +269,10 @@ def test_a_push_that_the_hub_refuses_is_one_sentence(tmp_path, monkeypatch):
     assert refused.value.code == "push-refused" and "\n" not in str(refused.value)
 
 
-def test_the_documents_recipe_keeps_its_collator():
-    collators = {recipe: type(training.data_collator(byte_tokenizer(), recipe)) for recipe in RECIPES}
-    assert collators.pop("document") is DataCollatorForLanguageModeling and set(collators.values()) == {PadToLongest}
+def test_the_documents_recipe_keeps_its_collator(tmp_path):
+    for recipe, kind in (("document", DataCollatorForLanguageModeling), ("document+eos", PadToLongest)):
+        prepare_run(tmp_path / recipe, rows=4, recipe=recipe)
+        assert type(notebook_03(tmp_path / recipe, "collator")) is kind
 
 
 def test_every_row_comes_once_an_epoch_in_batches_of_like_length_and_another_order_each_epoch():
@@ -288,10 +292,10 @@ def test_a_batch_is_split_evenly_or_refused(monkeypatch):
         *((2, (16, 16), (8, 1)), (2, (12, 8), (6, 1))),
     ):
         monkeypatch.setenv("WORLD_SIZE", str(processes))
-        assert training.split_batch(*given) == wanted
+        assert split_batch(*given) == wanted
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(AlpacaError, match="16 rows cannot be shared by 3 processes: choose a --batch-size") as refused:
-        training.split_batch(16, 16)
+    with pytest.raises(AlpacaError, match="16 rows cannot be shared by 3 processes: choose a `batch_size`") as refused:
+        split_batch(16, 16)
     assert refused.value.code == "uneven-batch"
 
 
@@ -331,10 +335,10 @@ def test_a_measured_step_leaves_weights_gradients_and_random_state_as_they_were(
     trainer = trainer_on(rows, tmp_path, model, recipe)
     loss = trainer.compute_loss
     monkeypatch.setattr(trainer, "compute_loss", lambda m, i: seen.append(i["input_ids"].shape) or loss(m, i))
-    weights, before, random_state = [p.clone() for p in model.parameters()], state(model), torch.get_rng_state()
+    weights, before, random_state = [p.clone() for p in model.parameters()], forwards(model), torch.get_rng_state()
     seconds, size, there = resources.measure_step(trainer)
     assert seconds > 0 and size > 0 and there > 0
-    assert all(torch.equal(*pair) for pair in zip(weights, model.parameters())) and state(model) == before
+    assert all(torch.equal(*pair) for pair in zip(weights, model.parameters())) and forwards(model) == before
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(p.grad is None for p in model.parameters())
     lengths = sorted(len(ids) for ids in rows["input_ids"])
@@ -345,15 +349,19 @@ def test_a_measured_step_leaves_weights_gradients_and_random_state_as_they_were(
 
 
 @pytest.mark.parametrize(
-    "options, code",
-    [([], "no-artifact"), (["--lora-dropout", "1"], "bad-parameter"), (["--batch-size", "9"], "uneven-batch")],
+    "given, code",
+    [
+        ("", "no-artifact"),
+        *(("lora_dropout 1", "bad-parameter"), ("batch_size 9", "uneven-batch")),
+        *(("max_words 9", "unknown-parameter"), ("run other", "given-twice")),
+    ],
 )
-def test_the_command_names_the_missing_notebook_and_its_own_flags(options, code, tmp_path, monkeypatch):
-    if options:
+def test_the_command_names_the_missing_notebook_and_a_wrong_parameter(given, code, tmp_path, monkeypatch):
+    if given:
         prepare_run(tmp_path / "run")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.serialization, "register_package", lambda *_: None)  # one process registers once
-    monkeypatch.setattr(sys, "argv", ["training", "--run", str(tmp_path / "run"), *options])
+    monkeypatch.setattr(sys, "argv", ["training", str(tmp_path / "run"), *(f"-p {given}".split() if given else [])])
     with pytest.raises(AlpacaError) as refused:
         training.main()
     assert refused.value.code == code

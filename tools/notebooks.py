@@ -14,10 +14,11 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from alpaca_helpers import AlpacaError
+from alpaca_helpers.cells import FURTHER, NOTEBOOKS, notebook_parameters
+from alpaca_helpers.config import choose_profile
 from alpaca_helpers.console import run_command
 from alpaca_helpers.files import atomic_folder
-from alpaca_helpers.profiles import choose_profile
-from alpaca_helpers.series import FURTHER, NOTEBOOKS, notebook_parameters, run_series
+from alpaca_helpers.series import run_series
 
 
 def write_for_nbval(folder: Path, parameters: dict[str, object]) -> None:

@@ -5,10 +5,10 @@ import signal
 import sys
 
 from .. import AlpacaError
+from ..config import check_parameters
 from ..lora import load_adapter
 from ..models import load_base, load_tokenizer
-from ..parameters import check_parameters
-from ..runs import artifact, read_record, run_folder
+from ..run import Run
 from .conversation import DEFAULTS, Conversation, Exchange, is_exit
 from .rendering import notes, visible
 
@@ -64,8 +64,8 @@ def main() -> None:
         parser.add_argument(f"--{key.replace('_', '-')}", type=type(value), default=value, help=f"({value})")
     settings = vars(parser.parse_args())
     run, once, text = (settings.pop(key) for key in ("run", "once", "input"))
-    folder = run_folder(check_parameters(run=run), make=False)
-    adapter, made = artifact(folder, "adapter"), read_record(folder, "adapter")
+    tuned = Run.named(check_parameters({"run": run})["run"], make=False)
+    adapter, made = tuned.artifact("adapter"), tuned.record("adapter")
     name, revision = made["model"], made["model_revision"]
     print(f"Loading {name} and {adapter} …", file=sys.stderr, flush=True)
     model = load_adapter(load_base(name, revision), adapter)

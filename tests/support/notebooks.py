@@ -3,7 +3,7 @@
 import nbformat
 from IPython.core.inputtransformer2 import TransformerManager
 
-from alpaca_helpers.series import notebook_parameters
+from alpaca_helpers.cells import notebook_parameters
 
 ENGLISH = [("Name a bird.", "A robin."), ("Name a fish.", "A pike."), ("Say hello.", "Hello!")]
 

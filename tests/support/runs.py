@@ -14,19 +14,20 @@ from datasets import Dataset, DatasetDict
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from alpaca_helpers.cells import NOTEBOOKS, run_cells
+from alpaca_helpers.config import choose_profile
 from alpaca_helpers.data import fingerprint, tokenize
 from alpaca_helpers.files import atomic_folder, content_hash
 from alpaca_helpers.lora import adapter_folder
-from alpaca_helpers.profiles import choose_profile
-from alpaca_helpers.runs import write_record
+from alpaca_helpers.run import Run
 from support import PROJECT
 
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 HOLD = """
 import sys, time
 from pathlib import Path
-from alpaca_helpers.runs import lock_run
-with lock_run(Path(sys.argv[1])):
+from alpaca_helpers.run import Run
+with Run(Path(sys.argv[1])).lock():
     print("at it", flush=True)
     time.sleep(60)
 """
@@ -82,11 +83,11 @@ def record_adapter(folder: Path, **made) -> None:
     about = {"name": "pocket", "model": "base", "dataset": "rows", "recipe": "answers", "fingerprint": "a"}
     about |= {"max_length": 128, "seed": 0, "lora_rank": 8, "learning_rate": 3e-4, "num_train_epochs": 2}
     about |= {"model_revision": None, "sha256": content_hash(folder / "adapter", "*.safetensors")}
-    write_record(folder, "adapter", about | made)
+    Run(folder).write_record("adapter", about | made)
 
 
 def prepare_run(folder: Path, rows: int = 44, recipe: str = "answers", **changes) -> dict:
-    """Write what notebook 02 leaves to notebook 03, and the base model beside it; return `make_trainer`'s settings."""
+    """Write what notebook 02 leaves to notebook 03, and the base model beside it; return notebook 03's parameters."""
     tiny_gpt2(**(NO_DROPOUT if changes.get("lora_dropout") == 0 else {})).save_pretrained(folder / "base")
     byte_tokenizer().save_pretrained(folder / "base")
     text = DatasetDict(train=random_rows(rows), heldout=random_rows(8, seed=1))
@@ -95,7 +96,13 @@ def prepare_run(folder: Path, rows: int = 44, recipe: str = "answers", **changes
         text.map(tokenize, batched=True, fn_kwargs=options).save_to_disk(part)
     profile = asdict(choose_profile("pocket", model=str(folder / "base")))
     made = {"max_words": 80, "max_length": 128, "max_train_rows": None, "recipe": recipe, "seed": 0}
-    write_record(folder, "data", profile | made | {"fingerprint": fingerprint(text)})
+    Run(folder).write_record("data", profile | made | {"fingerprint": fingerprint(text)})
     settings = {"num_train_epochs": 4, "batch_size": 8, **changes}
     (folder / "settings.json").write_text(json.dumps(settings))  # for a process that trains in the run
     return settings
+
+
+def notebook_03(folder: Path, until: str, **parameters):
+    """Run notebook 03's cells of training on the run until this name is defined, and return what it stands for."""
+    given = parameters | {"run": str(folder), "run_earlier": False}
+    return run_cells(NOTEBOOKS[2], "training", given, until)[until]

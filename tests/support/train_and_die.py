@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from alpaca_helpers import training
+from alpaca_helpers import models, training
 
 folder, step, place = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 
@@ -23,14 +23,14 @@ def die() -> None:
 
 
 class DieAtStep(TrainerCallback):
-    def on_step_end(self, args, state, control, **named):
+    def on_step_end(self, args, state, control, **kwargs):
         if place in ("step", f"step:{os.environ.get('RANK')}") and state.global_step == step:
             die()
 
 
 class DyingTrainer(training.AnswerTrainer):
-    def __init__(self, *arguments, **named):
-        super().__init__(*arguments, **named)
+    def __init__(self, *arguments, **kwargs):
+        super().__init__(*arguments, **kwargs)
         self.add_callback(DieAtStep())
 
     def _save_rng_state(self, output_dir):
@@ -42,5 +42,5 @@ class DyingTrainer(training.AnswerTrainer):
 
 
 training.AnswerTrainer = DyingTrainer
-training.base_dtype = lambda: torch.float32  # on every processor, as in the test that goes on
+models.base_dtype = lambda: torch.float32  # on every processor, as in the test that goes on
 training.finetune(folder, **json.loads((folder / "settings.json").read_text()))

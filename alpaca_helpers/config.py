@@ -1,0 +1,186 @@
+"""What to run: the notebooks' parameters, each with its type and range, and the profiles for those left open.
+
+A command line hands over text ("3e-4", "false", "c_attn"); what spells a value of the right type becomes that value.
+"""
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from . import AlpacaError, locate
+from .data import RECIPES
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A model, a dataset and the settings that go with them."""
+
+    name: str
+    model: str  # a folder, or a name on the Hub
+    model_revision: str | None  # commit on the Hub
+    dataset: str  # a file, or a name on the Hub
+    dataset_revision: str | None
+    heldout: str | None  # file with the held-out rows; None: they are split off the dataset
+    heldout_rows: int  # rows to hold out when they are split off
+    learning_rate: float
+    num_train_epochs: float
+
+
+PROFILES = {
+    "pocket": Profile(
+        name="pocket",
+        model="alpaca_helpers/pocket/model",
+        model_revision=None,
+        dataset="alpaca_helpers/pocket/instructions/train.jsonl",
+        dataset_revision=None,
+        heldout="alpaca_helpers/pocket/instructions/heldout.jsonl",
+        heldout_rows=200,
+        learning_rate=3e-3,
+        num_train_epochs=10,
+    ),
+    "gpt2-medium": Profile(
+        name="gpt2-medium",
+        model="openai-community/gpt2-medium",
+        model_revision="6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
+        dataset="tatsu-lab/alpaca",
+        dataset_revision="dce01c9b08f87459cf36a430d809084718273017",
+        heldout=None,
+        heldout_rows=500,
+        learning_rate=3e-4,
+        num_train_epochs=2,
+    ),
+}
+
+
+def _run(run: str) -> str:
+    path = re.sub(r"^[A-Za-z]:(?=[\\/])", "", run)  # without a drive of Windows
+    # file names on every system; papermill fills in what is in braces
+    if re.search(r"[<>:\"|?*{}\x00-\x1f]", path) or any(len(part) > 200 for part in re.split(r"[\\/]", path)):
+        raise ValueError('a run is a name or a path without < > : " | ? * { }')
+    return run
+
+
+def _modules(modules: object) -> object:
+    if modules in (None, "all-linear", ["all-linear"]):
+        return modules if modules is None else "all-linear"
+    names = [modules] if isinstance(modules, str) else modules
+    if not (isinstance(names, list) and names and all(name and isinstance(name, str) for name in names)):
+        raise ValueError("a list of layers' names, or all-linear")
+    return names
+
+
+def _no_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("true and false are for yes and no")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_no_bool)]
+Number = Annotated[float, BeforeValidator(_no_bool)]
+Count = Annotated[Whole, Field(ge=1, le=2**31 - 1)]
+Name = Annotated[str, Field(min_length=1, max_length=1000)]  # of a model or a dataset: a path, or owner/name
+Run = Annotated[str, Field(coerce_numbers_to_str=True), AfterValidator(_run)]
+
+
+class Parameters(BaseModel):
+    """Every parameter of the notebooks; None where a notebook takes the profile's or the model's own value."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    profile: Literal["auto", "pocket", "gpt2-medium"] = "auto"
+    run: Annotated[Run, BeforeValidator(lambda run: "" if run is None else run)] = ""
+    model_name: Name | None = None
+    dataset_name: Name | None = None
+    recipe: Literal[tuple(RECIPES)] = "answers"  # type: ignore[valid-type]
+    max_words: Count = 80
+    max_length: Annotated[Whole, Field(ge=16, le=2**20)] = 128  # tokens; a prompt alone takes about ten
+    max_train_rows: Count | None = None
+    heldout_rows: Count | None = None
+    lora_rank: Annotated[Whole, Field(ge=1, le=4096)] = 8
+    lora_alpha: Annotated[Whole, Field(ge=1, le=65536)] = 16
+    lora_dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.1
+    target_modules: Annotated[list[str] | str | None, BeforeValidator(_modules)] = None
+    learning_rate: Annotated[Number, Field(gt=0, le=1)] | None = None
+    num_train_epochs: Annotated[Number, Field(gt=0, le=10_000)] | None = None
+    batch_size: Annotated[Whole, Field(ge=1, le=65536)] = 16
+    micro_batch_size: Annotated[Whole, Field(ge=1, le=65536)] = 16
+    max_new_tokens: Count = 80
+    max_heldout_rows: Count = 300
+    other_run: Annotated[str, Field(max_length=1000)] = ""
+    seed: Annotated[Whole, Field(ge=0, lt=2**32)] = 0
+    merged: bool = False
+    push_to: Annotated[str, Field(pattern=r"^([\w.-]+/[\w.-]+)?$")] = ""
+    resume: bool = True
+    run_earlier: bool = True
+    repo_url: str = ""
+
+
+def check_parameters(given: dict[str, object]) -> dict[str, Any]:
+    """Return the parameters by name, each as its own type.
+
+    Raises AlpacaError that names the parameter, its value and what it may be, also for a name that no notebook has.
+    """
+    try:
+        checked = Parameters(**given)  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name, value = str(first["loc"][0]), f"{first['input']!r:.60}"
+        if name not in Parameters.model_fields:
+            known = ", ".join(sorted(Parameters.model_fields))
+            what = f"No notebook has a parameter {name!r}: choose among {known}."
+            raise AlpacaError(what, "unknown-parameter") from error
+        reason = re.sub("^(Input|String) should", "it should", first["msg"].removeprefix("Value error, "))
+        raise AlpacaError(f"The parameter `{name}` is {value}: {reason}.", "bad-parameter") from error
+    return {name: getattr(checked, name) for name in given}
+
+
+def add_parameters(parser: argparse.ArgumentParser) -> None:
+    """Let a command line give parameters as papermill's does, `-p KEY VALUE`, for `parse_parameters`."""
+    what = "a notebook's parameter, as papermill takes it"
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help=what)
+
+
+def parse_parameters(pairs: Iterable[Sequence[str]], **given: object) -> dict[str, Any]:
+    """Return the checked parameters of a command line: `given`, and those of `-p`; AlpacaError for one given twice."""
+    values = dict(given)
+    for key, text in pairs:
+        value: object = None if text in ("None", "null") else text
+        if text.startswith("["):
+            with suppress(ValueError):  # else it is checked as text
+                value = json.loads(text)
+        if values.setdefault(key, value) != value:
+            what = f"The parameter `{key}` is given twice, as {values[key]} and as {text}: give it once."
+            raise AlpacaError(what, "given-twice")
+    return check_parameters(values)
+
+
+def choose_profile(name: str = "auto", model: str | None = None, dataset: str | None = None) -> Profile:
+    """Return the profile of that name, with another model or dataset where one is given.
+
+    `auto` is gpt2-medium where torch sees a GPU, else pocket; a name that no profile has raises AlpacaError. Another
+    `model` or `dataset` than the profile's drops its pinned revision, and another dataset its held-out file too.
+    """
+    if name == "auto":
+        name = "gpt2-medium" if torch.cuda.is_available() else "pocket"
+    if name not in PROFILES:
+        raise AlpacaError(f"There is no profile {name!r}: choose auto, {' or '.join(PROFILES)}.", "unknown-profile")
+    profile = PROFILES[name]
+    if model is not None and _absolute(model) != _absolute(profile.model):
+        profile = replace(profile, model=_absolute(model), model_revision=None)
+    if dataset is not None and _absolute(dataset) != _absolute(profile.dataset):
+        profile = replace(profile, dataset=_absolute(dataset), dataset_revision=None, heldout=None)
+    return profile
+
+
+def _absolute(name: str) -> str:
+    """Return the absolute path of a folder or file that is here; any other name, such as one on the Hub, as it is."""
+    place = locate(name, typed=True)
+    return str(place.resolve()) if os.path.exists(place) else name
