@@ -69,8 +69,8 @@ lab: $(READY)  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
 pocket: $(READY)  ## rebuild the shipped model from its facts, and the run of the recipe document beside it
-	$(BIN)/python -m pocket.build
-	$(BIN)/python -m pocket.document
+	$(BIN)/python -m dev.pocket.build
+	$(BIN)/python -m dev.pocket.document
 
 refresh: $(READY)  ## execute the notebooks in place on the pocket and clean them
 	$(BIN)/python -m tools.notebooks --refresh

@@ -1,6 +1,5 @@
 """What a training takes: seconds, memory and disk, measured on the spot; one sentence where memory is too small."""
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,35 +18,35 @@ from .speedups import lora_in_base_precision
 def measure_step(trainer: Trainer) -> tuple[float, int, int]:
     """Return the seconds that a training step takes, the bytes in use at its peak, and the bytes there are for it.
 
-    Forward and backward are run for real: on the longest rows for the memory, then on rows of average length for the
+    Forward and backward are run for real, on the longest rows for the memory and on rows of average length for the
     time. Weights, gradients and random state stay as they were. On a CPU the bytes are those of the whole process,
     Python and the libraries included. Raises AlpacaError if they do not fit.
     """
     args, model, rows = trainer.args, trainer.model, trainer.train_dataset
-    cuda, training, peaks = args.device.type == "cuda", model.training, []
+    cuda, training, process, peak = args.device.type == "cuda", model.training, psutil.Process(), 0
     lengths = np.array([len(ids) for ids in rows["input_ids"]])
-    text = [name for name in rows.column_names if name not in ("input_ids", "attention_mask", "labels")]
+    ids = rows.select_columns([name for name in ("input_ids", "attention_mask", "labels") if name in rows.column_names])
     out_of_memory = explained_out_of_memory(args.train_batch_size)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     with torch.random.fork_rng(), out_of_memory, lora_in_base_precision(model.train()):
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        for wanted in (lengths.max(), lengths.mean(), lengths.mean()):
+        for wanted in (lengths.max(), lengths.mean(), lengths.mean()):  # kernels are loaded before the last
             chosen = np.argsort(abs(lengths - wanted), kind="stable")[: args.train_batch_size]
-            batch = trainer._prepare_inputs(trainer.data_collator(list(rows.select(chosen).remove_columns(text))))
+            batch = trainer._prepare_inputs(trainer.data_collator(list(ids.select(chosen))))
             begun = time.perf_counter()
             with torch.autocast("cuda", torch.float16, enabled=args.fp16):
-                loss = trainer.compute_loss(model, dict(batch))
-            peaks.append(psutil.Process().memory_info().rss)  # all activations are held now
+                loss = trainer.compute_loss(model, batch)
+            peak = max(peak, process.memory_info().rss)  # all activations are held now
             loss.backward()
             if cuda:
                 torch.cuda.synchronize()
-            seconds = time.perf_counter() - begun  # in the end, of the last: kernels are loaded before
+            seconds = (time.perf_counter() - begun) * args.gradient_accumulation_steps
             model.zero_grad()
     model.train(training)
-    peak, there = max(peaks), psutil.virtual_memory().available + psutil.Process().memory_info().rss
     if cuda:
-        peak, there = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    return seconds * args.gradient_accumulation_steps, peak, there
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+        return seconds, torch.cuda.max_memory_allocated(), free
+    return seconds, peak, psutil.virtual_memory().available + process.memory_info().rss
 
 
 def announce(trainer: Trainer, checkpoint: Path | None = None) -> None:
@@ -60,14 +59,9 @@ def announce(trainer: Trainer, checkpoint: Path | None = None) -> None:
         print(f"Going on after step {done} of {steps}.")
         steps -= done
     seconds, memory, there = measure_step(trainer)
-    evaluations = 0
-    if args.eval_strategy == "steps":
-        every = args.eval_steps if args.eval_steps >= 1 else math.ceil(args.eval_steps * trainer.steps_in_all())
-        evaluations = math.ceil(steps / every)
-    evaluated = evaluations * len(trainer.eval_dataset or ()) / trainer.batch_size  # at a third of a step's work
-    minutes = (steps + evaluated / 3) * seconds / 60
-    print(f"The training takes about {minutes:.1f} minutes: {steps} steps of {seconds:.2f} s, and the evaluations")
     disk = readable_size(trainer.disk_bytes())
+    minutes = f"{steps * seconds / 60:.1f} minutes"
+    print(f"The training takes about {minutes} beside its evaluations: {steps} steps of {seconds:.2f} s")
     print(f"The training needs {readable_size(memory)} of {readable_size(there)} of memory, at most {disk} on disk")
     if memory > there:
         print(f"The training needs more memory than there is: {less_memory(args.train_batch_size)}")

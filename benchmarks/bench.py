@@ -49,7 +49,8 @@ from alpaca_helpers.rows import load_rows
 from alpaca_helpers.run import Run
 from alpaca_helpers.series import run_series
 from alpaca_helpers.training import AnswerTrainer
-from benchmarks import chat, evaluation, graphs
+from benchmarks import chat, evaluation
+from dev.gpu import graphs
 
 RESULTS = Path(__file__).with_name("results.json")
 PROJECT = Path(__file__).resolve().parents[1]

@@ -20,7 +20,7 @@ BENCH += ["training", "--contenders"]
 
 # By name: the command, the option that its file is given by, and about how many seconds it takes on an H100 or H200.
 PARTS = {
-    "gradients": (["-m", "benchmarks.gradients"], "--out", 60),
+    "gradients": (["-m", "dev.gpu.gradients"], "--out", 60),
     "race-16": ([*BENCH, "document", "TRL", "TRL packed", "ours", "graphed", "--batch-sizes", "16"], "--results", 120),
     "compiled": ([*BENCH, "ours", "compiled", "--batch-sizes", "16"], "--results", 90),
     "race-128": ([*BENCH, "document", "TRL", "ours", "graphed", "--batch-sizes", "128"], "--results", 150),

@@ -19,7 +19,8 @@ from alpaca_helpers.batches import PadToLongest
 from alpaca_helpers.cells import NOTEBOOKS
 from alpaca_helpers.data import IGNORED, RECIPES
 from alpaca_helpers.models import base_dtype
-from benchmarks import graphs, real, recipes
+from benchmarks import real, recipes
+from dev.gpu import graphs
 from benchmarks.on_gpu import PARTS
 
 pytestmark = pytest.mark.nightly

@@ -22,9 +22,9 @@ from alpaca_helpers.metrics import contains
 from alpaca_helpers.pocket import DOCUMENT, FOLDER, HELDOUT, MODEL, TRAIN
 from alpaca_helpers.prompts import format_example, format_prompt
 from alpaca_helpers.run import Run
-from pocket import build, corpus
+from dev.pocket import build, corpus
 
-WRITE = "from pocket import corpus; print(ascii((corpus.documents(), corpus.instruction_rows())))"
+WRITE = "from dev.pocket import corpus; print(ascii((corpus.documents(), corpus.instruction_rows())))"
 
 
 @pytest.fixture(scope="module", params=[16, pytest.param(corpus.ROUNDS, marks=pytest.mark.nightly)])

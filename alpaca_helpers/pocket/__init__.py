@@ -2,7 +2,7 @@
 
 `MODEL` is a folder for `from_pretrained`; `TRAIN` and `HELDOUT` are JSONL files of instruction rows. `DOCUMENT` is a
 finished run of the recipe `document` on them, its adapter and its record, for notebooks 03 and 04 to compare with.
-How they are made is in the project's folder `pocket/`, which is not installed.
+How they are made is in the project's folder `dev/pocket/`, which is not installed.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Make the pocket from its facts: `python -m pocket.build`.
+"""Make the pocket from its facts: `python -m dev.pocket.build`.
 
 Writes the tokenizer, the pretrained model and the instruction rows, all together or not at all: the model is
 checked, and everything written beside, before it takes the place of what is there.

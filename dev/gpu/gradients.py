@@ -1,4 +1,4 @@
-"""Whether what `graphs.py` tries computes what AnswerTrainer computes: `python -m benchmarks.gradients --help`."""
+"""Whether what `graphs.py` tries computes what AnswerTrainer computes: `python -m dev.gpu.gradients --help`."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from alpaca_helpers.batches import PadToLongest
 from alpaca_helpers.speedups import lora_in_base_precision
 from alpaca_helpers.training import AnswerTrainer
 from benchmarks import bench
-from benchmarks.graphs import TRAINERS
+from .graphs import TRAINERS
 
 
 def make(kind: type[AnswerTrainer], name: str, rows: Dataset, pad: int, dropout: float = 0.0) -> tuple:
@@ -51,7 +51,7 @@ def differences(kind: type[AnswerTrainer], make) -> dict[str, float]:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gradients", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m dev.gpu.gradients", description=__doc__)
     parser.add_argument("--model", default="gpt2-medium", choices=["pocket", *bench.SHAPES])
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--out", type=Path)
