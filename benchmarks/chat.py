@@ -74,7 +74,7 @@ def _ask_as_a_front_end(box: ChatBox) -> tuple[float, float]:
     while box._live:
         time.sleep(TICK)
         box.play.value += 1
-        if not waited and view.value != empty and exchange.replies[-1].tokens:
+        if not waited and view.value != empty and exchange.replies[-1].answer.tokens:
             waited = time.perf_counter() - start
     return waited, exchange.replies[-1].seconds
 

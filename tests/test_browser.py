@@ -131,12 +131,12 @@ def test_a_conversation_in_notebook_04(page, notebook, lab):
         )
 
     def set_up(**values):
-        """Type settings into the readouts of their sliders."""
+        """Type settings into their fields."""
         button("Settings").click()
         for name, value in values.items():
-            readout = box.locator(f".widget-inline-hbox:has-text('{name}') .widget-readout")
-            readout.fill(str(value))
-            readout.press("Enter")
+            typed = box.locator(f".widget-text:has-text('{name}') input")
+            typed.fill(str(value))
+            typed.press("Enter")
         button("Settings").click()
 
     # it opens, runs, and shows the scripted conversation
@@ -160,7 +160,7 @@ def test_a_conversation_in_notebook_04(page, notebook, lab):
     assert field.input_value() == ""
 
     # stop ends the answer
-    set_up(temperature=0, length=200)  # greedily, the base goes round in circles
+    set_up(temperature=0, max_new_tokens=200)  # greedily, the base goes round in circles
     say("What is the weather like?")
     box.locator(".going").first.wait_for()
     page.wait_for_function("[...document.querySelectorAll('.alpaca-box .going')].some(bubble => bubble.textContent)")
@@ -170,7 +170,7 @@ def test_a_conversation_in_notebook_04(page, notebook, lab):
     assert any(note.startswith("stopped · ") for note in notes.all_inner_texts()[-2:])
 
     # markup of a user stays text, in the box and in the page's static copy
-    set_up(length=20)
+    set_up(max_new_tokens=20)
     say(HOSTILE)
     answered(scripted + 3)
     assert box.locator(".you .bubble").last.inner_text() == HOSTILE

@@ -196,7 +196,7 @@ def test_a_conversation_goes_on_after_an_interrupt(tiny_model, pocket_tokenizer,
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         fail_at(patched, tiny_model, 3)
         list(talk.answer(talk.add("Hi")))
-    assert [(reply.tokens, reply.ending) for reply in talk.exchanges[0].replies] == [(2, Ending.INTERRUPTED)] * 2
+    assert [(reply.answer.tokens, reply.ending) for reply in talk.exchanges[0].replies] == [(2, Ending.INTERRUPTED)] * 2
     list(talk.answer(talk.add("Hi")))
     whole = [ask(PROMPTS[:1], side=side, max_new_tokens=6)[0].text for side in SIDES]
-    assert [reply.text for reply in talk.exchanges[1].replies] == whole
+    assert [reply.answer.text for reply in talk.exchanges[1].replies] == whole

@@ -21,6 +21,7 @@ from alpaca_helpers import AlpacaError, series
 from alpaca_helpers.chat import conversation, terminal
 from alpaca_helpers.chat.conversation import DEFAULTS, Conversation, Reply
 from alpaca_helpers.console import run_command
+from alpaca_helpers.generation import Answer
 
 FULL = Path("/dev/full")
 
@@ -155,7 +156,7 @@ def test_what_is_wrong_is_one_sentence_and_makes_nothing(run, command, tmp_path)
 def test_no_escape_sequence_of_a_message_or_an_answer_reaches_the_terminal(capsys, tiny_model, pocket_tokenizer):
     talk = Conversation(tiny_model, pocket_tokenizer)
     exchange = talk.add("\x1b[2J")
-    evil = Reply("base", "\x1b]0;owned\x07 \x9b31m red\r over \u202e rtl")
+    evil = Reply("base", Answer("\x1b]0;owned\x07 \x9b31m red\r over \u202e rtl", [], False, 0))
     talk.answer = lambda given: iter([setattr(given, "replies", (evil, evil))])
     exchange.error = "no \x1b[2J answer"
     with pytest.raises(AlpacaError) as raised:
@@ -178,7 +179,7 @@ def test_ctrl_c_ends_the_answer_and_on_an_empty_line_nothing(tiny_model, pocket_
     talk = Conversation(tiny_model, pocket_tokenizer, max_new_tokens=50)
     terminal.talk(talk)
     replies = talk.exchanges[0].replies
-    assert all(reply.ending is conversation.Ending.INTERRUPTED and reply.tokens < 7 for reply in replies)
+    assert all(reply.ending is conversation.Ending.INTERRUPTED and reply.answer.tokens < 7 for reply in replies)
     assert "Type exit to leave." in capsys.readouterr().out and signal.getsignal(signal.SIGINT) is before
 
 

@@ -9,11 +9,9 @@ import ipywidgets as widgets
 from IPython.display import HTML, display
 
 from .. import AlpacaError
-from ..models import positions
-from .conversation import Conversation, Exchange, is_exit, well_formed
+from .conversation import DEFAULTS, Conversation, Exchange, is_exit, well_formed
 from .rendering import STYLE, as_html
 
-LONGEST = 1023  # tokens: the end of the slider for the length, where the model has positions for more
 TICK = 0.05  # seconds between two looks at what the model has written
 PLAYING = "playing" if widgets.Play.class_traits().get("playing") else "_playing"  # ipywidgets 8, 7
 
@@ -66,44 +64,33 @@ class ChatBox:
             raise AlpacaError(exchange.error, "no-answer")
         return exchange
 
-    def transcript(self) -> Conversation:
-        """Return the conversation, which a cell shows as static text."""
-        return self.conversation
-
     def _ipython_display_(self, **_) -> None:
-        _switch(self.composer, True)  # shown again, a closed chat is open
+        self.composer.layout.display = ""  # shown again, a closed chat is open
         self._say("")
         display(self.widget)
         self._kept = display(HTML(), display_id=True)
         self._keep()
 
     def _build(self) -> widgets.VBox:
-        settings = self.conversation.settings
-        limit = min(positions(self.conversation.model.config) - 1, LONGEST)
-        wide, hidden = {"width": "100%"}, {"width": "100%", "display": "none"}
-        stretch, fit = {"flex": "1 1 auto", "width": "auto"}, {"layout": {"width": "auto"}}
-        line = {"style": {"description_width": "90px"}, "layout": stretch}
+        wide, stretch = {"width": "100%"}, {"flex": "1 1 auto", "width": "auto"}
+        fit = {"layout": {"width": "auto"}}
+        line = {"style": {"description_width": "120px"}, "layout": stretch}
         self.field = _Text(continuous_update=False, layout=stretch)
         self.field.placeholder = "Type an instruction, Enter sends it; exit closes the chat"
         self.send = widgets.Button(description="Send", button_style="primary", **fit)
         self.stop = widgets.Button(description="Stop", disabled=True, tooltip="End this answer here", **fit)
-        self.compare = widgets.ToggleButton(settings["compare"], description="Compare with base", **fit)
+        self.compare = widgets.ToggleButton(description="Compare with base", **fit)
+        self.compare.value = self.conversation.settings["compare"]
         self.compare.disabled = not hasattr(self.conversation.model, "peft_config")
         self.with_input = widgets.ToggleButton(description="Input", **fit)
         self.with_settings = widgets.ToggleButton(description="Settings", **fit)
         self.clear = widgets.Button(description="Clear", tooltip="Forget the conversation", **fit)
-        self.input = _Textarea(continuous_update=False, rows=3, layout=hidden)
+        self.input = _Textarea(continuous_update=False, rows=3, layout=wide)
         self.input.placeholder = "Optional input: the text that the instruction is about"
-        self.knobs = {
-            "temperature": widgets.FloatSlider(description="temperature", min=0, max=2, step=0.05, **line),
-            "top_p": widgets.FloatSlider(description="top-p", min=0.05, max=1, step=0.05, **line),
-            "top_k": widgets.IntSlider(description="top-k (0: all)", min=0, max=200, **line),
-            "max_new_tokens": widgets.IntSlider(description="length", min=1, max=limit, **line),
-            "seed": widgets.BoundedIntText(description="seed", min=0, max=2**31 - 1, **line),
-        }
-        for key, knob in self.knobs.items():
-            knob.max, knob.min = max(knob.max, settings[key]), min(knob.min, settings[key])  # it would clamp in silence
-            knob.value = settings[key]
+        self.settings: dict[str, widgets.Widget] = {}
+        for name, default in DEFAULTS.items():  # without bounds, at which a field would change what is typed in silence
+            field, step = (widgets.IntText, 1) if isinstance(default, int) else (widgets.FloatText, 0.05)
+            self.settings[name] = field(self.conversation.settings[name], description=name, step=step, **line)
         self.path = _Text(value="chat.md", description="save as", **line)
         self.save = widgets.Button(description="Save", **fit)
         self.play = widgets.Play(min=0, max=2**31 - 1, interval=int(TICK * 1000), layout={"display": "none"})
@@ -114,9 +101,9 @@ class ChatBox:
         actions = {self.send: self._submit, self.stop: self._stop, self.clear: self._clear, self.save: self._save}
         for button, action in actions.items():
             button.on_click(lambda _, action=action: self._do(action))
-        panel = widgets.VBox([*self.knobs.values(), widgets.HBox([self.path, self.save])], layout=hidden)
+        panel = widgets.VBox([*self.settings.values(), widgets.HBox([self.path, self.save])], layout=wide)
         for switch, part in ((self.with_input, self.input), (self.with_settings, panel)):
-            switch.observe(lambda change, part=part: _switch(part, change["new"]), "value")
+            widgets.dlink((switch, "value"), (part.layout, "display"), lambda on: "" if on else "none")
 
         # the front end keeps a reversed column at its end, so the newest message stays in sight without a script
         scroll = {"flex_flow": "column-reverse", "overflow": "auto", "height": "420px", **wide}
@@ -149,9 +136,9 @@ class ChatBox:
         if is_exit(text):
             self.field.value = ""
             self._stop(waiting=True)
-            _switch(self.composer, False)
+            self.composer.layout.display = "none"
             return self._say("The chat is closed: run its cell again to open it.")
-        settings = {key: knob.value for key, knob in self.knobs.items()}
+        settings = {name: field.value for name, field in self.settings.items()}
         self._append(text, input, compare=self.compare.value, **settings)
         self.field.value = ""
         threading.Thread(target=self._answer, daemon=True).start()
@@ -179,10 +166,11 @@ class ChatBox:
 
     def _tick(self) -> None:
         self._show()
-        if self._entered == 1:
-            self._submit()
-        self._entered -= self._entered > 0
-        if not self._entered and not self._live:
+        if self._entered:
+            self._entered -= 1
+            if not self._entered:
+                self._submit()
+        elif not self._live:
             setattr(self.play, PLAYING, False)
             self._keep()
 
@@ -226,7 +214,3 @@ class ChatBox:
 
     def _save(self) -> None:
         self._say(f"Saved to {self.conversation.save(self.path.value)}")
-
-
-def _switch(part: widgets.Widget, on: bool) -> None:
-    part.layout.display = "" if on else "none"

@@ -11,9 +11,9 @@ import torch
 
 from .. import AlpacaError
 from ..files import replace_file
-from ..generation import check_settings, stream
+from ..generation import Answer, check_settings, stream
 from ..prompts import format_prompt
-from .rendering import STYLE, as_html, as_markdown, as_text
+from .rendering import STYLE, as_html, as_markdown
 
 DEFAULTS = {"max_new_tokens": 100, "temperature": 0.7, "top_p": 0.9, "top_k": 0, "seed": 0}  # the document's
 
@@ -32,11 +32,9 @@ class Reply:
     """What one side has answered, in the end or so far."""
 
     side: str  # base or tuned
-    text: str = ""
-    tokens: int = 0
+    answer: Answer = Answer("", [], False, 0)
     ending: Ending | None = None  # None while it goes on
-    prompt_cut: int = 0  # tokens that the model did not read, from the front of the prompt
-    seconds: float = 0.0  # from the prompt to the last token
+    seconds: float = field(default=0.0, repr=False)  # from the prompt to the last token
 
 
 @dataclass
@@ -49,10 +47,7 @@ class Exchange:
     replies: list[Reply]
     state: str = "waiting"  # then answering, then done
     error: str = ""  # why there is no answer, one sentence
-    stop: threading.Event = field(default_factory=threading.Event)  # set it to end the answers where they are
-
-    def __repr__(self) -> str:
-        return as_text(self)
+    stop: threading.Event = field(default_factory=threading.Event, repr=False)  # set to end it where it is
 
     def _repr_html_(self) -> str:
         return STYLE + as_html(self, speed=False)
@@ -71,10 +66,6 @@ class Conversation:
         self.settings = DEFAULTS | {"compare": hasattr(model, "peft_config")}
         self.settings = self._with(settings)
         self._turn = threading.Lock()  # never two generations at once
-        self._saved: dict[Path, bytes] = {}  # what `save` has written
-
-    def __repr__(self) -> str:
-        return "\n".join(map(as_text, self.exchanges))
 
     def _repr_html_(self) -> str:
         return "".join([STYLE, *(as_html(exchange, speed=False) for exchange in self.exchanges)])
@@ -113,12 +104,14 @@ class Conversation:
                 if exchange.stop.is_set():
                     return
                 for answers in stream(self.model, self.tokenizer, prompts, **settings):
-                    for reply, new in zip(exchange.replies, answers):
-                        if not reply.ending:
-                            reply.seconds = time.perf_counter() - start
-                            reply.text, reply.tokens, reply.prompt_cut = new.text, new.tokens, new.prompt_cut
-                            cut = Ending.CUT if new.tokens == settings["max_new_tokens"] else None
-                            reply.ending = Ending.STOPPED if new.stopped else cut
+                    for reply, answer in zip(exchange.replies, answers):
+                        if reply.ending:
+                            continue
+                        reply.answer, reply.seconds = answer, time.perf_counter() - start
+                        if answer.stopped:
+                            reply.ending = Ending.STOPPED
+                        elif answer.tokens == settings["max_new_tokens"]:
+                            reply.ending = Ending.CUT
                     yield exchange
             except Exception as error:  # whatever it is, the next message must work
                 exchange.error = _sentence(error)
@@ -128,29 +121,20 @@ class Conversation:
                 exchange.state = "done"
 
     def save(self, path: str | Path) -> Path:
-        """Write the conversation as Markdown, and return where it is.
+        """Write the conversation as Markdown to a new file, and return where it is.
 
-        Raises AlpacaError for a suffix other than .md, a place that cannot be written to, and a file that is there
-        already, unless it is as this conversation was last saved to it.
+        Raises AlpacaError for a suffix other than .md, a file that exists, and a place that cannot be written to.
         """
         try:
             path = Path(path).expanduser().resolve()
             if path.suffix != ".md":
-                raise AlpacaError(f"{path.name} is not a name for Markdown: choose one that ends in .md.", "bad-suffix")
-            content = as_markdown(self.exchanges).encode()
-            mine = path.is_file() and path.read_bytes() == self._saved.get(path)
-            if not mine:
-                path.open("xb").close()  # takes the name, or fails where there is a file
-            try:
-                replace_file(path, content)
-            except OSError:
-                if not mine:
-                    path.unlink(missing_ok=True)
-                raise
+                raise ValueError("a name for Markdown ends in .md")
+            if path.exists():
+                raise FileExistsError("it exists already")
+            replace_file(path, as_markdown(self.exchanges).encode())
         except (OSError, RuntimeError, TypeError, ValueError) as error:  # such as a home folder of nobody, a null byte
             reason = getattr(error, "strerror", None) or error
             raise AlpacaError(f"{path} cannot be written ({reason}): choose another name.", "unwritable") from error
-        self._saved[path] = content
         return path
 
 

@@ -1,14 +1,10 @@
-"""How a conversation reads, as text, Markdown and HTML: what users and models write is never markup in them."""
+"""How a conversation reads, as Markdown and HTML: what users and models write is never markup in them."""
 
 import html
 import re
 
 SHOWN = 4000  # characters of one message on screen; a saved conversation has them all
-PICTURES = (  # of control characters, and of those that override the direction of text
-    {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\t\n"}
-    | {0x7F: "␡"}
-    | dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], "\ufffd")
-)
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # and overrides of direction
 # Jupyter's themes, Colab's and a bare page differ in their colours: the bubbles tint what is behind them and keep the
 # text's own colour, but for the one that brings both.
 STYLE = """<style>
@@ -30,32 +26,20 @@ STYLE = """<style>
 
 
 def visible(text: str) -> str:
-    """Return the text with its control and direction-override characters as pictures (ESC is ␛): shown, not obeyed."""
-    return text.translate(PICTURES)
+    """Return the text with \ufffd for each character that controls a terminal or the direction of text."""
+    return CONTROLS.sub("\ufffd", text)
 
 
 def notes(reply, speed: bool = True) -> str:
     """Return the line under a reply: how it ended, how long it is, how fast it came, what was cut."""
+    tokens, cut = reply.answer.tokens, reply.answer.prompt_cut
     parts = [
         reply.ending.value if reply.ending else "",
-        f"{reply.tokens} token{'s' * (reply.tokens != 1)}",
-        f"{reply.tokens / reply.seconds:.0f} tokens/s" if speed and reply.seconds else "",
-        f"the question was too long: its first {reply.prompt_cut} tokens were not read" if reply.prompt_cut else "",
+        f"{tokens} token{'s' * (tokens != 1)}",
+        f"{tokens / reply.seconds:.0f} tokens/s" if speed and reply.seconds else "",
+        f"the question was too long: its first {cut} tokens were not read" if cut else "",
     ]
     return " · ".join(filter(None, parts))
-
-
-def _said(exchange, speed: bool) -> list[tuple[str, str, str]]:
-    """Return who says what in an exchange, each with the line under it."""
-    replies = [(reply.side, reply.text, notes(reply, speed)) for reply in exchange.replies]
-    said = [("You", exchange.instruction, ""), ("Input", exchange.input, ""), *replies, ("Error", exchange.error, "")]
-    return [(who, text, note) for who, text, note in said if text or note]
-
-
-def as_text(exchange) -> str:
-    """Return an exchange as plain text, without speeds."""
-    said = _said(exchange, speed=False)
-    return "\n".join(f"{who}: {visible(text)}" + (f" [{note}]" if note else "") for who, text, note in said)
 
 
 def as_markdown(exchanges) -> str:
@@ -63,9 +47,15 @@ def as_markdown(exchanges) -> str:
     parts = ["# Conversation"]
     for number, exchange in enumerate(exchanges, 1):
         parts += [f"## {number} ({', '.join(f'{name} {value}' for name, value in exchange.settings.items())})"]
-        for who, text, note in _said(exchange, speed=True):
+        said = [("**You**", exchange.instruction)]
+        if exchange.input:
+            said.append(("**Input**", exchange.input))
+        said += [(f"**{reply.side}** ({notes(reply)})", reply.answer.text) for reply in exchange.replies]
+        if exchange.error:
+            said.append(("**Error**", exchange.error))
+        for who, text in said:
             fence = "`" * max([2, *map(len, re.findall("`+", text))]) + "`"
-            parts += [f"**{who}**" + (f" ({note})" if note else ""), f"{fence}text\n{text}\n{fence}"]
+            parts += [who, f"{fence}text\n{text}\n{fence}"]
     return "\n\n".join(parts) + "\n"
 
 
@@ -75,8 +65,8 @@ def as_html(exchange, speed: bool = True) -> str:
     parts = [f'<div class="you"><b>You</b>{asked}</div><div class="replies">']
     for reply in exchange.replies:
         note = "waiting for its turn" if exchange.state == "waiting" else notes(reply, speed)
-        bubble = _bubble(reply.text, "" if reply.ending else "going")
-        if reply.text or not exchange.error:
+        bubble = _bubble(reply.answer.text, "" if reply.ending else "going")
+        if reply.answer.text or not exchange.error:
             parts += [f'<div class="reply {reply.side}"><b>{reply.side}</b>{bubble}<small>{note}</small></div>']
     parts += ["</div>"]
     parts += [f'<div class="error" role="alert">{html.escape(visible(exchange.error))}</div>'] if exchange.error else []

@@ -37,13 +37,13 @@ def print_answer(conversation: Conversation, exchange: Exchange, with_notes: boo
         printed = 0
         print(f"{exchange.replies[0].side}: " if len(exchange.replies) > 1 else "", end="", flush=True)
         for _ in conversation.answer(exchange):
-            text = visible(exchange.replies[0].text)
+            text = visible(exchange.replies[0].answer.text)
             print(text[printed:], end="", flush=True)
             printed = len(text)
     finally:
         signal.signal(signal.SIGINT, before)
     for number, reply in enumerate(exchange.replies):
-        print(f"\n{reply.side}: {visible(reply.text)}" if number else "", end="")
+        print(f"\n{reply.side}: {visible(reply.answer.text)}" if number else "", end="")
         print(f"\n  [{notes(reply)}]" if with_notes else "", end="")
     print(flush=True)
     if exchange.error:
@@ -73,7 +73,7 @@ def main() -> None:
     if once is not None:
         exchange = conversation.add(once, text)
         print_answer(conversation, exchange, with_notes=False)
-        if cut := exchange.replies[0].prompt_cut:
+        if cut := exchange.replies[0].answer.prompt_cut:
             print(f"The first {cut} tokens of the question were not read: the model has no room.", file=sys.stderr)
         return
     print("The assistant of this run. Type exit to leave.\n")
