@@ -69,9 +69,9 @@ def _ask_as_a_front_end(box: ChatBox) -> tuple[float, float]:
     start, waited = time.perf_counter(), 0.0
     box.field._handle_custom_msg({"event": "submit"}, [])
     box.field.value = QUESTION
-    exchange, view = box._live[-1]
+    exchange, view = box.conversation.exchanges[-1], box.messages.children[-1]
     empty = view.value
-    while box._live:
+    while not box.stop.disabled:
         time.sleep(TICK)
         box.play.value += 1
         if not waited and view.value != empty and exchange.replies[-1].answer.tokens:

@@ -396,7 +396,7 @@ def test_a_conversation_is_saved_whole_with_its_settings(box, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full, a disk that is always full")
-def test_a_full_disk_leaves_the_earlier_transcript_and_nothing_half(tiny_model, pocket_tokenizer, tmp_path):
+def test_a_full_disk_leaves_no_half_transcript_and_other_files_as_they_are(tiny_model, pocket_tokenizer, tmp_path):
     talk, path = conversation.Conversation(tiny_model, pocket_tokenizer), tmp_path / "talk.md"
     before = talk.save(tmp_path / "earlier.md").read_bytes()
     talk.add("Hi")

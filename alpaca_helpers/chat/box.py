@@ -42,7 +42,6 @@ class ChatBox:
     def __init__(self, model, tokenizer, **settings):
         self.conversation = Conversation(model, tokenizer, **settings)
         self._lock = threading.RLock()  # JupyterLab may run callbacks beside the cell that runs `ask`
-        self._live: list[tuple[Exchange, widgets.HTML]] = []  # messages that are not final, and where they are shown
         self._entered = 0  # ticks to wait for the text of an Enter
         self._shown = 0.0  # when `_show` last ran
         self._kept = None  # the handle of the static text under the box
@@ -54,7 +53,8 @@ class ChatBox:
         Raises AlpacaError for a blank message or a bad setting, and where the model could not answer.
         """
         with self._lock:
-            exchange = self._append(instruction, input, **settings)
+            exchange = self.conversation.add(instruction, input, **settings)
+            self._say("")
         for _ in self.conversation.answer(exchange):
             if time.monotonic() - self._shown > TICK:
                 self._show()
@@ -88,7 +88,7 @@ class ChatBox:
         self.input = _Textarea(continuous_update=False, rows=3, layout=wide)
         self.input.placeholder = "Optional input: the text that the instruction is about"
         self.settings: dict[str, widgets.Widget] = {}
-        for name, default in DEFAULTS.items():  # without bounds, at which a field would change what is typed in silence
+        for name, default in DEFAULTS.items():  # no bounds: a bounded field silently changes what is beyond them
             field, step = (widgets.IntText, 1) if isinstance(default, int) else (widgets.FloatText, 0.05)
             self.settings[name] = field(self.conversation.settings[name], description=name, step=step, **line)
         self.path = _Text(value="chat.md", description="save as", **line)
@@ -139,19 +139,12 @@ class ChatBox:
             self.composer.layout.display = "none"
             return self._say("The chat is closed: run its cell again to open it.")
         settings = {name: field.value for name, field in self.settings.items()}
-        self._append(text, input, compare=self.compare.value, **settings)
+        self.conversation.add(text, input, compare=self.compare.value, **settings)
         self.field.value = ""
+        self._say("")
         threading.Thread(target=self._answer, daemon=True).start()
         self._play()
         self._show()
-
-    def _append(self, instruction: str, input: str, **settings) -> Exchange:
-        exchange = self.conversation.add(instruction, input, **settings)
-        view = widgets.HTML(as_html(exchange))
-        self._live.append((exchange, view))
-        self.messages.children = [*self.messages.children, view]
-        self._say("")
-        return exchange
 
     def _answer(self) -> None:
         for exchange in list(self.conversation.exchanges):  # in order: what another thread answers is waited for
@@ -170,20 +163,21 @@ class ChatBox:
             self._entered -= 1
             if not self._entered:
                 self._submit()
-        elif not self._live:
+        elif self.stop.disabled:  # all is answered
             setattr(self.play, PLAYING, False)
             self._keep()
 
     def _show(self) -> None:
-        """Bring the messages that are not final up to date."""
+        """Bring the messages up to date, one widget each; what has not changed is not sent again."""
         with self._lock:
             self._shown = time.monotonic()
-            for exchange, view in list(self._live):
-                done = exchange.state == "done"  # looked at first: what is shown after is then final
+            exchanges, views = self.conversation.exchanges, self.messages.children
+            self.stop.disabled = all(exchange.state == "done" for exchange in exchanges)  # first: what follows is final
+            if len(views) < len(exchanges):
+                views += tuple(widgets.HTML() for _ in exchanges[len(views) :])
+                self.messages.children = views
+            for exchange, view in zip(exchanges, views):
                 view.value = as_html(exchange)
-                if done:
-                    self._live.remove((exchange, view))
-            self.stop.disabled = not self._live
 
     def _say(self, sentence: str) -> None:
         self.status.value = f'<div class="alpaca-chat" role="status">{html.escape(sentence)}</div>' if sentence else ""
@@ -197,14 +191,13 @@ class ChatBox:
 
     def _stop(self, waiting: bool = False) -> None:
         """End the answer under way, and with `waiting` the others before they begin."""
-        for exchange, _ in self._live:
+        for exchange in self.conversation.exchanges:
             if waiting or exchange.state == "answering":
                 exchange.stop.set()
         self._play()
 
     def _clear(self) -> None:
         self._stop(waiting=True)
-        self._live.clear()
         self.conversation.exchanges = []
         views, self.messages.children = self.messages.children, ()
         for view in views:

@@ -47,7 +47,7 @@ class Exchange:
     replies: list[Reply]
     state: str = "waiting"  # then answering, then done
     error: str = ""  # why there is no answer, one sentence
-    stop: threading.Event = field(default_factory=threading.Event, repr=False)  # set to end it where it is
+    stop: threading.Event = field(default_factory=threading.Event, repr=False)  # set it to end the answers
 
     def _repr_html_(self) -> str:
         return STYLE + as_html(self, speed=False)
@@ -153,6 +153,6 @@ def _sentence(error: Exception) -> str:
         return str(error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error):
         torch.cuda.empty_cache()  # nothing where there is no GPU
-        return "The model ran out of memory on this message: shorten it, or lower the length."
+        return "The model ran out of memory on this message: shorten it, or lower max_new_tokens."
     reason = " ".join(str(error).split())[:200]
     return f"The model could not answer ({type(error).__name__}: {reason}): change the message or the settings."
