@@ -26,7 +26,7 @@ STYLE = """<style>
 
 
 def visible(text: str) -> str:
-    """Return the text with \ufffd for each character that controls a terminal or the direction of text."""
+    """Return the text with U+FFFD in place of each character that controls a terminal or the direction of text."""
     return CONTROLS.sub("\ufffd", text)
 
 
