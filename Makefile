@@ -98,8 +98,13 @@ audit: $(READY)  ## look up what is installed among known vulnerabilities (asks 
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) pip-audit
 	$(BIN)/pip-audit --skip-editable
 
-address:  ## where you publish the project, for links and Colab: REPO_URL=https://github.com/owner/name (origin)
-	@$(PYTHON) tools/address.py "$$REPO_URL"
+address:  ## write where you publish the project into its links and notebooks: REPO_URL=https://github.com/owner/name
+	@printf %s "$$REPO_URL" | tr '\n' ' ' | grep -Eqx 'https://github\.com/[A-Za-z0-9_-]+/[A-Za-z0-9_.-]+' \
+	  || { echo "Say where it is published: make address REPO_URL=https://github.com/owner/name"; exit 1; }
+	@for file in *.md docs/*.md notebooks/*.ipynb notebooks/*/*.ipynb notebooks/*/*/*.ipynb; do \
+	  sed -e "s|OWNER/REPOSITORY|$${REPO_URL#https://github.com/}|g" \
+	    -e 's|repo_url: str = \\"\\"|repo_url: str = \\"'"$$REPO_URL"'\\"|' "$$file" > "$$file.new" \
+	  && cat "$$file.new" > "$$file" && rm "$$file.new"; done
 
 clean:  ## remove what can be made again, runs excepted
 	rm -rf build .venv .venv-colab .pytest_cache .ruff_cache *.egg-info

@@ -20,8 +20,8 @@ from alpaca_helpers.cells import NOTEBOOKS
 from alpaca_helpers.data import IGNORED, RECIPES
 from alpaca_helpers.models import base_dtype
 from benchmarks import real, recipes
-from dev.gpu import graphs
 from benchmarks.on_gpu import PARTS
+from dev.gpu import graphs
 
 pytestmark = pytest.mark.nightly
 

@@ -17,7 +17,6 @@ from packaging.requirements import Requirement
 from support import PROJECT
 
 from alpaca_helpers.config import PROFILES
-from tools import address
 
 README = PROJECT / "README.md"
 DOCS = sorted((PROJECT / "docs").glob("*.md"))
@@ -26,7 +25,7 @@ TEXTS = {page: page.read_text(encoding="utf-8") for page in [README, *DOCS, PROJ
 TESTS = {path.stem: path.read_text(encoding="utf-8") for path in PROJECT.glob("tests/test_*.py")}
 NOTEBOOKS = sorted(PROJECT.glob("notebooks/**/*.ipynb"))
 CELLS = {path: json.loads(path.read_text(encoding="utf-8"))["cells"] for path in NOTEBOOKS}
-FOLDERS = ("alpaca_helpers", "benchmarks", "pocket", "tools")
+FOLDERS = ("alpaca_helpers", "benchmarks", "dev", "tools")
 SOURCES = {path: path.read_text(encoding="utf-8") for folder in FOLDERS for path in PROJECT.glob(f"{folder}/**/*.py")}
 for notebook, cells in CELLS.items():
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
@@ -262,7 +261,6 @@ def test_a_name_reaches_the_program_as_it_is(make, name):
         ("run", "PROFILE", f"--profile={name}"),
         ("test", "PROFILE", f"--profile={name}"),
         ("real", "DATASET", f"--dataset={name}"),
-        ("address", "REPO_URL", name),
     ):
         for status, said, calls in (make(target, f"{variable}={name}"), make(target, **{variable: name})):
             assert status == 0 and argument in [word for call in calls for word in call], said
@@ -282,48 +280,29 @@ def test_without_a_name_the_program_chooses_and_parameters_are_words_as_a_shell_
     assert status and not calls and "RUNS=" in said
 
 
-def test_an_address_is_as_the_browser_or_git_has_it():
-    ada = "https://github.com/ada/assistant"
-    forms = ["https://token@github.com/ada/assistant.git", "git@github.com:ada/assistant.git"]
-    for given in [ada, f"{ada}/", f"{ada}.git", f"{ada}/tree/main", *forms, "ssh://git@github.com/ada/assistant"]:
-        assert address.repository(given) == "ada/assistant", given
-    ab = "https://github.com/a/b"
-    wrong = ["somewhere", "https://github.com/a", f"{ab}#c", f"{ab}?c=d", f"{ab}/tree/other", f"{ab}/c", f"{ab} c"]
-    wrong += [f"{ab}\nc", "https://github.com/a/..", "https://github.com.example.org/a/b", "https://example.org/a/b"]
-    for given in [*wrong, "http://github.com/a/b"]:
-        assert address.repository(given) == "", given
-
-
-def test_other_projects_keep_their_address():
-    text = (
-        "https://github.com/tatsu-lab/alpaca https://github.com/a/b https://github.com/a/bc https://github.com/a/b.git."
-    )
-    assert address.rewrite(text, "a/b", "c/d") == text.replace("a/b ", "c/d ").replace("a/b.git", "c/d.git")
-
-
 @pytest.mark.integration
-def test_links_badges_and_notebooks_get_the_address_and_another_one_later(tmp_path, monkeypatch):
-    """Without an address it is the git remote's; what is none is refused, and nothing is written."""
-    shutil.copytree(PROJECT / "notebooks", tmp_path / "notebooks", ignore=shutil.ignore_patterns(".*"))
-    badge = "https://github.com/OWNER/REPOSITORY/actions/workflows/test.yml"
-    (tmp_path / "README.md").write_text(TEXTS[README] + f"\n[![test]({badge}/badge.svg)]({badge})\n", encoding="utf-8")
+def test_links_badges_and_notebooks_get_the_address(tmp_path):
+    """What is no address of a repository is refused, and nothing is written."""
+    for name in ("Makefile", "README.md", "docs", "notebooks"):
+        copy = shutil.copytree if (PROJECT / name).is_dir() else shutil.copy
+        copy(PROJECT / name, tmp_path / name)
 
     def contents() -> dict[Path, str]:
-        pages = [tmp_path / "README.md", *tmp_path.glob("notebooks/**/*.ipynb")]
+        pages = [*tmp_path.rglob("*.md"), *tmp_path.rglob("*.ipynb")]
         return {path: path.read_text(encoding="utf-8") for path in pages}
 
+    def make_address(given: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["make", "address", f"REPO_URL={given}"], cwd=tmp_path, capture_output=True, text=True)
+
     before = contents()
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    for given in ("", "https://example.org/a/b"):
-        with pytest.raises(SystemExit, match="REPO_URL=") as refused:
-            address.main(tmp_path, given)
-        assert refused.value.code and contents() == before
-    for command in (["init", "--quiet"], ["remote", "add", "origin", "git@github.com:ada/assistant.git"]):
-        subprocess.run(["git", *command], cwd=tmp_path, check=True)
-    for given, name in (("", "ada/assistant"), ("https://github.com/ada/another.one", "ada/another.one")):
-        address.main(tmp_path, given)
-        readme, *notebooks = contents().values()
-        assert readme.count(f"research.google.com/github/{name}/blob/main/notebooks") == 4
-        assert f"[![test](https://github.com/{name}/actions/workflows/test.yml/badge.svg)]" in readme
-        assert len(notebooks) == len(NOTEBOOKS) and all(json.loads(text) for text in notebooks)
-        assert all(f"https://github.com/{name}" in text and "OWNER" not in text for text in notebooks)
+    for given in ("", "https://example.org/a/b", "https://github.com/a/b'; touch made; '", "https://github.com/a/b\nc"):
+        refused = make_address(given)
+        assert refused.returncode and "REPO_URL=" in refused.stdout and contents() == before
+    assert make_address("https://github.com/ada/another.one").returncode == 0
+    after = contents()
+    readme, notebooks = after[tmp_path / "README.md"], [text for path, text in after.items() if path.suffix == ".ipynb"]
+    assert readme.count("research.google.com/github/ada/another.one/blob/main/notebooks") == 4
+    assert before.keys() == after.keys() and not any("OWNER/REPOSITORY" in text for text in after.values())
+    for text in notebooks:
+        parameters = "".join(json.loads(text)["cells"][1]["source"])
+        assert 'repo_url: str = "https://github.com/ada/another.one"  #' in parameters

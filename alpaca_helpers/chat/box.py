@@ -12,6 +12,7 @@ from .. import AlpacaError
 from .conversation import DEFAULTS, Conversation, Exchange, is_exit, well_formed
 from .rendering import STYLE, as_html
 
+SLIDERS = {"temperature": (0.0, 2.0), "top_p": (0.05, 1.0)}  # the settings with two ends
 TICK = 0.05  # seconds between two looks at what the model has written
 PLAYING = "playing" if widgets.Play.class_traits().get("playing") else "_playing"  # ipywidgets 8, 7
 
@@ -88,9 +89,14 @@ class ChatBox:
         self.input = _Textarea(continuous_update=False, rows=3, layout=wide)
         self.input.placeholder = "Optional input: the text that the instruction is about"
         self.settings: dict[str, widgets.Widget] = {}
-        for name, default in DEFAULTS.items():  # no bounds: a bounded field silently changes what is beyond them
-            field, step = (widgets.IntText, 1) if isinstance(default, int) else (widgets.FloatText, 0.05)
-            self.settings[name] = field(self.conversation.settings[name], description=name, step=step, **line)
+        for name in DEFAULTS:
+            value = self.conversation.settings[name]
+            if name in SLIDERS:  # which would change a value beyond its ends in silence
+                low, high = SLIDERS[name]
+                ends = {"min": min(low, value), "max": max(high, value), "step": 0.05}
+                self.settings[name] = widgets.FloatSlider(value, description=name, **ends, **line)
+            else:
+                self.settings[name] = widgets.IntText(value, description=name, **line)
         self.path = _Text(value="chat.md", description="save as", **line)
         self.save = widgets.Button(description="Save", **fit)
         self.play = widgets.Play(min=0, max=2**31 - 1, interval=int(TICK * 1000), layout={"display": "none"})

@@ -13,6 +13,7 @@ from alpaca_helpers.batches import PadToLongest
 from alpaca_helpers.speedups import lora_in_base_precision
 from alpaca_helpers.training import AnswerTrainer
 from benchmarks import bench
+
 from .graphs import TRAINERS
 
 
