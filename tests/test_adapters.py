@@ -110,6 +110,7 @@ def test_a_base_rounded_to_float16_is_told_to_be_loaded_in_float32(base, adapter
 
 MORE = [{"bias": "lora_only"}, {"bias": "all"}, {"lora_bias": True}, {"use_dora": True}]
 MORE += [{"modules_to_save": ["wte"]}, {"trainable_token_indices": [1]}, {"target_modules": ["c_attn", "wte"]}]
+MORE += [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}]  # they change the base's weights
 
 
 @pytest.mark.parametrize("more", MORE, ids=lambda more: next(iter(more)))
