@@ -319,7 +319,7 @@ def test_a_tokenizer_that_does_not_fit_is_one_sentence(tmp_path):
     tokenizer.add_tokens(["one", "more"])
     tokenizer.save_pretrained(folder)
     room = model.config.vocab_size
-    refused_base(folder, "model-broken", f"it has room for {room} tokens, and its tokenizer has {room + 2}")
+    refused_base(folder, "model-broken", f"the model has room for {room} tokens, and its tokenizer has {room + 2}")
     for kind in ("llama", "gemma"):
         folder = save(kind, tmp_path / kind)
         for path in folder.glob("tokenizer*"):
@@ -346,7 +346,7 @@ def no_network(monkeypatch):
     """Every address that somebody tries to reach, none of them reached; the Hub is not switched off."""
     asked = []
 
-    def refuse(*arguments, **named):
+    def refuse(*arguments, **kwargs):
         asked.append(arguments)
         raise OSError("no network here")
 

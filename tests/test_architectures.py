@@ -122,9 +122,9 @@ def test_greedy_answers_are_those_of_transformers_in_any_batch(kind):
         return {length(row, ends) for row in wanted["tuned"]}
 
     drawn = [row[len(row) // 2] for row in wanted["tuned"]]
-    named = max(([one, other] for one in drawn for other in drawn), key=lambda named: len(lengths(named)))
-    model.generation_config.eos_token_id = named  # so that rows leave the batch at different steps
-    ends = sorted({tokenizer.eos_token_id, *named})
+    pair = max(([one, other] for one in drawn for other in drawn), key=lambda pair: len(lengths(pair)))
+    model.generation_config.eos_token_id = pair  # so that rows leave the batch at different steps
+    ends = sorted({tokenizer.eos_token_id, *pair})
     assert len(lengths(ends)) > 1 and end_tokens(model, tokenizer) == ends
     for side, rows in wanted.items():
         together = generate(model, tokenizer, PROMPTS, side=side, max_new_tokens=12)

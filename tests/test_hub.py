@@ -157,10 +157,10 @@ def test_a_hub_that_never_answers_is_given_up_after_patience(monkeypatch):
 def test_a_download_may_take_longer_than_patience(server, monkeypatch):
     real = hub.snapshot_download
 
-    def download(*given, **named):
-        if not named.get("local_files_only"):  # it does not only look into the cache
+    def download(*args, **kwargs):
+        if not kwargs.get("local_files_only"):  # it does not only look into the cache
             monkeypatch.setattr(hub, "PATIENCE", 0.01)
-        return real(*given, **named)
+        return real(*args, **kwargs)
 
     monkeypatch.setattr(hub, "snapshot_download", download)
     server.faults.append(Fault("* cdn/*", delay=0.3))
