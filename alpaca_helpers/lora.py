@@ -84,24 +84,23 @@ def _save_template(folder: Path) -> None:
 def choose_targets(base, target_modules: Sequence[str] | str | None) -> Sequence[str] | str | None:
     """Return which layers of `base` LoRA is to correct: `target_modules`, as a list of names or `all-linear`.
 
-    None stands for those that peft knows for the architecture; where it knows none, for all linear layers. A mixture of
-    experts is corrected in its attention alone, also under `all-linear`: peft cannot correct the experts' weights with
-    dropout. A line says so in both cases. Raises AlpacaError unless each name is that of linear layers inside the
-    blocks. The output layer is refused: its matrix is the embedding's too in GPT-2, and would be changed in one place
-    only.
+    None stands for those that peft knows for the architecture, or else for all linear layers. Of a mixture of experts
+    only the attention is corrected: peft cannot combine dropout with the experts' weights. A line says so in both
+    cases. Raises AlpacaError unless each name is that of linear layers inside the blocks. The output layer is refused:
+    in GPT-2 its matrix is the embedding's too, and would be changed in one place only.
     """
-    model_type, head = base.config.model_type, base.get_output_embeddings()
+    kind, head = base.config.model_type, base.get_output_embeddings()
     experts = any("expert" in name and value.dim() > 2 for name, value in base.named_parameters())
     layers = [name for name, layer in base.named_modules() if isinstance(layer, LINEAR) and layer is not head]
     layers = [name for name in layers if "att" in name] if experts else layers
     names = sorted({name.rpartition(".")[2] for name in layers})
-    if target_modules in (None, "all-linear") and experts:
-        print(f"Note: {model_type} is a mixture of experts: only its attention is corrected: {', '.join(names)}.")
-        return names
-    if target_modules is None and model_type not in KNOWN_TARGETS:
-        print(f"Note: peft names no layers for {model_type}, so all linear ones are corrected: all-linear.")
-        return "all-linear"
     if target_modules in (None, "all-linear"):
+        if experts:
+            print(f"Note: {kind} is a mixture of experts: only its attention is corrected: {', '.join(names)}.")
+            return names
+        if target_modules is None and kind not in KNOWN_TARGETS:
+            print(f"Note: peft names no layers for {kind}, so all linear ones are corrected: all-linear.")
+            return "all-linear"
         return target_modules
     targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     for target in targets:

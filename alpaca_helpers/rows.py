@@ -27,7 +27,6 @@ from .hub import cached_folder, fetch, first_line
 from .runs import lock_run
 
 COLUMNS = ("instruction", "input", "output", "fact")
-OPTIONAL = ("input", "fact")
 NO_INPUT = re.compile(r"[\W_]*(no[\W_]*input|n/a)[\W_]*", re.IGNORECASE)  # as Alpaca's generator wrote it
 OTHER_NAMES = {"context": "input"}  # what others call our columns
 OTHER_NAMES |= dict.fromkeys(("question", "prompt", "query"), "instruction")
@@ -41,7 +40,7 @@ DATA_FILES = ["*.parquet", "*.json", "*.jsonl", "*.jsonl.*", "*.csv", "*.arrow",
 OTHER_FILES = {"arrow", "bz2", "txt", "xls", "xlsx", "xz", "zip", "zst"}  # not read; no dataset's name ends so
 SPACE = re.compile(r"[ \t\r\n\ufeff]*")  # between rows; the last is the mark that a text file may begin with
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can spell it, UTF-8 and so Arrow cannot
-HUB_NAME = r"[^./~][^/]*/[^/]+"
+HUB_NAME = re.compile(r"[^./~][^/]*/[^/]+")
 
 
 def prepare_rows(folder: Path, dataset: str, revision: str | None = None, heldout: str | None = None) -> dict[str, str]:
@@ -74,7 +73,7 @@ def load_rows(dataset: str, revision: str | None = None) -> Dataset:
     shards = [file for file in sorted(path.iterdir()) if _kind(file) == "parquet"] if os.path.isdir(path) else []
     if shards or (_kind(path) in READERS and os.path.isfile(path)):
         rows = (row for file in shards or [path] for row in _read(file))
-    elif _kind(path) in {*READERS, *OTHER_FILES} or os.path.lexists(path) or not re.fullmatch(HUB_NAME, dataset):
+    elif _kind(path) in {*READERS, *OTHER_FILES} or os.path.lexists(path) or not HUB_NAME.fullmatch(dataset):
         forms = f"a file here (.{', .'.join(READERS)}, also .gz) nor a folder of .parquet files"
         what = f"The dataset {dataset} is neither {forms}, nor a name on the Hub (owner/name)"
         raise AlpacaError(f"{what}: check the parameter `dataset_name`.", "dataset-missing")
@@ -96,10 +95,10 @@ def _hub_rows(name: str, revision: str | None) -> Dataset:
     try:
         return load_dataset(str(folder), split="train")
     except (OSError, ValueError, DatasetsError) as error:
-        what = f"The dataset {name} in {folder} has no train split that can be read ({first_line(error)})"
-        raise AlpacaError(
-            f"{what}: choose another, or save its rows to a file and name that.", "dataset-broken"
-        ) from error
+        what = (
+            f"The dataset {name} in {folder} has no train split that can be read ({first_line(error)}): choose another."
+        )
+        raise AlpacaError(what, "dataset-broken") from error
 
 
 def _kind(path: Path) -> str:
@@ -126,7 +125,7 @@ def _row(pairs: list[tuple[str, object]]) -> dict:
 
 
 def _read_json(content: bytes) -> Iterable[dict]:
-    """Yield the rows of a JSON array, of JSON Lines, and of several of them one after the other."""
+    """Yield the rows of arrays and objects one after the other: of a JSON array as of JSON Lines."""
     text, place, decoder = content.decode(), 0, json.JSONDecoder(object_pairs_hook=_row)
     while (space := SPACE.match(text, place)) and (place := space.end()) < len(text):
         value, place = decoder.raw_decode(text, place)
@@ -168,12 +167,9 @@ def check_rows(rows: Iterable[dict], source: str) -> Iterator[dict]:
     """
     number, unused = 0, Counter[str]()
     for number, row in enumerate(rows, 1):
-        where = f"{source}, row {number}"
-        if not isinstance(row, dict):
-            row = {None: "not an object with `instruction` and `output`"}
-        if None in row:
-            raise AlpacaError(f"{where}: {row[None]}: correct that row.", "dataset-broken")
-        checked = {column: _text(row, column, where) for column in COLUMNS}
+        if wrong := _fault(row):
+            raise AlpacaError(f"{source}, row {number}: {wrong}.", "dataset-broken")
+        checked = {column: row.get(column) or "" for column in COLUMNS}
         if NO_INPUT.fullmatch(checked["input"]):
             checked["input"] = ""
         if not checked["instruction"].strip() and checked["input"].strip():
@@ -187,20 +183,23 @@ def check_rows(rows: Iterable[dict], source: str) -> Iterator[dict]:
         print(f"Note: these columns of {source} are not used: {columns}.", flush=True)
 
 
-def _text(row: dict, column: str, where: str) -> str:
-    """Return the text of a column, "" where an optional one is missing or None; raise AlpacaError if it is no text."""
-    value = row.get(column)
-    if value is None and column in OPTIONAL:
-        return ""
-    if column not in row:
-        wrong = f"no column `{column}`, it has {', '.join(row) or 'none'}: {_remedy(row)}"
-    elif not isinstance(value, str):
-        wrong = f"`{column}` is {value!r:.40}, not text: correct that row"
-    elif half := HALF_CHARACTER.search(value):
-        wrong = f"`{column}` holds half a character ({half[0]!a}): correct that row"
-    else:
-        return value
-    raise AlpacaError(f"{where}: {wrong}.", "dataset-broken")
+def _fault(row: dict) -> str:
+    """Return what is wrong with a row and what to do, "" if nothing is."""
+    if not isinstance(row, dict):
+        return "not an object with `instruction` and `output`: correct that row"
+    if None in row:
+        return f"{row[None]}: correct that row"
+    for column in COLUMNS:
+        value = row.get(column)
+        if value is None and column in ("input", "fact"):
+            continue
+        if column not in row:
+            return f"no column `{column}`, it has {', '.join(row) or 'none'}: {_remedy(row)}"
+        if not isinstance(value, str):
+            return f"`{column}` is {value!r:.40}, not text: correct that row"
+        if half := HALF_CHARACTER.search(value):
+            return f"`{column}` holds half a character ({half[0]!a}): correct that row"
+    return ""
 
 
 def _remedy(row: dict) -> str:
