@@ -6,6 +6,7 @@ from contextlib import suppress
 from multiprocessing import TimeoutError
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, constants, errors, snapshot_download, try_to_load_from_cache
 from huggingface_hub.utils import filter_repo_objects
@@ -42,7 +43,7 @@ def fetch(name: str, revision: str | None, kind: str, patterns: list[str]) -> Pa
 def _download(name: str, patterns: list[str], **which) -> Path:
     # No dry run of the download: where the Hub cannot be reached, that tries for 23 s.
     with ThreadPool(1) as pool:  # a thread that can be left behind where a name server or a proxy hangs
-        info = pool.apply_async(HfApi().repo_info, [name], {"files_metadata": True, **which}).get(PATIENCE)
+        info: Any = pool.apply_async(HfApi().repo_info, [name], {"files_metadata": True, **which}).get(PATIENCE)
     files = list(filter_repo_objects(info.siblings, allow_patterns=patterns, key=lambda file: file.rfilename))
     if not files:
         raise AlpacaError(

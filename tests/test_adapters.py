@@ -1,5 +1,6 @@
 """Adapters and base models that are broken, foreign or hostile are refused in a sentence that names the place."""
 
+import ast
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.models import save, tiny, with_lora
@@ -17,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BartConfig, BertCo
 from transformers.utils import logging
 
 from alpaca_helpers import AlpacaError, pocket
+from alpaca_helpers.card import model_card
 from alpaca_helpers.chat import terminal
 from alpaca_helpers.files import CHECKSUMS, write_checksums
 from alpaca_helpers.generation import generate
@@ -214,6 +217,15 @@ def test_a_base_of_another_shape_or_with_other_weights_is_refused(adapter, base)
     with torch.no_grad():
         base.transformer.h[1].mlp.c_fc.weight[5, 7] *= 1.01
     refused(base, adapter, "adapter-misfit", "the base's weights are others; load the base it was trained on")
+
+
+def test_the_head_of_the_card_is_read_back_whatever_the_names():
+    name = 'owner/a: "b" # [c]'
+    made = {"model": name, "model_revision": "no", "dataset": "rows", "recipe": "answers", "versions": {"peft": "1"}}
+    card = ModelCard(model_card(made, {}))
+    assert card.data.base_model == name and card.data.library_name == "peft"
+    (line,) = (line for line in card.text.splitlines() if line.startswith("base = "))
+    assert ast.literal_eval(line.partition("(")[2].partition(", revision")[0]) == name
 
 
 # Bases
