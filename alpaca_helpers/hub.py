@@ -13,7 +13,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from . import AlpacaError
 
-PATIENCE = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or 4)  # seconds for the Hub's first answer
+PATIENCE = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or 4)  # seconds for the Hub's first answer; the library's: 10
 WAITS = (1, 2, 4, 8, 8)  # seconds between tries while the Hub answers that it is busy
 OFFLINE_WAY = "or run the model that comes with the project: PROFILE=pocket (in a notebook, profile = 'pocket')"
 
@@ -21,9 +21,9 @@ OFFLINE_WAY = "or run the model that comes with the project: PROFILE=pocket (in 
 def fetch(name: str, revision: str | None, kind: str, patterns: list[str]) -> Path:
     """Return the cache's folder of `name` on the Hub; files of `patterns` not yet in it are announced and downloaded.
 
-    `revision` is a commit, branch or tag, None the newest commit; `kind` is `model` or `dataset`. While the Hub is busy
-    it is asked again. Raises AlpacaError within 5 s if the Hub cannot be reached (environment variable
-    HF_HUB_ETAG_TIMEOUT: other seconds than 4), later if the download breaks off.
+    `revision` is a commit, branch or tag, None the newest commit; `kind` is `model` or `dataset`. A busy Hub is asked
+    again after each of `WAITS`. Raises AlpacaError within `PATIENCE` if the Hub cannot be reached, later if the
+    download breaks off.
     """
     waits = iter(WAITS)
     while True:
@@ -91,7 +91,7 @@ def _explained(error: Exception, name: str, revision: str | None, kind: str) -> 
         what = f"There is no {kind} {name}, neither a path here nor on the Hub ({constants.ENDPOINT}), or it is private"
         return AlpacaError(f"{what}: check the parameter `{kind}_name`, {OFFLINE_WAY}.", "hub-unknown")
     what += f" at {revision[:8]}" if revision else ""
-    what += f" is not (wholly) in the cache {constants.HF_HUB_CACHE}"
+    what += f" is not, or only partly, in the cache {constants.HF_HUB_CACHE}"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return AlpacaError(f"{what}, and HF_HUB_OFFLINE is set: unset it once, {OFFLINE_WAY}.", "hub-offline")
     reason = first_line((isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__) or error)

@@ -57,11 +57,11 @@ def lora_config(
 
 @contextmanager
 def adapter_folder(folder: Path, model: PeftModel, base_name: str) -> Iterator[Path]:
-    """Give a folder to save adapter and tokenizer to, which takes the place of `folder` if all of it was written.
+    """Yield a folder to save adapter and tokenizer to, which replaces `folder` once all of it is written.
 
-    When the block ends, the saved tokenizer gets the prompt as its chat template, the adapter `base_name` as its base's
-    name, and the folder the hash of the base's weights and the checksums of its files. Raises AlpacaError if there is
-    no room on the disk, or if the new adapter has no effect or holds NaN; the earlier adapter then stays.
+    When the block ends, the saved tokenizer gets the prompt as its chat template, the adapter `base_name` as the name
+    of its base, and the folder the hash of the base's weights and the checksums of its files. Raises AlpacaError if
+    the disk is full, or if the new adapter has no effect or holds NaN; the earlier adapter then stays.
     """
     weights = 4 * sum(value.numel() for value in model.parameters() if value.requires_grad)
     with atomic_folder(folder, needed=weights + TOKENIZER_BYTES) as part:
@@ -118,8 +118,8 @@ def check_trained(model: PeftModel, what: str = "This training") -> None:
         others = [f"init_lora_weights={start!r} changes the base's weights"]
     if others:
         more = f"{what} changes more than LoRA's matrices A and B ({others[0]})"
-        remedy = "leave `init_lora_weights` and `bias` at their defaults, and out `modules_to_save`, `lora_bias`,"
-        raise AlpacaError(f"{more}: {remedy} `use_dora` and the like.", "more-than-lora")
+        remedy = "keep the defaults of `init_lora_weights`, `bias`, `modules_to_save`, `lora_bias`, `use_dora`"
+        raise AlpacaError(f"{more}: {remedy} and the like.", "more-than-lora")
 
 
 def base_hash(model) -> str:
@@ -141,8 +141,8 @@ def load_adapter(base, folder: Path) -> PeftModel:
 def check_adapter(base, folder: Path) -> None:
     """Raise AlpacaError if the adapter in `folder` does not belong on `base`, which is left as it is.
 
-    It may be missing, changed since it was saved, without effect, or made for another base: peft itself would load
-    what fits in silence and answer like the base.
+    It may be missing, changed since it was saved, without effect, or made for another base. peft itself would silently
+    load what fits, and the model would answer as the base does.
     """
     folder = Path(folder).resolve()
     what = f"The adapter in {folder}"

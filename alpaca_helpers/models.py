@@ -18,7 +18,7 @@ TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens*", "ad
 WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 MODEL_FILES = ["config.json", "generation_config.json", "adapter_config.json", *TOKENIZER_FILES, *WEIGHT_FILES]
 LEAST_POSITIONS = 128  # a prompt and the document's 100 new tokens
-FOLDER_ONLY = {"local_files_only": True, "trust_remote_code": False}  # no code of the model's
+FOLDER_ONLY = {"local_files_only": True, "trust_remote_code": False}  # nor runs code that comes with a model
 
 
 def best_device() -> str:
@@ -29,9 +29,9 @@ def best_device() -> str:
 
 
 def base_dtype() -> torch.dtype:
-    """Return what to hold the base in while it is trained on: bfloat16 where the device has units for it, else float32.
+    """Return the precision of the base in a training: bfloat16 where the device has units for it, else float32.
 
-    Only there: answers and their scores come from float32, on every machine and in any batch the same (`load_base`).
+    Answers and their scores are computed in float32 (`load_base`): the same on every machine and in any batch.
     """
     if torch.cuda.is_available():
         native = torch.cuda.get_device_capability() >= (8, 0)  # is_bf16_supported() counts emulation too
@@ -42,7 +42,7 @@ def base_dtype() -> torch.dtype:
 
 
 def positions(config) -> int:
-    """Return how many tokens a model of this configuration looks at: a very large number where it has no limit."""
+    """Return how many tokens a model of this configuration can attend to; 2**31 - 1 where it has no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31 - 1
 
 
@@ -67,10 +67,10 @@ def fetch_model(name: str, revision: str | None = None) -> Path:
 
 
 def check_length(folder: Path, tokens: int) -> None:
-    """Raise AlpacaError if the model in the folder cannot look at so many tokens, prompt and answer together."""
+    """Raise AlpacaError if so many tokens, prompt and answer together, are more than the model's context."""
     limit = positions(AutoConfig.from_pretrained(folder, **FOLDER_ONLY))
     if tokens > limit:
-        what = f"The model in {folder} looks at {limit} tokens at most, and {tokens} are asked for"
+        what = f"The model in {folder} has a context of {limit} tokens, and {tokens} are asked for"
         raise AlpacaError(f"{what}: choose a smaller `max_length` or `max_new_tokens`, or another model.", "too-long")
 
 
@@ -102,10 +102,10 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
 def load_base(name: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Return the base model on the best device, in evaluation mode; errors as in `fetch_model` and `check_weights`.
 
-    In float32, whatever precision it is stored in, but for a training (`base_dtype`).
+    It is held in `dtype`, whatever it is stored in; a training takes `base_dtype()`.
     """
     model = AutoModelForCausalLM.from_pretrained(fetch_model(name, revision), dtype=dtype, **FOLDER_ONLY)
-    # what an adapter names as its base is the model, not a folder of this machine
+    # an adapter names as its base the model, not a folder of this machine
     model.name_or_path = model.config._name_or_path = name
     check_weights(model)
     return model.eval().to(best_device())
@@ -165,7 +165,7 @@ def _check_tokenizer(folder: Path, room: int) -> None:
 def _check_headers(folder: Path) -> PreTrainedModel:
     """Return the model on the meta device, where the headers of the weights' files are read, and no weight.
 
-    Raises ValueError if a weight is missing or has another shape, or if the model looks at too few tokens.
+    Raises ValueError if a weight is missing or has another shape, or if the model's context is too short.
     """
     settings = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with ExitStack() as after:  # without the loader's progress bar and its report
@@ -178,5 +178,5 @@ def _check_headers(folder: Path) -> PreTrainedModel:
     if wrong := sorted(info["missing_keys"]) or sorted(name for name, *_ in info["mismatched_keys"]):
         raise ValueError(f"there is no {wrong[0]} of the shape that config.json says")
     if (limit := positions(model.config)) < LEAST_POSITIONS:
-        raise ValueError(f"the model looks at {limit} tokens, {LEAST_POSITIONS} are needed")
+        raise ValueError(f"the model has a context of {limit} tokens, {LEAST_POSITIONS} are needed")
     return model

@@ -66,8 +66,8 @@ def prepare_rows(folder: Path, dataset: str, revision: str | None = None, heldou
 def load_rows(dataset: str, revision: str | None = None) -> Dataset:
     """Return the rows of a file or a folder of Parquet files, or of a dataset's train split on the Hub.
 
-    The columns are `COLUMNS`, all text; a missing `input` or `fact` is "". What is here is never looked up on the Hub,
-    nor what ends like a file (also with .gz) or is not of the form owner/name. Errors name file and row.
+    The columns are `COLUMNS`, all text; a missing `input` or `fact` is "". The Hub is asked only for a name of the form
+    owner/name that is no path here and does not end like a file. Raises AlpacaError that names file and row.
     """
     path = locate(dataset, typed=True)
     shards = [file for file in sorted(path.iterdir()) if _kind(file) == "parquet"] if os.path.isdir(path) else []
@@ -102,12 +102,12 @@ def _hub_rows(name: str, revision: str | None) -> Dataset:
 
 
 def _kind(path: Path) -> str:
-    """Return how a file's name ends, in small letters, whether it is packed by gzip or not."""
+    """Return a file's ending in lower case, without the dot and without a `.gz` after it."""
     return path.name.lower().removesuffix(".gz").rpartition(".")[2]
 
 
 def _read(path: Path) -> Iterator[dict]:
-    """Yield the rows of a file, packed by gzip or not; raise AlpacaError that names it and the place that is broken."""
+    """Yield the rows of a file, compressed by gzip or not; raise AlpacaError that names it and what is broken where."""
     try:
         content = path.read_bytes()
         yield from READERS[_kind(path)](gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content)
@@ -125,7 +125,7 @@ def _row(pairs: list[tuple[str, object]]) -> dict:
 
 
 def _read_json(content: bytes) -> Iterable[dict]:
-    """Yield the rows of arrays and objects one after the other: of a JSON array as of JSON Lines."""
+    """Yield the rows of a JSON array or of JSON Lines, also of several put together."""
     text, place, decoder = content.decode(), 0, json.JSONDecoder(object_pairs_hook=_row)
     while (space := SPACE.match(text, place)) and (place := space.end()) < len(text):
         value, place = decoder.raw_decode(text, place)
