@@ -1,12 +1,13 @@
-"""The adapter's model card, and the adapter on the Hub."""
+"""The adapter's model card (its text: card.md), and the adapter on the Hub."""
 
+import json
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
-from huggingface_hub import create_repo, upload_folder
+from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 
-from . import AlpacaError, locate
+from . import PACKAGE, AlpacaError, locate
 from .config import PROFILES
 from .data import RECIPES
 from .files import write_json, write_text
@@ -16,10 +17,6 @@ from .models import load_base, load_tokenizer
 from .prompts import format_prompt
 from .run import Run
 
-SHOWN = (  # the settings that a card lists
-    "lora_rank lora_alpha lora_dropout target_modules learning_rate num_train_epochs batch_size max_words max_length "
-    "max_train_rows seed"
-).split()
 LICENCES = {  # of the data, by dataset: the card's tag, and the sentence
     "tatsu-lab/alpaca": (
         "cc-by-nc-4.0",
@@ -28,6 +25,7 @@ LICENCES = {  # of the data, by dataset: the card's tag, and the sentence
     PROFILES["pocket"].dataset: (None, "The rows were written for this project: its licence holds."),
 }
 UNKNOWN_LICENCE = (None, "Not known here: the licence of the dataset holds for the adapter too.")
+TEMPLATE = PACKAGE / "card.md"
 
 
 def push_adapter(adapter: Path, repository: str) -> str:
@@ -73,58 +71,33 @@ def write_card(folder: Path) -> None:
     write_text(folder / "adapter" / "README.md", model_card(made, measured))
 
 
-def model_card(training: dict, metrics: dict) -> str:
-    """Return the model card in Markdown, made of the manifest's record of the adapter and of its metrics, if any."""
-    loading, places = _loading(training["model"], training["model_revision"]), ("model", "dataset")
-    training = training | {key: Path(training[key]).name for key in places if Path(training[key]).is_absolute()}
-    tag, licence = LICENCES.get(training["dataset"], UNKNOWN_LICENCE)
-    features = RECIPES[training["recipe"]]
-    end = ", and ends with the end-of-text token." if "eos" in features else "."
-    head = ["library_name: peft", "pipeline_tag: text-generation"] + [f"license: {tag}"] * bool(tag)
-    if training["model_revision"]:  # only a model on the Hub has one
-        head.append(f"base_model: {training['model']}")
-    facts = {
-        "base": f"{training['model']}, revision {training['model_revision'] or 'none'}, held in {training['dtype']}",
-        "data": f"{training['dataset']}, SHA-256 of the rows {training['fingerprint']}",
-        "recipe": f"{training['recipe']} ({', '.join(sorted(features)) or 'as the document has it'})",
-        **{name: training[name] for name in SHOWN},
-        **training.get("result", {}),
-        "versions": ", ".join(f"{name} {number}" for name, number in training["versions"].items()),
-        "hardware": training["hardware"],
-        "commit": training["commit"],
-    }
-    return "\n".join(
-        ["---", *head, "---", "", f"# {training['model']} with LoRA, answering instructions", "", "## Prompt", ""]
-        + ["```", format_prompt("{instruction}", "{input, or no such line}" if "input" in features else ""), "```", ""]
-        + [f"The answer follows after a space{end}", ""]
-        + ["## Load it", "", "```python", *loading, "```", ""]
-        + ["## What made it", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
-        + ["## What it reached on held-out rows", "", *_table(metrics), ""]
-        + ["## Licence of the data", "", licence, ""]
+def model_card(made: dict, metrics: dict) -> str:
+    """Return the model card in Markdown, from the manifest's record of the adapter and its metrics ({}: none yet)."""
+    model, revision, features = made["model"], made["model_revision"], RECIPES[made["recipe"]]
+    tag, licence = LICENCES.get(made["dataset"], UNKNOWN_LICENCE)
+    local = not revision and locate(model).exists()  # from_pretrained would look for it from the working folder
+    address = f"locate({json.dumps(model)})" if local else json.dumps(model)
+    card = ModelCard.from_template(
+        ModelCardData(
+            library_name="peft",
+            pipeline_tag="text-generation",
+            license=tag,
+            base_model=model if revision else None,  # only a model on the Hub has a revision
+        ),
+        template_path=str(TEMPLATE),
+        made=made,
+        metrics=metrics,
+        name=_without_folders(model),
+        dataset=_without_folders(made["dataset"]),
+        prompt=format_prompt("{instruction}", "{input, or no such line}" if "input" in features else ""),
+        features=features,
+        local=local,
+        address=address + (f", revision={json.dumps(revision)}" if revision else ""),
+        licence=licence,
     )
+    return f"{card}\n"
 
 
-def _loading(model: str, revision: str | None) -> list[str]:
-    """Return the lines of Python that load the adapter on its base, from any working folder."""
-    here = not revision and locate(model).exists()  # AutoPeftModelForCausalLM would look from the working folder
-    arguments = f'locate("{model}")' if here else f'"{model}"' + (f', revision="{revision}"' if revision else "")
-    return [
-        *["from alpaca_helpers import locate"] * here,
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'adapter = "this folder"',
-        f'base = AutoModelForCausalLM.from_pretrained({arguments}, dtype="float32")',
-        "model = PeftModel.from_pretrained(base, adapter).eval()",
-        "tokenizer = AutoTokenizer.from_pretrained(adapter)",
-    ]
-
-
-def _table(metrics: dict) -> list[str]:
-    """Return the lines of a table of the metrics, base against tuned."""
-    if not metrics:
-        return ["Not measured yet: notebook 04 does it."]
-    base, tuned = metrics["base"], metrics["tuned"]
-    numbers = [name for name, value in base.items() if isinstance(value, int | float) and name in tuned]
-    rows = [f"| {name} | {base[name]:.3g} | {tuned[name]:.3g} |" for name in numbers]
-    return [f"| {metrics['n']} rows | base | tuned |", "|---|---:|---:|", *rows]
+def _without_folders(path: str) -> str:
+    """Return only the last part of an absolute path: the folders of this machine are not published."""
+    return Path(path).name if Path(path).is_absolute() else path

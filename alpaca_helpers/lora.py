@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN_TARGETS
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -26,6 +26,7 @@ TOKENIZER_BYTES = 5_000_000  # room that a tokenizer takes on disk; GPT-2's is 3
 BASE = "base.json"  # beside an adapter: which weights it was trained on
 LINEAR = (torch.nn.Linear, Conv1D)
 LORA = re.compile(r"\.lora_[AB]\.[^.]+\.weight$")  # what is trained
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of `init_lora_weights`
 REMEDY = "load the base it was trained on, or run notebook 03 again"
 
 
@@ -56,11 +57,11 @@ def lora_config(
 
 @contextmanager
 def adapter_folder(folder: Path, model: PeftModel, base_name: str) -> Iterator[Path]:
-    """Give a folder to save adapter and tokenizer to, which takes the place of `folder` if all of it was written.
+    """Yield a folder to save adapter and tokenizer to, which replaces `folder` once all of it is written.
 
-    When the block ends, the saved tokenizer gets the prompt as its chat template, the adapter `base_name` as its base's
-    name, and the folder the hash of the base's weights and the checksums of its files. Raises AlpacaError if there is
-    no room on the disk, or if the new adapter has no effect or holds NaN; the earlier adapter then stays.
+    When the block ends, the saved tokenizer gets the prompt as its chat template, the adapter `base_name` as the name
+    of its base, and the folder the hash of the base's weights and the checksums of its files. Raises AlpacaError if
+    the disk is full, or if the new adapter has no effect or holds NaN; the earlier adapter then stays.
     """
     weights = 4 * sum(value.numel() for value in model.parameters() if value.requires_grad)
     with atomic_folder(folder, needed=weights + TOKENIZER_BYTES) as part:
@@ -83,33 +84,42 @@ def _save_template(folder: Path) -> None:
 def choose_targets(base, target_modules: Sequence[str] | str | None) -> Sequence[str] | str | None:
     """Return which layers of `base` LoRA is to correct: `target_modules`, as a list of names or `all-linear`.
 
-    None stands for those that peft knows for the architecture; where it knows none, for all linear layers, and a line
-    says so. Raises AlpacaError unless each name is that of linear layers inside the blocks. The output layer is
-    refused: its matrix is the embedding's too in GPT-2, and would be changed in one place only.
+    None stands for those that peft knows for the architecture, or else for all linear layers. Of a mixture of experts
+    only the attention is corrected: peft cannot combine dropout with the experts' weights. A line says so in both
+    cases. Raises AlpacaError unless each name is that of linear layers inside the blocks. The output layer is refused:
+    in GPT-2 its matrix is the embedding's too, and would be changed in one place only.
     """
-    if target_modules is None and base.config.model_type not in KNOWN_TARGETS:
-        print(f"Note: peft names no layers for {base.config.model_type}, so all linear ones are corrected: all-linear.")
-        return "all-linear"
+    kind, head = base.config.model_type, base.get_output_embeddings()
+    experts = any("expert" in name and value.dim() > 2 for name, value in base.named_parameters())
+    layers = [name for name, layer in base.named_modules() if isinstance(layer, LINEAR) and layer is not head]
+    layers = [name for name in layers if "att" in name] if experts else layers
+    names = sorted({name.rpartition(".")[2] for name in layers})
     if target_modules in (None, "all-linear"):
+        if experts:
+            print(f"Note: {kind} is a mixture of experts: only its attention is corrected: {', '.join(names)}.")
+            return names
+        if target_modules is None and kind not in KNOWN_TARGETS:
+            print(f"Note: peft names no layers for {kind}, so all linear ones are corrected: all-linear.")
+            return "all-linear"
         return target_modules
     targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-    head = base.get_output_embeddings()
-    inside = [name for name, layer in base.named_modules() if isinstance(layer, LINEAR) and layer is not head]
     for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in inside):
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in inside}))
-            what = f"LoRA cannot correct `{target}` in {base.name_or_path}: choose `target_modules` among {known}"
-            raise AlpacaError(f"{what}, or all-linear.", "bad-target")
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
+            what = f"LoRA cannot correct `{target}` in {base.name_or_path}: choose `target_modules` among"
+            raise AlpacaError(f"{what} {', '.join(names)}, or all-linear.", "bad-target")
     return targets
 
 
 def check_trained(model: PeftModel, what: str = "This training") -> None:
-    """Raise AlpacaError unless LoRA's two matrices are all that is trained: what else is, a loaded adapter lacks."""
+    """Raise AlpacaError unless LoRA's two matrices are all that changes: what else does, a loaded adapter lacks."""
+    start = model.active_peft_config.init_lora_weights
     others = [name for name, value in model.named_parameters() if value.requires_grad and not LORA.search(name)]
+    if str(start).lower().startswith(CHANGES_BASE):
+        others = [f"init_lora_weights={start!r} changes the base's weights"]
     if others:
         more = f"{what} changes more than LoRA's matrices A and B ({others[0]})"
-        remedy = "leave `bias` at none, and out `modules_to_save`, `lora_bias`, `use_dora` and the like"
-        raise AlpacaError(f"{more}: {remedy}.", "more-than-lora")
+        remedy = "keep the defaults of `init_lora_weights`, `bias`, `modules_to_save`, `lora_bias`, `use_dora`"
+        raise AlpacaError(f"{more}: {remedy} and the like.", "more-than-lora")
 
 
 def base_hash(model) -> str:
@@ -131,8 +141,8 @@ def load_adapter(base, folder: Path) -> PeftModel:
 def check_adapter(base, folder: Path) -> None:
     """Raise AlpacaError if the adapter in `folder` does not belong on `base`, which is left as it is.
 
-    It may be missing, changed since it was saved, without effect, or made for another base: peft itself would load
-    what fits in silence and answer like the base.
+    It may be missing, changed since it was saved, without effect, or made for another base. peft itself would silently
+    load what fits, and the model would answer as the base does.
     """
     folder = Path(folder).resolve()
     what = f"The adapter in {folder}"
@@ -145,12 +155,13 @@ def check_adapter(base, folder: Path) -> None:
         config = PeftConfig.from_pretrained(str(folder))
         saved = load_file(folder / WEIGHTS)
         trained_on = json.loads((folder / BASE).read_text(encoding="utf-8"))["sha256"]
-        wanted = _shapes(base, config, what)
+        wanted = _empty_adapter(base, config, what)
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         wrong = f"cannot be put on this base model ({first_line(error)})"
         raise AlpacaError(f"{what} {wrong}: run notebook 03 again.", "adapter-broken") from error
     misfit = f"{what}, made for {config.base_model_name_or_path}, does not fit this base model"
-    if odd := sorted({(name, tuple(value.shape)) for name, value in saved.items()} ^ wanted.items()):
+    there, needed = ({(name, value.shape) for name, value in weights.items()} for weights in (saved, wanted))
+    if odd := sorted(there ^ needed):
         raise AlpacaError(f"{misfit}: {odd[0][0]} differs; {REMEDY}.", "adapter-misfit")
     if trained_on != base_hash(base):
         rounded = base.dtype == torch.float16  # and then to bfloat16: another number now and then
@@ -168,15 +179,15 @@ def check_numbers(saved: dict[str, torch.Tensor], what: str) -> None:
         raise AlpacaError(f"{what} is zero, it would answer as the base does: {remedy}.", "adapter-zero")
 
 
-def _shapes(base, config: PeftConfig, what: str) -> dict[str, tuple[int, ...]]:
-    """Return the adapter's weights by name, as `config` asks for them on `base`, from a copy without memory."""
+def _empty_adapter(base, config: PeftConfig, what: str) -> dict[str, torch.Tensor]:
+    """Return the weights, without their memory, that an adapter with this configuration saves on `base`."""
     config.inference_mode = False  # so that what was trained can be told from the base
     with torch.device("meta"):
         twin = type(base)(base.config)
         twin.name_or_path = config.base_model_name_or_path  # peft would write the base's into `config`
-        check_trained(model := get_peft_model(twin, config), what)
-    named = ((name.replace(".default.", "."), value) for name, value in model.named_parameters())
-    return {name: tuple(value.shape) for name, value in named if "lora_" in name}
+        model = get_peft_model(twin, config)
+    check_trained(model, what)
+    return get_peft_model_state_dict(model, save_embedding_layers=False)
 
 
 def save_merged(base, tokenizer, adapter: Path, folder: Path) -> None:

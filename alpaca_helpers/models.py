@@ -1,7 +1,8 @@
 """The base model and its tokenizer: a folder ready for `from_pretrained`, and the device they run on."""
 
 import inspect
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens*", "ad
 WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 MODEL_FILES = ["config.json", "generation_config.json", "adapter_config.json", *TOKENIZER_FILES, *WEIGHT_FILES]
 LEAST_POSITIONS = 128  # a prompt and the document's 100 new tokens
-FOLDER_ONLY = {"local_files_only": True, "trust_remote_code": False}  # no code of the model's
+FOLDER_ONLY = {"local_files_only": True, "trust_remote_code": False}  # nor runs code that comes with a model
 
 
 def best_device() -> str:
@@ -28,9 +29,9 @@ def best_device() -> str:
 
 
 def base_dtype() -> torch.dtype:
-    """Return what to hold the base in while it is trained on: bfloat16 where the device has units for it, else float32.
+    """Return the precision of the base in a training: bfloat16 where the device has units for it, else float32.
 
-    Only there: answers and their scores come from float32, on every machine and in any batch the same (`load_base`).
+    Answers and their scores are computed in float32 (`load_base`): the same on every machine and in any batch.
     """
     if torch.cuda.is_available():
         native = torch.cuda.get_device_capability() >= (8, 0)  # is_bf16_supported() counts emulation too
@@ -41,7 +42,7 @@ def base_dtype() -> torch.dtype:
 
 
 def positions(config) -> int:
-    """Return how many tokens a model of this configuration looks at: a very large number where it has no limit."""
+    """Return how many tokens a model of this configuration can attend to; 2**31 - 1 where it has no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31 - 1
 
 
@@ -55,7 +56,7 @@ def fetch_model(name: str, revision: str | None = None) -> Path:
     if (here := locate(name)).is_dir():
         return _checked(here.resolve())
     if here.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:  # a path: never looked up on the Hub
-        raise AlpacaError(f"There is no model folder {name}: check the parameter `model`.", "model-missing")
+        raise AlpacaError(f"There is no model folder {name}: check the parameter `model_name`.", "model-missing")
     if folder := cached_folder(name, revision, "model", MODEL_FILES):
         try:
             return _checked(folder)
@@ -66,10 +67,10 @@ def fetch_model(name: str, revision: str | None = None) -> Path:
 
 
 def check_length(folder: Path, tokens: int) -> None:
-    """Raise AlpacaError if the model in the folder cannot look at so many tokens, prompt and answer together."""
+    """Raise AlpacaError if so many tokens, prompt and answer together, are more than the model's context."""
     limit = positions(AutoConfig.from_pretrained(folder, **FOLDER_ONLY))
     if tokens > limit:
-        what = f"The model in {folder} looks at {limit} tokens at most, and {tokens} are asked for"
+        what = f"The model in {folder} has a context of {limit} tokens, and {tokens} are asked for"
         raise AlpacaError(f"{what}: choose a smaller `max_length` or `max_new_tokens`, or another model.", "too-long")
 
 
@@ -101,10 +102,10 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
 def load_base(name: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Return the base model on the best device, in evaluation mode; errors as in `fetch_model` and `check_weights`.
 
-    In float32, whatever precision it is stored in, but for a training (`base_dtype`).
+    It is held in `dtype`, whatever it is stored in; a training takes `base_dtype()`.
     """
     model = AutoModelForCausalLM.from_pretrained(fetch_model(name, revision), dtype=dtype, **FOLDER_ONLY)
-    # what an adapter names as its base is the model, not a folder of this machine
+    # an adapter names as its base the model, not a folder of this machine
     model.name_or_path = model.config._name_or_path = name
     check_weights(model)
     return model.eval().to(best_device())
@@ -113,50 +114,69 @@ def load_base(name: str, revision: str | None = None, dtype: torch.dtype = torch
 def _checked(folder: Path) -> Path:
     """Return `folder`; raise AlpacaError if `from_pretrained` would fail there, or make up what is missing."""
     if (folder / "adapter_config.json").exists():  # from_pretrained would ask the Hub for its base
-        what = f"The model in {folder} is an adapter: pass the base model that its adapter_config.json names."
-        raise AlpacaError(what, "model-unsuited")
+        raise _unsuited(folder, "is an adapter: pass the base model that its adapter_config.json names")
     if any(folder.glob("*.gguf")) and not (folder / "config.json").exists():
-        what = f"The model in {folder} is there as GGUF alone: choose its repository with config.json and safetensors."
-        raise AlpacaError(what, "model-unsuited")
-    part = "config"
-    try:
+        raise _unsuited(folder, "is there as GGUF alone: choose its repository with config.json and safetensors")
+    with _named_if_broken("config", folder):
         config = AutoConfig.from_pretrained(folder, **FOLDER_ONLY)
-        encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-        suited = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not (encoder or config.is_encoder_decoder)
-        if suited:
-            part = "tokenizer"
-            tokenizer = AutoTokenizer.from_pretrained(folder, **FOLDER_ONLY)
-            if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # the loader makes an empty one in silence
-                raise ValueError("tokenizer.json is missing")
-            if tokenizer.eos_token_id is None:
-                raise ValueError("it has no end-of-text token, eos_token")
-            if tokenizer("a").input_ids[-1:] != tokenizer("a", add_special_tokens=False).input_ids[-1:]:
-                raise ValueError("it puts a token after every text, so after a prompt too: set add_eos_token to false")
-            part = "weights"
-            settings = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-            with ExitStack() as after:  # without the loader's progress bar and its report
-                after.callback(logging.set_verbosity, logging.get_verbosity())
-                if logging.is_progress_bar_enabled():
-                    after.callback(logging.enable_progress_bar)
-                logging.set_verbosity(logging.CRITICAL)
-                logging.disable_progress_bar()
-                # on the meta device it compares the files' headers with the model, and reads no weight
-                model, info = AutoModelForCausalLM.from_pretrained(folder, device_map="meta", **settings, **FOLDER_ONLY)
-            suited = "past_key_values" in inspect.signature(model.forward).parameters  # what answers are decoded with
-            room, limit = config.get_text_config().vocab_size, positions(config)
-            if len(tokenizer) > room:
-                raise ValueError(f"it has room for {room} tokens, and its tokenizer has {len(tokenizer)}")
-            if limit < LEAST_POSITIONS:
-                raise ValueError(f"it looks at {limit} tokens, {LEAST_POSITIONS} are needed")
-            if wrong := sorted(info["missing_keys"]) or sorted(name for name, *_ in info["mismatched_keys"]):
-                raise ValueError(f"there is no {wrong[0]} of the shape that config.json says")
-    except Exception as error:  # anything: it depends on where a file is broken
+    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    suited = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not (encoder or config.is_encoder_decoder)
+    if suited:
+        with _named_if_broken("tokenizer", folder):
+            _check_tokenizer(folder, config.get_text_config().vocab_size)
+        with _named_if_broken("weights", folder):
+            model = _check_headers(folder)
+        suited = "past_key_values" in inspect.signature(model.forward).parameters  # what answers are decoded with
+    if not suited:
+        what = f"({config.model_type}) does not continue text with attention to what came before"
+        raise _unsuited(folder, f"{what}: choose a decoder-only Transformer")
+    return folder
+
+
+def _unsuited(folder: Path, what: str) -> AlpacaError:
+    return AlpacaError(f"The model in {folder} {what}.", "model-unsuited")
+
+
+@contextmanager
+def _named_if_broken(part: str, folder: Path) -> Iterator[None]:
+    """Raise AlpacaError that names this part of the model where the block fails."""
+    try:
+        yield
+    except Exception as error:  # any: it depends on where a file is broken
         cached = folder.is_relative_to(Path(constants.HF_HUB_CACHE).resolve())
-        remedy = f"delete {folder.parents[1]} and run again" if cached else "put it right"
+        remedy = f"delete {folder.parents[1]} and run again" if cached else "correct it, or use another copy"
         what = f"The {part} of the model in {folder} cannot be loaded ({first_line(error)}): {remedy}."
         raise AlpacaError(what, "model-broken") from error
-    if not suited:
-        what = f"The model in {folder} ({config.model_type}) does not continue text with attention to what came before"
-        what += ": choose a decoder-only Transformer."
-        raise AlpacaError(what, "model-unsuited")
-    return folder
+
+
+def _check_tokenizer(folder: Path, room: int) -> None:
+    """Raise ValueError unless the tokenizer is whole, knows the end of a text, and has at most `room` tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, **FOLDER_ONLY)
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # the loader makes an empty one in silence
+        raise ValueError("tokenizer.json is missing")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("it has no end-of-text token, eos_token")
+    if tokenizer("a").input_ids[-1:] != tokenizer("a", add_special_tokens=False).input_ids[-1:]:
+        raise ValueError("it puts a token after every text, so after a prompt too: set add_eos_token to false")
+    if len(tokenizer) > room:
+        raise ValueError(f"the model has room for {room} tokens, and its tokenizer has {len(tokenizer)}")
+
+
+def _check_headers(folder: Path) -> PreTrainedModel:
+    """Return the model on the meta device, where the headers of the weights' files are read, and no weight.
+
+    Raises ValueError if a weight is missing or has another shape, or if the model's context is too short.
+    """
+    settings = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    with ExitStack() as after:  # without the loader's progress bar and its report
+        after.callback(logging.set_verbosity, logging.get_verbosity())
+        if logging.is_progress_bar_enabled():
+            after.callback(logging.enable_progress_bar)
+        logging.set_verbosity(logging.CRITICAL)
+        logging.disable_progress_bar()
+        model, info = AutoModelForCausalLM.from_pretrained(folder, device_map="meta", **settings, **FOLDER_ONLY)
+    if wrong := sorted(info["missing_keys"]) or sorted(name for name, *_ in info["mismatched_keys"]):
+        raise ValueError(f"there is no {wrong[0]} of the shape that config.json says")
+    if (limit := positions(model.config)) < LEAST_POSITIONS:
+        raise ValueError(f"the model has a context of {limit} tokens, {LEAST_POSITIONS} are needed")
+    return model

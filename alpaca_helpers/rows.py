@@ -1,7 +1,8 @@
 """Instruction rows read from a file or the Hub and checked, before `load_dataset` gets them.
 
 A row has the text columns `instruction`, `input` (may be empty) and `output`, and may have a `fact`: the words that
-a right answer holds. Source: Alpaca's format (Taori et al., 2023).
+a right answer holds. Source: Alpaca's format (Taori et al., 2023). Files are not read by `datasets` itself: it
+turns "007" into 7, "NA" into None and "2001-01-01" into a date, keeps one of two equal columns, and names no row.
 """
 
 import csv
@@ -32,17 +33,14 @@ OTHER_NAMES |= dict.fromkeys(("question", "prompt", "query"), "instruction")
 OTHER_NAMES |= dict.fromkeys(("response", "answer", "completion"), "output")
 REPEATED = "text"  # in Alpaca's files: the other columns in one
 CONVERSATIONS = {"messages", "conversations", "conversation"}
-KNOWN = {  # a pinned dataset by its commit: its one file, columns and rows
-    "dce01c9b08f87459cf36a430d809084718273017": (
-        "data/train-00000-of-00001-a09b74b3ef9c3b56.parquet",
-        ("instruction", "input", "output", "text"),
-        52_002,
-    )
+ONLY_FILE = {  # of a pinned dataset, by its commit
+    "dce01c9b08f87459cf36a430d809084718273017": "data/train-00000-of-00001-a09b74b3ef9c3b56.parquet"
 }
 DATA_FILES = ["*.parquet", "*.json", "*.jsonl", "*.jsonl.*", "*.csv", "*.arrow", "README.md"]
-OTHER_FILES = {"arrow", "bz2", "txt", "xls", "xlsx", "xz", "zip", "zst"}  # a name that ends so is none on the Hub
+OTHER_FILES = {"arrow", "bz2", "txt", "xls", "xlsx", "xz", "zip", "zst"}  # not read; no dataset's name ends so
 SPACE = re.compile(r"[ \t\r\n\ufeff]*")  # between rows; the last is the mark that a text file may begin with
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can spell it, UTF-8 and so Arrow cannot
+HUB_NAME = re.compile(r"[^./~][^/]*/[^/]+")
 
 
 def prepare_rows(folder: Path, dataset: str, revision: str | None = None, heldout: str | None = None) -> dict[str, str]:
@@ -68,59 +66,58 @@ def prepare_rows(folder: Path, dataset: str, revision: str | None = None, heldou
 def load_rows(dataset: str, revision: str | None = None) -> Dataset:
     """Return the rows of a file or a folder of Parquet files, or of a dataset's train split on the Hub.
 
-    The columns are `COLUMNS`, all text; a missing `input` or `fact` is "". What is here is never looked up on the Hub,
-    nor what ends like a file (also with .gz) or is not of the form owner/name. Errors name file and row.
+    The columns are `COLUMNS`, all text; a missing `input` or `fact` is "". The Hub is asked only for a name of the form
+    owner/name that is no path here and does not end like a file. Raises AlpacaError that names file and row.
     """
     path = locate(dataset, typed=True)
-    kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
-    files = sorted(path.iterdir()) if os.path.isdir(path) else []
-    if shards := [file for file in files if file.suffix.lower() == ".parquet"]:
-        rows: Iterable[dict] = (row for shard in shards for row in _read(shard, "parquet"))
-    elif kind in READERS and os.path.isfile(path):
-        rows = _read(path, kind)
-    elif kind in {*READERS, *OTHER_FILES} or os.path.lexists(path) or not re.fullmatch(r"[^./~][^/]*/[^/]+", dataset):
+    shards = [file for file in sorted(path.iterdir()) if _kind(file) == "parquet"] if os.path.isdir(path) else []
+    if shards or (_kind(path) in READERS and os.path.isfile(path)):
+        rows = (row for file in shards or [path] for row in _read(file))
+    elif _kind(path) in {*READERS, *OTHER_FILES} or os.path.lexists(path) or not HUB_NAME.fullmatch(dataset):
         forms = f"a file here (.{', .'.join(READERS)}, also .gz) nor a folder of .parquet files"
         what = f"The dataset {dataset} is neither {forms}, nor a name on the Hub (owner/name)"
-        raise AlpacaError(f"{what}: check the parameter `dataset`.", "dataset-missing")
+        raise AlpacaError(f"{what}: check the parameter `dataset_name`.", "dataset-missing")
     else:
-        rows = _hub_rows(dataset, revision)
+        rows = iter(_hub_rows(dataset, revision))
     return Dataset.from_list(list(check_rows(rows, dataset)))
 
 
 def _hub_rows(name: str, revision: str | None) -> Dataset:
     """Return the train split of a dataset on the Hub, from the cache if it is known to hold all of it."""
-    known_file, known_columns, known_rows = KNOWN.get(revision or "", ("", (), 0))
-    folder = cached_folder(name, revision, "dataset", DATA_FILES)
-    if folder is None or not known_file or not (folder / known_file).exists():
+    folder, only_file = cached_folder(name, revision, "dataset", DATA_FILES), ONLY_FILE.get(revision or "")
+    if folder is None or not only_file or not (folder / only_file).exists():
         try:
             folder = fetch(name, revision, "dataset", DATA_FILES)
         except AlpacaError as error:
-            if folder is None or known_file:
+            if folder is None or only_file:
                 raise
             print(f"Using what the cache holds of {name}. {error}", flush=True)
     try:
-        rows = load_dataset(str(folder), split="train")
+        return load_dataset(str(folder), split="train")
     except (OSError, ValueError, DatasetsError) as error:
-        raise AlpacaError(f"The dataset {name} in {folder} has no train split ({first_line(error)}).") from error
-    if known_rows and (tuple(rows.column_names), len(rows)) != (known_columns, known_rows):
-        what = f"{name} in {folder} has {len(rows):,} rows of {', '.join(rows.column_names)}"
-        known = f"{known_rows:,} of {', '.join(known_columns)} are known"
-        raise AlpacaError(f"{what}, where {known}: delete that folder and run again.")
-    return rows
+        what = (
+            f"The dataset {name} in {folder} has no train split that can be read ({first_line(error)}): choose another."
+        )
+        raise AlpacaError(what, "dataset-broken") from error
 
 
-def _read(path: Path, kind: str) -> Iterator[dict]:
-    """Yield the rows of a file, packed by gzip or not; raise AlpacaError that names it and the place that is broken."""
+def _kind(path: Path) -> str:
+    """Return a file's ending in lower case, without the dot and without a `.gz` after it."""
+    return path.name.lower().removesuffix(".gz").rpartition(".")[2]
+
+
+def _read(path: Path) -> Iterator[dict]:
+    """Yield the rows of a file, compressed by gzip or not; raise AlpacaError that names it and what is broken where."""
     try:
         content = path.read_bytes()
-        yield from READERS[kind](gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content)
+        yield from READERS[_kind(path)](gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content)
     except (OSError, EOFError, zlib.error, ValueError, RecursionError, pyarrow.ArrowException) as error:
         what = f"{path} cannot be read ({first_line(error)})"
-        raise AlpacaError(f"{what}: mend it, or save it again, text as UTF-8.", "dataset-broken") from error
+        raise AlpacaError(f"{what}: correct it, or save it again, text as UTF-8.", "dataset-broken") from error
 
 
 def _row(pairs: list[tuple[str, object]]) -> dict:
-    """Return the row, or under None what is wrong with its names: of a column twice Python would keep the last."""
+    """Return the row, or {None: what is wrong with its columns' names}; of two equal ones a dict keeps the last."""
     row = dict(pairs)
     if HALF_CHARACTER.search("".join(row)):
         return {None: "a column's name holds half a character"}
@@ -128,7 +125,7 @@ def _row(pairs: list[tuple[str, object]]) -> dict:
 
 
 def _read_json(content: bytes) -> Iterable[dict]:
-    """Yield the rows of arrays and objects one after the other: of a JSON array as of JSON Lines."""
+    """Yield the rows of a JSON array or of JSON Lines, also of several put together."""
     text, place, decoder = content.decode(), 0, json.JSONDecoder(object_pairs_hook=_row)
     while (space := SPACE.match(text, place)) and (place := space.end()) < len(text):
         value, place = decoder.raw_decode(text, place)
@@ -142,25 +139,22 @@ def _read_parquet(content: bytes) -> Iterable[dict]:
 
 
 def _read_csv(content: bytes) -> Iterable[dict]:
-    """Return the rows under the names in the first line, whose fields commas, semicolons or tabs part."""
-    text, rows, line, names = content.decode("utf-8-sig"), [], 1, list[str]()
+    """Yield the rows under the names in the first line; commas, semicolons or tabs separate the fields."""
+    text, line, names = content.decode("utf-8-sig"), 1, list[str]()
     delimiter = max(",;\t", key=text.strip("\r\n").partition("\n")[0].count)
+    csv.field_size_limit(2**31 - 1)  # characters in a field; Python's own limit is 131,072
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    limit = csv.field_size_limit(2**31 - 1)  # else 128 kB a field
     try:
         for fields in lines:
-            while len(fields) > len(names) and not fields[-1]:
+            while len(fields) > len(names) and not fields[-1]:  # after a delimiter at the line's end
                 fields.pop()
-            if names and len(fields) not in (0, len(names)):
-                raise csv.Error(f"{len(fields)} fields under {len(names)} names")
             if names and fields:
-                rows.append(_row(list(zip(names, fields))))
+                if len(fields) != len(names):
+                    raise csv.Error(f"{len(fields)} fields under {len(names)} names")
+                yield _row(list(zip(names, fields)))
             names, line = names or fields, lines.line_num + 1
     except csv.Error as error:
-        raise ValueError(f'line {line}: {error}; a comma wants quotes around it, a quote in them is ""') from error
-    finally:
-        csv.field_size_limit(limit)
-    return rows
+        raise ValueError(f'line {line}: {error}; quote a field that holds a comma, and write "" for a quote') from error
 
 
 READERS = {"json": _read_json, "jsonl": _read_json, "csv": _read_csv, "tsv": _read_csv, "parquet": _read_parquet}
@@ -169,25 +163,13 @@ READERS = {"json": _read_json, "jsonl": _read_json, "csv": _read_csv, "tsv": _re
 def check_rows(rows: Iterable[dict], source: str) -> Iterator[dict]:
     """Yield each row with only `COLUMNS`; raise AlpacaError naming `source`, the row and what is wrong.
 
-    A question in `input` alone becomes the instruction. Other columns that hold text are named at the end, in a line.
+    A question in `input` alone becomes the instruction. A last line names the other columns that hold text.
     """
     number, unused = 0, Counter[str]()
     for number, row in enumerate(rows, 1):
-        where, checked = f"{source}, row {number}", {}
-        if not isinstance(row, dict) or None in row:
-            what = row[None] if isinstance(row, dict) else "not an object with `instruction` and `output`"
-            raise AlpacaError(f"{where}: {what}: mend that row.")
-        for column in COLUMNS:
-            value = row.get(column)
-            if value is None and column in ("input", "fact"):
-                value = ""
-            if column not in row and column in ("instruction", "output"):
-                raise AlpacaError(f"{where}: no column `{column}`, {_what_there_is(row)}.")
-            if not isinstance(value, str):
-                raise AlpacaError(f"{where}: `{column}` is {value!r:.40}, not text: mend that row.")
-            if half := HALF_CHARACTER.search(value):
-                raise AlpacaError(f"{where}: `{column}` holds half a character ({half[0]!a}): mend that row.")
-            checked[column] = value
+        if wrong := _fault(row):
+            raise AlpacaError(f"{source}, row {number}: {wrong}.", "dataset-broken")
+        checked = {column: row.get(column) or "" for column in COLUMNS}
         if NO_INPUT.fullmatch(checked["input"]):
             checked["input"] = ""
         if not checked["instruction"].strip() and checked["input"].strip():
@@ -195,16 +177,34 @@ def check_rows(rows: Iterable[dict], source: str) -> Iterator[dict]:
         unused.update(column for column in row if column not in (*COLUMNS, REPEATED) and row[column])
         yield checked
     if not number:
-        raise AlpacaError(f"{source} has no rows: check that the file is whole.")
+        raise AlpacaError(f"{source} has no rows: check that the file is whole.", "dataset-broken")
     if unused:
-        named = ", ".join(f"`{column}` ({count:,} rows)" for column, count in unused.items())
-        print(f"Note: these columns of {source} are not used: {named}.", flush=True)
+        columns = ", ".join(f"`{column}` ({count:,} rows)" for column, count in unused.items())
+        print(f"Note: these columns of {source} are not used: {columns}.", flush=True)
 
 
-def _what_there_is(row: dict) -> str:
-    """Return which columns the row has, and what to do about it."""
-    there = f"it has {', '.join(row) or 'none'}"
+def _fault(row: dict) -> str:
+    """Return what is wrong with a row and what to do, "" if nothing is."""
+    if not isinstance(row, dict):
+        return "not an object with `instruction` and `output`: correct that row"
+    if None in row:
+        return f"{row[None]}: correct that row"
+    for column in COLUMNS:
+        value = row.get(column)
+        if value is None and column in ("input", "fact"):
+            continue
+        if column not in row:
+            return f"no column `{column}`, it has {', '.join(row) or 'none'}: {_remedy(row)}"
+        if not isinstance(value, str):
+            return f"`{column}` is {value!r:.40}, not text: correct that row"
+        if half := HALF_CHARACTER.search(value):
+            return f"`{column}` holds half a character ({half[0]!a}): correct that row"
+    return ""
+
+
+def _remedy(row: dict) -> str:
+    """Return what to do about a row that lacks one of our columns."""
     if chat := CONVERSATIONS & set(row):
-        return f"{there}: write each question of `{min(chat)}` as `instruction` and its answer as `output`"
+        return f"write each question of `{min(chat)}` as `instruction` and its answer as `output`"
     renamed = ", ".join(f"`{name}` to `{OTHER_NAMES[name]}`" for name in row if name in OTHER_NAMES)
-    return f"{there}: rename {renamed or 'the columns to instruction, input, output'}"
+    return f"rename {renamed or 'the columns to instruction, input, output'}"

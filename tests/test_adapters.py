@@ -1,5 +1,6 @@
 """Adapters and base models that are broken, foreign or hostile are refused in a sentence that names the place."""
 
+import ast
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.models import save, tiny, with_lora
@@ -17,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BartConfig, BertCo
 from transformers.utils import logging
 
 from alpaca_helpers import AlpacaError, pocket
+from alpaca_helpers.card import model_card
 from alpaca_helpers.chat import terminal
 from alpaca_helpers.files import CHECKSUMS, write_checksums
 from alpaca_helpers.generation import generate
@@ -110,6 +113,7 @@ def test_a_base_rounded_to_float16_is_told_to_be_loaded_in_float32(base, adapter
 
 MORE = [{"bias": "lora_only"}, {"bias": "all"}, {"lora_bias": True}, {"use_dora": True}]
 MORE += [{"modules_to_save": ["wte"]}, {"trainable_token_indices": [1]}, {"target_modules": ["c_attn", "wte"]}]
+MORE += [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}]  # they change the base's weights
 
 
 @pytest.mark.parametrize("more", MORE, ids=lambda more: next(iter(more)))
@@ -215,6 +219,15 @@ def test_a_base_of_another_shape_or_with_other_weights_is_refused(adapter, base)
     refused(base, adapter, "adapter-misfit", "the base's weights are others; load the base it was trained on")
 
 
+def test_the_head_of_the_card_is_read_back_whatever_the_names():
+    name = 'owner/a: "b" # [c]'
+    made = {"model": name, "model_revision": "no", "dataset": "rows", "recipe": "answers", "versions": {"peft": "1"}}
+    card = ModelCard(model_card(made, {}))
+    assert card.data.base_model == name and card.data.library_name == "peft"
+    (line,) = (line for line in card.text.splitlines() if line.startswith("base = "))
+    assert ast.literal_eval(line.partition("(")[2].partition(", revision")[0]) == name
+
+
 # Bases
 
 
@@ -318,7 +331,7 @@ def test_a_tokenizer_that_does_not_fit_is_one_sentence(tmp_path):
     tokenizer.add_tokens(["one", "more"])
     tokenizer.save_pretrained(folder)
     room = model.config.vocab_size
-    refused_base(folder, "model-broken", f"it has room for {room} tokens, and its tokenizer has {room + 2}")
+    refused_base(folder, "model-broken", f"the model has room for {room} tokens, and its tokenizer has {room + 2}")
     for kind in ("llama", "gemma"):
         folder = save(kind, tmp_path / kind)
         for path in folder.glob("tokenizer*"):
@@ -345,7 +358,7 @@ def no_network(monkeypatch):
     """Every address that somebody tries to reach, none of them reached; the Hub is not switched off."""
     asked = []
 
-    def refuse(*arguments, **named):
+    def refuse(*arguments, **kwargs):
         asked.append(arguments)
         raise OSError("no network here")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from jinja2.exceptions import TemplateError
 from peft import get_peft_model
-from support.models import MODELS, OTHERS, SHAPE, assert_same, gradients, tiny, with_lora
+from support.models import GROUPED, MODELS, OTHERS, SHAPE, assert_same, gradients, qwen_tokenizer, tiny, with_lora
 from support.notebooks import ENGLISH, made_of
 from support.runs import save_adapter
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, pipeline
@@ -131,9 +131,9 @@ def test_greedy_answers_are_those_of_transformers_in_any_batch(kind):
         return {length(row, ends) for row in wanted["tuned"]}
 
     drawn = [row[len(row) // 2] for row in wanted["tuned"]]
-    named = max(([one, other] for one in drawn for other in drawn), key=lambda named: len(lengths(named)))
-    model.generation_config.eos_token_id = named  # so that rows leave the batch at different steps
-    ends = sorted({tokenizer.eos_token_id, *named})
+    pair = max(([one, other] for one in drawn for other in drawn), key=lambda pair: len(lengths(pair)))
+    model.generation_config.eos_token_id = pair  # so that rows leave the batch at different steps
+    ends = sorted({tokenizer.eos_token_id, *pair})
     assert len(lengths(ends)) > 1 and end_tokens(model, tokenizer) == ends
     for side, rows in wanted.items():
         together = generate(model, tokenizer, PROMPTS, side=side, max_new_tokens=12)
@@ -243,6 +243,30 @@ def test_where_peft_names_no_layers_all_linear_ones_are_corrected_and_a_line_say
     assert f"peft names no layers for {kind}" in capsys.readouterr().out
     names = get_peft_model(base, lora_config(target_modules=targets, fan_in_fan_out=False)).targeted_module_names
     assert len(names) > 8 and not any("lm_head" in name for name in names)
+
+
+EXPERTS = {"mixtral": {"num_local_experts": 4}, "olmoe": {"num_experts": 4, "num_experts_per_tok": 2}}
+EXPERTS["qwen3_moe"] = EXPERTS["olmoe"] | {"moe_intermediate_size": 32}
+EXPERTS["qwen3_next"] = EXPERTS["qwen3_moe"] | {"shared_expert_intermediate_size": 32, "linear_num_key_heads": 2}
+EXPERTS["qwen3_next"] |= {"linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+EXPERTS["qwen3_next"] |= {"layer_types": ["linear_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_a_mixture_of_experts_is_corrected_in_its_attention(kind, tmp_path, capsys):
+    tokenizer = qwen_tokenizer()
+    shape = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "initializer_range": 0.2}
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **GROUPED | shape | EXPERTS[kind])).eval()
+    targets = choose_targets(base, None)
+    assert f"{kind} is a mixture of experts" in capsys.readouterr().out and {"q_proj", "o_proj"} <= set(targets)
+    assert choose_targets(base, "all-linear") == targets and choose_targets(base, targets) == targets
+    with pytest.raises(AlpacaError, match="`down_proj`.*among .*q_proj"):
+        choose_targets(base, ["down_proj"])
+    model = with_lora(base, lora_dropout=0.1, target_modules=targets)
+    answers = generate(model, tokenizer, PROMPTS, max_new_tokens=4)
+    save_adapter(model, tokenizer, tmp_path / "adapter")
+    again = load_adapter(model.unload(), tmp_path / "adapter")
+    assert generate(again, tokenizer, PROMPTS, max_new_tokens=4) == answers
 
 
 def test_a_model_without_positions_has_no_limit():

@@ -17,7 +17,7 @@ from support import PROJECT
 from support.hub import ALPACA_FILE, DATASET, DATASET_COMMIT, MODEL, MODEL_COMMIT, Fault, Hub, Repository, stand_in
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alpaca_helpers import AlpacaError, hub, rows
+from alpaca_helpers import AlpacaError, hub
 from alpaca_helpers.cells import NOTEBOOKS
 from alpaca_helpers.models import fetch_model, load_base, load_tokenizer
 from alpaca_helpers.rows import load_rows
@@ -36,11 +36,9 @@ def repositories(alpaca_like, tmp_path_factory) -> Hub:
 
 @pytest.fixture
 def server(repositories, tmp_path, monkeypatch):
-    """The stand-in, running, with an empty cache, fewer rows than are known of Alpaca, and no wait between tries."""
+    """The stand-in, running, with an empty cache, and no wait between tries."""
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     monkeypatch.setattr(hub, "PATIENCE", 120)
-    file, columns, _ = rows.KNOWN[DATASET_COMMIT]
-    monkeypatch.setitem(rows.KNOWN, DATASET_COMMIT, (file, columns, ROWS))
     with Hub(dict(repositories.repositories)) as running:
         point_to(running.url, tmp_path, monkeypatch)
         yield running
@@ -128,11 +126,6 @@ def test_without_a_pin_what_the_cache_lacks_is_fetched_and_then_kept(server, cap
     assert len(load_rows(ALPACA)) == ROWS
 
 
-def test_alpaca_is_what_is_known_of_its_commit():
-    columns = ("instruction", "input", "output", "text")
-    assert rows.KNOWN[DATASET_COMMIT] == (ALPACA_FILE, columns, 52_002)
-
-
 # What is said, and that the next run works
 
 
@@ -156,7 +149,7 @@ def test_a_hub_that_never_answers_is_given_up_after_patience(monkeypatch):
     monkeypatch.setattr(hub, "PATIENCE", 0.05)
     monkeypatch.setattr(hub, "HfApi", ask)
     monkeypatch.setattr("alpaca_helpers.models.cached_folder", lambda *_: None)
-    sentence(LOADERS[NAME], "hub-unreachable", "PROFILE=pocket")
+    sentence(LOADERS[NAME], "hub-unreachable", "no answer within 0.05 s; HF_HUB_ETAG_TIMEOUT", "PROFILE=pocket")
     assert ended == []
     hangs.set()
 
@@ -164,10 +157,10 @@ def test_a_hub_that_never_answers_is_given_up_after_patience(monkeypatch):
 def test_a_download_may_take_longer_than_patience(server, monkeypatch):
     real = hub.snapshot_download
 
-    def download(*given, **named):
-        if not named.get("local_files_only"):  # it does not only look into the cache
+    def download(*args, **kwargs):
+        if not kwargs.get("local_files_only"):  # it does not only look into the cache
             monkeypatch.setattr(hub, "PATIENCE", 0.01)
-        return real(*given, **named)
+        return real(*args, **kwargs)
 
     monkeypatch.setattr(hub, "snapshot_download", download)
     server.faults.append(Fault("* cdn/*", delay=0.3))
@@ -186,10 +179,10 @@ def test_what_is_not_on_the_hub_is_named(server, tmp_path, monkeypatch):
     sentence(lambda: fetch_model("some/bert"), "model-unsuited", "bert")
     server.faults.append(Fault("* openai-community/*", status=403, reason="GatedRepo"))
     sentence(LOADERS[NAME], "hub-gated", NAME, "terms")
-    known = rows.KNOWN[DATASET_COMMIT]
-    monkeypatch.setitem(rows.KNOWN, DATASET_COMMIT, (*known[:2], ROWS + 1))
-    with pytest.raises(AlpacaError, match=rf"{ALPACA} in .* has {ROWS} rows .* {ROWS + 1} of"):
-        LOADERS[ALPACA]()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "test.jsonl").write_text('{"instruction": "a", "output": "b"}')
+    server.repositories["datasets/some/test"] = Repository(tmp_path / "other", MODEL_COMMIT)
+    sentence(lambda: load_rows("some/test"), "dataset-broken", "some/test", "no train split")
     point_to(refused(), tmp_path, monkeypatch)
     sentence(lambda: fetch_model("some/bert"), "model-unsuited", "bert")  # from the cache too
 
