@@ -129,10 +129,10 @@ def hand_loss(model, tokenizer, row, side):
     prompt = encode([format_prompt(row["instruction"], row["input"])], tokenizer)[0]
     answer = encode([" " + row["output"]], tokenizer)[0]
     with torch.no_grad(), model.disable_adapter() if side == "base" else nullcontext():
-        odds = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+        log_probabilities = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
     places = range(len(prompt) - 1, len(prompt) + len(answer) - 1)
-    loss = -sum(odds[place, token].item() for place, token in zip(places, answer))
-    right = sum(odds[place].argmax().item() == token for place, token in zip(places, answer))
+    loss = -sum(log_probabilities[place, token].item() for place, token in zip(places, answer))
+    right = sum(log_probabilities[place].argmax().item() == token for place, token in zip(places, answer))
     return [loss, right, len(answer)]
 
 
