@@ -91,7 +91,7 @@ def next_tokens(tokenizer, answer_ids: Sequence[int], probabilities: Mapping[str
     looks, markers = {"base": BASE, "tuned": TUNED}, {"base": "o-", "tuned": "s-"}
     for side, after in probabilities.items():
         top = after[0].topk(10)
-        panels[side].barh(range(10), top.values, **looks[side])
+        panels[side].barh(range(10), top.values.tolist(), **looks[side])
         panels[side].set_yticks(range(10), [repr(tokenizer.decode(id)) for id in top.indices], parse_math=False)
         panels[side].set(title=f"{side} model", xlabel="probability of being next", xlim=(0, 1), ylim=(9.6, -0.6))
         line = {"color": looks[side]["facecolor"], "markeredgecolor": INK, "linewidth": 1.6}

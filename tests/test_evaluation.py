@@ -272,6 +272,7 @@ def test_the_conclusion_says_which_way_the_numbers_point(change, opening, better
     wanted = [line for head, names in (("Better:", better), ("Worse:", worse)) if names for line in (head, *names)]
     assert [line.strip() for line in lines[: len(wanted)]] == wanted
     assert any(line.startswith("No clear change: ") and "ROUGE-L" in line for line in lines) == bool(change)
+    assert max(map(len, lines)) <= 100
 
 
 def test_the_conclusion_notices_answers_that_never_end_and_questions_too_few():
