@@ -24,7 +24,10 @@ class Metric:
         return self.label + (f", {self.unit}" if len(self.unit) > 1 else "")
 
     def show(self, value: float | None, signed: bool = False, change: float = 0.0) -> str:
-        """Return the value as text, with the decimals that a `change` beside it needs; a signed share is in percentage points."""
+        """Return the value as text, with the decimals that a `change` beside it needs.
+
+        A signed share is in percentage points, without a sign for percent.
+        """
         if value is None:
             return "–"
         share, sign = self.unit == "%", "+" if signed else ""
