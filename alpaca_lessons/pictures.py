@@ -1,4 +1,4 @@
-"""The pictures of the comparison that a notebook draws that goes further."""
+"""Pictures of the comparison, for the notebooks that go further."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Texts as coloured tokens: which part of a row each is and whether it is learned, or how each one does."""
+"""Texts as coloured tokens: the parts of a row and which of them are learned, or how the model ranks each token."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from alpaca_helpers.data import IGNORED, RECIPES, tokenize
 from alpaca_helpers.plots import BLUE, INK, ORANGE, in_style, save_picture
 from alpaca_helpers.prompts import encode, format_prompt
 
-PARTS: dict[str, dict] = {  # how each part of a row looks where it is learned; else its fill is white
+PARTS: dict[str, dict] = {  # how each part of a row looks where it is learned; elsewhere its fill is white
     "prompt": {"facecolor": "#bdbdbd", "linestyle": (0, (2, 1.5)), "linewidth": 0.8},
     "answer": {"facecolor": BLUE, "linewidth": 0.8},
     "end of text": {"facecolor": ORANGE, "linewidth": 2.2},
@@ -28,11 +28,7 @@ WIDTH = 116  # characters in a line
 
 @in_style
 def tokens(
-    row: Mapping[str, str],
-    tokenizer,
-    max_length: int,
-    path: Path,
-    recipes: Sequence[str] = ("document", "answers"),
+    row: Mapping[str, str], tokenizer, max_length: int, path: Path, recipes: Sequence[str] = ("document", "answers")
 ) -> Image:
     """Draw one row as boxes, one a token, as each of `recipes` makes it; return the picture saved to `path`.
 
@@ -86,7 +82,7 @@ def _drawn(lines: Mapping[str, Sequence[tuple[str, dict]]], legend: Mapping[str,
             if start + len(text) + 1 > WIDTH:
                 line, start = line + 1, 0
             axes.add_patch(Rectangle((start, line + 0.1), len(text) + 0.8, 0.8, edgecolor=INK, **look))
-            paper = {"facecolor": look["facecolor"], "edgecolor": "none", "pad": 0.5}  # no hatch behind words
+            paper = {"facecolor": look["facecolor"], "edgecolor": "none", "pad": 0.5}  # no hatch behind the text
             dark = np.dot(to_rgb(look["facecolor"]), (0.3, 0.59, 0.11)) < 0.5  # as the eye weighs red, green and blue
             axes.text(start + 0.4, line + 0.5, text, color="white" if dark else INK, bbox=paper, **FONT)
             start += len(text) + 1
