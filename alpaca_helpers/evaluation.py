@@ -1,11 +1,11 @@
-"""Held-out metrics, base against tuned: same rows, same prompt, greedy, in batches, one model."""
+"""Metrics of base and tuned model on the same held-out rows: same prompt, greedy answers, one model."""
 
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import trange
+from tqdm.auto import tqdm
 
 from . import AlpacaError
 from .data import question_key
@@ -32,12 +32,12 @@ def evaluate(
 
     Returns:
         metrics: `n` (rows), `questions` (different ones), `max_new_tokens`, the sides `base`, `tuned`, `base_bare` and
-            `change` (tuned minus base, row by row). Each holds the keys of `METRICS`, None where no row has anything to
-            check, and under `intervals` a 95% bootstrap interval for each: it resamples questions, since rows that ask
+            `change` (tuned minus base, row by row). Each has the keys of `METRICS`, None where no row has anything to
+            check, and under `intervals` a 95% bootstrap interval for each. It resamples questions, since rows that ask
             the same one tell less than different ones. Shares are of 1; `answer_loss` is in nats per answer token, the
             end-of-text token left out; `base_bare` has no loss.
-        answers: a row a held-out row: its text; each side's answer, its token ids and their number, whether it stopped
-            and whether it is right, and the loss of the expected answer.
+        answers: a row for each held-out row: its text; each side's answer, token ids and their number, whether it
+            stopped and whether it is right; and the loss of the expected answer.
 
     Raises AlpacaError if there are no rows.
     """
@@ -47,27 +47,21 @@ def evaluate(
     templated = [format_prompt(row["instruction"], row["input"]) for row in rows]
     bare = [" ".join(filter(None, (row["instruction"], row["input"]))) for row in rows]
     asked = {"base": ("base", templated), "tuned": ("tuned", templated), "base_bare": ("base", bare)}
-    answers: dict[str, list[Answer]] = {name: [] for name in asked}
-    losses = {name: np.full((len(rows), 3), np.nan) for name in asked}
-    for start in trange(0, len(rows), 64, desc="evaluating", unit="batch"):  # as many as `generate` takes at once
-        part = slice(start, start + 64)
-        for name, (side, prompts) in asked.items():
-            answers[name] += generate(model, tokenizer, prompts[part], side=side, max_new_tokens=max_new_tokens)
-            if prompts is templated:
-                losses[name][part] = answer_losses(model, tokenizer, rows[part], side)
-
     questions = [question_key(row) for row in rows]
-    weights, tokens = _resampling(questions, seed), losses["base"][:, 2]
+    weights = _resampling(questions, seed)
     table = pd.DataFrame(rows, columns=["instruction", "input", "output", "fact"])
-    table["output_tokens"] = tokens.astype(int)
     estimates = {}
-    for name, given in answers.items():
-        scores = _score(given, rows, losses[name])
-        estimates[name] = _estimate(scores, tokens, weights)
-        table[name] = [answer.text for answer in given]
-        table[f"{name}_ids"] = [answer.ids for answer in given]
-        table[f"{name}_tokens"] = [answer.tokens for answer in given]
-        table[f"{name}_stopped"] = [answer.stopped for answer in given]
+    for name, (side, prompts) in tqdm(asked.items(), desc="evaluating", unit="side"):
+        answers = generate(model, tokenizer, prompts, side=side, max_new_tokens=max_new_tokens)
+        losses = np.zeros((len(rows), 3))
+        if prompts is templated:
+            losses = answer_losses(model, tokenizer, rows, side)
+            table["output_tokens"] = losses[:, 2].astype(int)
+        scores = _score(answers, rows, losses)
+        estimates[name] = _estimate(scores, losses[:, 2], weights)
+        table[name] = [answer.text for answer in answers]
+        for part in ("ids", "tokens", "stopped"):
+            table[f"{name}_{part}"] = [getattr(answer, part) for answer in answers]
         table[f"{name}_right"] = [bool(score) if row["fact"] else None for score, row in zip(scores["contains"], rows)]
         table[f"{name}_loss"] = scores["answer_loss"]
     estimates["change"] = estimates["tuned"] - estimates["base"]
@@ -123,7 +117,7 @@ def _score(answers: Sequence[Answer], rows: Sequence[dict], losses: np.ndarray) 
 
 
 def _resampling(questions: Sequence[str], seed: int) -> np.ndarray:
-    """Return how often each row counts in each resample of the questions, (RESAMPLES + 1, rows); at first, once."""
+    """Return each row's weight in each resample of the questions, (RESAMPLES + 1, rows); first, all rows once."""
     _, question = np.unique(np.array(questions), return_inverse=True)
     different = int(question.max()) + 1
     drawn = np.random.default_rng(seed).multinomial(different, [1 / different] * different, size=RESAMPLES)

@@ -24,7 +24,10 @@ class Metric:
         return self.label + (f", {self.unit}" if len(self.unit) > 1 else "")
 
     def show(self, value: float | None, signed: bool = False, change: float = 0.0) -> str:
-        """Return the value as text, with the decimals that a `change` beside it needs; a signed share is in points."""
+        """Return the value as text, with the decimals that a `change` beside it needs.
+
+        A signed share is in percentage points, without a sign for percent.
+        """
         if value is None:
             return "–"
         share, sign = self.unit == "%", "+" if signed else ""
@@ -76,7 +79,7 @@ def _items(words: list[str]) -> list[str]:
 
 
 def exact_match(answer: str, output: str) -> bool:
-    """Return whether the answer is the expected one as texts are compared, up to a sentence's final mark."""
+    """Return whether the answer is the expected one, whatever its case, spacing, quotes and final mark."""
     return plain(answer) == plain(output) or unmarked(answer) == unmarked(output) != ""
 
 

@@ -1,140 +1,108 @@
-"""The pictures of training and of the comparison: each function returns a `Picture`."""
+"""The one style of the pictures, how they are saved and shown, and those of the training and the comparison.
 
+Colours differ in lightness and come with a hatch, a marker or a word, so that each picture reads in black and white and
+by the colour-blind (Okabe and Ito's palette).
+"""
+
+import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import torch
-from IPython.display import HTML
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from IPython.display import HTML, Image
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
-from .metrics import METRICS
-from .picture import BARE, BASE, BLUE, INK, ORANGE, PALE, TUNED, Picture, in_style
+from .files import check_disk_space, replace_file
 from .prompts import format_prompt
-from .report import main_metrics, shown
 
-SIDES = {"base_bare": ("base, bare question", BARE), "base": ("base", BASE), "tuned": ("tuned", TUNED)}
+INK, PALE, BLUE, ORANGE = "#222222", "#e4e4e4", "#0072b2", "#e69f00"
+BASE = {"facecolor": PALE, "edgecolor": INK, "hatch": "///", "linewidth": 0.8}
+TUNED = {"facecolor": BLUE, "edgecolor": INK, "linewidth": 0.8}
+STYLE = {
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "hatch.linewidth": 0.6,
+    "legend.frameon": False,
+    "figure.dpi": 110,
+}
+in_style = matplotlib.rc_context(STYLE)  # decorates a function that draws
+
+
+def save_picture(figure: Figure, path: Path, alt: str) -> Image:
+    """Write the figure to `path` as PNG and return it for the notebook to show.
+
+    `alt` describes it for readers who cannot see it. Raises AlpacaError where the file cannot be written.
+    """
+    plt.close(figure)  # else Jupyter would show a figure of pyplot's once more
+    png = io.BytesIO()
+    figure.savefig(png, format="png", bbox_inches="tight")
+    with check_disk_space(path, needed=0):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, png.getvalue())
+    return Image(png.getvalue(), format="png", metadata={"alt": alt})
 
 
 @in_style
-def losses(log_history: Sequence[Mapping[str, float]], base_loss: float | None = None) -> Picture:
-    """Return train and held-out loss over the steps, on a logarithmic axis.
+def losses(log_history: Sequence[Mapping[str, float]], base_loss: float, path: Path) -> Image:
+    """Draw train and held-out loss over the steps, on a logarithmic axis; return the picture saved to `path`.
 
     The `loss` in `trainer.state.log_history` is the mean over the steps since the last line of the log, so it is drawn
     as a level over these steps. `base_loss` is the `eval_loss` before training, in nats per learned token.
     """
-    log = pd.DataFrame(log_history, columns=["step", "loss", "eval_loss"], dtype=float)
-    train, heldout = (log.set_index("step")[name].dropna() for name in ("loss", "eval_loss"))
-    picture = Picture(figsize=(7.5, 3.6), layout="constrained")
-    axes = picture.subplots()
-    if base_loss is not None:
-        heldout = pd.concat([pd.Series({0: base_loss}), heldout])  # a new adapter changes nothing
-        axes.axhline(base_loss, color=INK, linestyle="--", label=f"base model, held-out rows: {base_loss:.2f}")
+    log = pd.DataFrame(log_history, columns=["step", "loss", "eval_loss"], dtype=float).set_index("step")
+    train = log["loss"].dropna()
+    heldout = pd.concat([pd.Series({0: base_loss}), log["eval_loss"].dropna()])  # a new adapter changes nothing
+    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(base_loss, color=INK, linestyle="--", label=f"base model, held-out rows: {base_loss:.2f}")
     label = "training rows, mean since the previous log line"
     axes.stairs(train, [0, *train.index], baseline=None, color=BLUE, linewidth=1.6, label=label)
     axes.plot(heldout, "s-", color=ORANGE, markeredgecolor=INK, clip_on=False, label="held-out rows, at that step")
-    axes.set(title="Loss while training", ylabel="loss (nats per token)")
-    if max([0, *train, *heldout]) > 0:
-        axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if 0 < 5 * low < high else MaxNLocator(5))
+    axes.set(title="Loss while training", xlabel="optimizer steps", ylabel="loss (nats per token)", yscale="log")
+    axes.set_xlim(0, max([1, *log.index]))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(axis="y")
-    axes.set(xlabel="optimizer steps", xlim=(0, max([1, *log["step"]])))
-    picture.legend(loc="outside lower center", ncols=2)
-    ends = {"training": train, "held-out": heldout}
-    said = [f"{name} from {line.iloc[0]:.3g} to {line.iloc[-1]:.3g}" for name, line in ends.items() if len(line)]
-    picture.alt = f"Loss over the steps: {', '.join(said) or 'none'}"
-    return picture
+    figure.legend(loc="outside lower center", ncols=2)
+    lines = {"training": train, "held-out": heldout}
+    said = [f"{name} from {line.iloc[0]:.3g} to {line.iloc[-1]:.3g}" for name, line in lines.items() if len(line)]
+    return save_picture(figure, path, f"Loss over the steps: {', '.join(said)}")
 
 
 @in_style
-def next_tokens(tokenizer, answer_ids: Sequence[int], probabilities: Mapping[str, torch.Tensor]) -> Picture:
-    """Return each side's likeliest tokens after a prompt, and how likely it finds the end along a right answer.
+def next_tokens(tokenizer, answer_ids: Sequence[int], probabilities: Mapping[str, torch.Tensor], path: Path) -> Image:
+    """Draw each side's likeliest tokens after a prompt, and how likely it finds the end along a right answer.
 
-    `probabilities` holds for each side (`base`, `tuned`) those of the next token after the prompt and after each token
-    of the answer, (answer's tokens + 1, vocabulary).
+    Return the picture saved to `path`. `probabilities` holds for each side (`base`, `tuned`) those of the next token
+    after the prompt and after each token of the answer, (answer's tokens + 1, vocabulary).
     """
-    picture, asked = Picture(figsize=(7.5, 5.5), layout="constrained"), format_prompt("").splitlines()[-1]
-    axes = picture.subplot_mosaic([list(probabilities), ["end"] * len(probabilities)])
-    looks, end = {"base": BASE, "tuned": TUNED}, tokenizer.eos_token_id
-    for side, said in probabilities.items():
-        top = said[0].topk(10)
-        axes[side].barh(range(10), top.values, **looks[side])
-        axes[side].set_yticks(range(10), [_as_text(tokenizer, id) for id in top.indices])
-        axes[side].set(title=f"{side} model", xlabel="probability of being next", xlim=(0, 1), ylim=(9.6, -0.6))
+    figure, end = Figure(figsize=(7.5, 5.5), layout="constrained"), tokenizer.eos_token_id
+    panels = figure.subplot_mosaic([list(probabilities), ["end"] * len(probabilities)])
+    looks, markers = {"base": BASE, "tuned": TUNED}, {"base": "o-", "tuned": "s-"}
+    for side, after in probabilities.items():
+        top = after[0].topk(10)
+        panels[side].barh(range(10), top.values.tolist(), **looks[side])
+        panels[side].set_yticks(range(10), [repr(tokenizer.decode(id)) for id in top.indices], parse_math=False)
+        panels[side].set(title=f"{side} model", xlabel="probability of being next", xlim=(0, 1), ylim=(9.6, -0.6))
         line = {"color": looks[side]["facecolor"], "markeredgecolor": INK, "linewidth": 1.6}
-        axes["end"].plot(said[:, end], "os"[side == "tuned"] + "-", label=f"{side} model", **line)
-    axes["end"].set_xticks(range(len(answer_ids) + 1), [asked, *(_as_text(tokenizer, id) for id in answer_ids)])
-    axes["end"].set(xlabel="after this token of a right answer", ylabel="probability of the end", ylim=(-0.05, 1.05))
-    axes["end"].legend()
-    ends = {side: f"{said[-1, end]:.2f}" for side, said in probabilities.items()}
-    picture.alt = f"The likeliest tokens after the prompt, by side; the end after the whole answer: {ends}"
-    return picture
-
-
-def _as_text(tokenizer, id) -> str:
-    return repr(tokenizer.decode([int(id)])).replace("$", r"\$")
-
-
-@in_style
-def before_after(metrics: Mapping) -> Picture:
-    """Return the metrics of `comparison` as bars with 95% intervals, base and tuned."""
-    picture = Picture(figsize=(9, 3.6), layout="constrained")
-    panels = picture.subplot_mosaic([["shares", "answer_loss"], ["shares", "mean_answer_tokens"]], width_ratios=[2, 1])
-    names = main_metrics(metrics)
-    _bars(panels["shares"], metrics, [name for name in names if METRICS[name].unit == "%"])
-    panels["shares"].set(title=f"Base against tuned, {metrics['n']} held-out rows", xlabel="share (%)", xlim=(0, 115))
-    for name in ("answer_loss", "mean_answer_tokens"):
-        _bars(panels[name], metrics, [name])
-        panels[name].set(xlabel=f"{METRICS[name].label} ({METRICS[name].unit})", yticks=[])
-        panels[name].margins(x=0.25)
-    picture.legend(*panels["shares"].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    before, after = ({name: shown(metrics, side, name)[0] for name in names} for side in ("base", "tuned"))
-    said = [f"{METRICS[name].label} {before[name]} to {after[name]}" for name in names]
-    picture.alt = f"Bars with 95% intervals, base to tuned: {', '.join(said)}"
-    return picture
-
-
-def _bars(axes, metrics: Mapping, names: Sequence[str]) -> None:
-    """Draw a group of bars for each metric, a bar for each side that has it."""
-    scale = 100 if METRICS[names[0]].unit == "%" else 1
-    for place, (side, (label, look)) in enumerate(SIDES.items()):
-        if metrics[side][names[0]] is None:
-            continue
-        values = scale * np.array([metrics[side][name] for name in names])
-        low, high = scale * np.array([metrics[side]["intervals"][name] for name in names]).T
-        ends = np.maximum(0, [values - low, high - values])
-        y = np.arange(len(names)) + 0.27 * (place - 1)
-        bars = axes.barh(y, values, 0.25, xerr=ends, capsize=2.5, ecolor=INK, label=label, **look)
-        axes.bar_label(bars, [shown(metrics, side, name)[0] for name in names], padding=4, size=8.5)
-    labels = [METRICS[name].label + "\n(less is better)" * (METRICS[name].better < 0) for name in names]
-    axes.set_yticks(range(len(names)), labels)
-    axes.invert_yaxis()
-
-
-@in_style
-def answer_lengths(answers: pd.DataFrame, max_new_tokens: int = 80) -> Picture:
-    """Return how long `evaluate`'s answers of base and tuned model and the expected ones are, in tokens."""
-    picture = Picture(figsize=(7.5, 4.2), layout="constrained")
-    panels = picture.subplots(3, sharex=True)
-    longest = max(max_new_tokens, answers["output_tokens"].max())
-    bins = np.arange(-0.5, longest + 3, max(1, round(longest / 40)))
-    labels = ["stopped by itself", f"cut at {max_new_tokens} tokens"]
-    names = {"base": "base model", "tuned": "tuned model", "output": "expected answers"}
-    for axes, (side, name) in zip(panels, names.items()):
-        lengths = answers[f"{side}_tokens"]
-        stopped = answers.get(f"{side}_stopped", pd.Series(True, answers.index)).astype(bool)
-        look = {"color": [BLUE, PALE], "edgecolor": INK, "linewidth": 0.8}
-        axes.hist([lengths[stopped], lengths[~stopped]], bins, stacked=True, label=labels, **look)
-        axes.set_title(f"{name}: mean {lengths.mean():.1f} tokens, {1 - stopped.mean():.0%} cut", size=10)
-        axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-    panels[0].legend(loc="upper left")
-    panels[2].set_xlabel("answer (tokens)")
-    panels[1].set_ylabel("answers")
-    picture.alt = f"Histograms of answer lengths. {'; '.join(axes.get_title('left') for axes in panels)}"
-    return picture
+        panels["end"].plot(after[:, end], markers[side], label=f"{side} model", **line)
+    tokens = [format_prompt("").splitlines()[-1], *(repr(tokenizer.decode(id)) for id in answer_ids)]
+    panels["end"].set_xticks(range(len(tokens)), tokens, parse_math=False)
+    panels["end"].set(xlabel="after this token of a right answer", ylabel="probability of the end", ylim=(-0.05, 1.05))
+    panels["end"].legend()
+    ends = {side: f"{after[-1, end]:.2f}" for side, after in probabilities.items()}
+    alt = f"The likeliest tokens after the prompt, by side; the end after the whole answer: {ends}"
+    return save_picture(figure, path, alt)
 
 
 def answers_table(answers: pd.DataFrame, rows: int = 8, letters: int = 160) -> HTML:

@@ -1,13 +1,14 @@
 """What the metrics of an evaluation say: the before/after table, and a conclusion in words."""
 
+import textwrap
 from collections.abc import Mapping
 
 import pandas as pd
 
 from .metrics import METRICS
 
-FEWEST_QUESTIONS = 20  # below it no difference is called clear: the bootstrap of a few promises too much
-# What the conclusion rests on; the others say the same again, or neither good nor bad.
+FEWEST_QUESTIONS = 20  # with fewer no difference is called clear: a bootstrap of so few is too sure
+# The metrics that the conclusion counts; the others repeat these, or are neither good nor bad.
 JUDGED = ("contains", "exact_match", "rouge_l", "stop_rate", "repetition", "echo_rate", "answer_loss")
 
 
@@ -47,35 +48,22 @@ def comparison(metrics: dict, every: bool = False) -> pd.DataFrame:
     lines: dict[str, dict[str, str]] = {}
     for name in METRICS if every else main_metrics(metrics):
         if metrics["change"][name] is not None:
-            line = lines[METRICS[name].heading] = {
-                side: with_interval(metrics, side, name) for side in ("base", "tuned", "change")
-            }
-            line[""] = {1: "better", -1: "worse", 0: ""}[verdict(metrics, name)]
+            line = {side: with_interval(metrics, side, name) for side in ("base", "tuned", "change")}
+            lines[METRICS[name].heading] = line | {"": ("", "better", "worse")[verdict(metrics, name)]}
     return pd.DataFrame.from_dict(lines, orient="index")
 
 
 def conclusion(metrics: dict) -> str:
-    """Return in a few short lines what the numbers say, whichever way they point; the first line is the verdict."""
+    """Return in a few lines of at most 100 characters what the numbers say, better or worse; first the verdict."""
     verdicts = {name: verdict(metrics, name) for name in JUDGED if metrics["change"][name] is not None}
     better, worse, same = ([name for name in verdicts if verdicts[name] == way] for way in (1, -1, 0))
     questions = metrics.get("questions", metrics["n"])
-    counts = (
-        f"On {questions} held-out questions {len(better)} of {len(verdicts)} measures got clearly better, "
-        f"{len(worse)} clearly worse."
-    )
     if questions < FEWEST_QUESTIONS:
-        counts = f"There are {questions}, and a verdict takes at least {FEWEST_QUESTIONS}."
-    openings = {
-        "Too few held-out questions to tell.": questions < FEWEST_QUESTIONS,
-        "Tuning helped in some ways and hurt in others.": better and worse,
-        "Tuning lowered the loss alone, the answers themselves are not clearly better.": better == ["answer_loss"],
-        "Tuning changed how the answers are written, but not clearly what they say.": better
-        and not {"contains", "exact_match", "rouge_l"} & set(better),
-        "Tuning helped.": better,
-        "Tuning made the model worse.": worse,
-        "Tuning made no clear difference.": True,
-    }
-    lines = [next(text for text, holds in openings.items() if holds), counts]
+        lines = ["Too few held-out questions to tell."]
+        lines.append(f"There are {questions}, and a verdict takes at least {FEWEST_QUESTIONS}.")
+    else:
+        counts = f"{len(better)} of {len(verdicts)} measures got clearly better, {len(worse)} clearly worse"
+        lines = [_opening(better, worse), f"On {questions} held-out questions {counts}."]
     for heading, names in (("Better:", better), ("Worse:", worse)):
         lines += [heading] if names else []
         for name in names:
@@ -83,12 +71,27 @@ def conclusion(metrics: dict) -> str:
             lines.append(f"  {METRICS[name].label}: {before} → {after}")
     if same and (better or worse):
         lines.append(f"No clear change: {', '.join(METRICS[name].label for name in same)}.")
-    if metrics["tuned"]["stop_rate"] < 0.5:
-        stops, *_ = shown(metrics, "tuned", "stop_rate")
-        those = "the others are" if metrics["tuned"]["stop_rate"] else "all are"
-        cut = f"{those} cut at {metrics['max_new_tokens']} tokens"
-        lines.append(f"The tuned model stops by itself in {stops} of its answers; {cut}.")
+    stop_rate = metrics["tuned"]["stop_rate"]
+    if stop_rate < 0.5:
+        share, others = shown(metrics, "tuned", "stop_rate")[0], "the others are" if stop_rate else "all are"
+        cut = f"{others} cut at {metrics['max_new_tokens']} tokens"
+        lines.append(f"The tuned model stops by itself in {share} of its answers; {cut}.")
     if metrics["base_bare"]["contains"] is not None:
         bare, templated = (shown(metrics, side, "contains")[0] for side in ("base_bare", "base"))
         lines.append(f"The template alone: the base holds the fact in {bare} without it, in {templated} with it.")
-    return "\n".join(lines)
+    return "\n".join(textwrap.fill(line, 100, break_on_hyphens=False) for line in lines)
+
+
+def _opening(better: list[str], worse: list[str]) -> str:
+    """Return the verdict on tuning, from the metrics that got clearly better and worse."""
+    if better and worse:
+        return "Tuning helped in some ways and hurt in others."
+    if worse:
+        return "Tuning made the model worse."
+    if not better:
+        return "Tuning made no clear difference."
+    if better == ["answer_loss"]:
+        return "Tuning lowered the loss alone, the answers themselves are not clearly better."
+    if not {"contains", "exact_match", "rouge_l"} & set(better):
+        return "Tuning changed how the answers are written, but not clearly what they say."
+    return "Tuning helped."

@@ -20,6 +20,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import nbformat
+from matplotlib.figure import Figure
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from tqdm import tqdm
@@ -30,7 +31,7 @@ from alpaca_helpers.checkpoints import FREE
 from alpaca_helpers.data import RECIPES
 from alpaca_helpers.files import write_json
 from alpaca_helpers.metrics import METRICS, Metric
-from alpaca_helpers.picture import BLUE, INK, PALE, Picture, in_style
+from alpaca_helpers.plots import BLUE, INK, PALE, in_style
 from alpaca_helpers.run import Run
 from alpaca_helpers.series import run_series
 
@@ -182,7 +183,7 @@ def markdown(lines: Sequence[dict]) -> str:
 
 
 @in_style
-def draw(lines: Sequence[Mapping], metrics: Mapping[str, Metric]) -> Picture:
+def draw(lines: Sequence[Mapping], metrics: Mapping[str, Metric]) -> Figure:
     """Return what each choice of settings came to: a dot a seed, a bar at their mean, a panel a metric.
 
     Args:
@@ -191,8 +192,8 @@ def draw(lines: Sequence[Mapping], metrics: Mapping[str, Metric]) -> Picture:
     """
     names = [_choice(line["choice"]) for line in lines]
     shown = [name for name in metrics if all(line[name]["values"] for line in lines)]
-    picture = Picture(figsize=(10, 0.32 * len(lines) + 1.3), layout="constrained")
-    panels = picture.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    figure = Figure(figsize=(10, 0.32 * len(lines) + 1.3), layout="constrained")
+    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, shown):
         metric = metrics[name]
         scale = 100 if metric.unit == "%" else 1
@@ -205,12 +206,7 @@ def draw(lines: Sequence[Mapping], metrics: Mapping[str, Metric]) -> Picture:
         axes.grid(axis="x")
     panels[0].set_yticks(range(len(names)), names)
     panels[0].set_ylim(len(names) - 0.4, -0.6)
-    said = (
-        f"{name}: " + ", ".join(f"{metrics[key].label} {metrics[key].show(line[key]['mean'])}" for key in shown)
-        for name, line in zip(names, lines)
-    )
-    picture.alt = "A bar a choice at the mean over seeds, a dot a seed. " + "; ".join(said) + "."
-    return picture
+    return figure
 
 
 def _choice(choice: Mapping[str, object]) -> str:
@@ -231,7 +227,7 @@ def main() -> None:
     lines = summarize(sweep(out / "recipes", grid()))
     write_json(out / "recipes.json", {"lines": lines})
     (out / "recipes.md").write_text(markdown(lines), encoding="utf-8")
-    draw(lines, SHOWN).save(out / "recipes.png")
+    draw(lines, SHOWN).savefig(out / "recipes.png")
     print(markdown(lines))
     print(f"The table is in {out / 'recipes.md'} and recipes.json, the picture in {out / 'recipes.png'}.")
 

@@ -129,10 +129,10 @@ def hand_loss(model, tokenizer, row, side):
     prompt = encode([format_prompt(row["instruction"], row["input"])], tokenizer)[0]
     answer = encode([" " + row["output"]], tokenizer)[0]
     with torch.no_grad(), model.disable_adapter() if side == "base" else nullcontext():
-        odds = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+        log_probabilities = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
     places = range(len(prompt) - 1, len(prompt) + len(answer) - 1)
-    loss = -sum(odds[place, token].item() for place, token in zip(places, answer))
-    right = sum(odds[place].argmax().item() == token for place, token in zip(places, answer))
+    loss = -sum(log_probabilities[place, token].item() for place, token in zip(places, answer))
+    right = sum(log_probabilities[place].argmax().item() == token for place, token in zip(places, answer))
     return [loss, right, len(answer)]
 
 
@@ -272,6 +272,7 @@ def test_the_conclusion_says_which_way_the_numbers_point(change, opening, better
     wanted = [line for head, names in (("Better:", better), ("Worse:", worse)) if names for line in (head, *names)]
     assert [line.strip() for line in lines[: len(wanted)]] == wanted
     assert any(line.startswith("No clear change: ") and "ROUGE-L" in line for line in lines) == bool(change)
+    assert max(map(len, lines)) <= 100
 
 
 def test_the_conclusion_notices_answers_that_never_end_and_questions_too_few():

@@ -14,10 +14,11 @@ from peft import get_peft_model
 from support import PROJECT
 from support import models as tiny_models
 
-from alpaca_helpers import exercises, pocket
+from alpaca_helpers import pocket
 from alpaca_helpers.data import IGNORED
 from alpaca_helpers.lora import lora_config
 from alpaca_helpers.models import load_base, load_tokenizer
+from alpaca_lessons import exercises
 
 ROW = {"instruction": "Name the capital of this country.", "input": "France", "output": "Paris is its capital."}
 CHECKS = {name: check for name, check in vars(exercises).items() if name.startswith("check_")}
@@ -29,7 +30,7 @@ def found(edition: str) -> list[tuple[str, str, str]]:
     for notebook in sorted([*PROJECT.glob(f"{edition}/*.ipynb"), *PROJECT.glob(f"{edition}/further/*.ipynb")]):
         cells = nbformat.read(notebook, as_version=4).cells
         for cell, after in zip(cells, cells[1:]):
-            if cell.source.startswith("from alpaca_helpers.exercises import "):
+            if cell.source.startswith("from alpaca_lessons.exercises import "):
                 hint, solved = re.findall(r"<details>.*?</details>", after.source, re.DOTALL)[:2]
                 assert "```" not in hint  # a hint is no solution
                 solution = re.search(r"```python\n(.*?)```", solved, re.DOTALL)[1]

@@ -1,19 +1,22 @@
-"""Texts as coloured tokens: which part of a row each is and whether it is learned, or how each one does."""
+"""Texts as coloured tokens: the parts of a row and which of them are learned, or how the model ranks each token."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
+from IPython.display import Image
 from matplotlib import colormaps
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.patches import Patch, Rectangle
 
-from .data import IGNORED, RECIPES, tokenize
-from .picture import BLUE, INK, ORANGE, Picture, in_style
-from .prompts import encode, format_prompt
+from alpaca_helpers.data import IGNORED, RECIPES, tokenize
+from alpaca_helpers.plots import BLUE, INK, ORANGE, in_style, save_picture
+from alpaca_helpers.prompts import encode, format_prompt
 
-PARTS: dict[str, dict] = {  # how each part of a row looks where it is learned; else its fill is white
+PARTS: dict[str, dict] = {  # how each part of a row looks where it is learned; elsewhere its fill is white
     "prompt": {"facecolor": "#bdbdbd", "linestyle": (0, (2, 1.5)), "linewidth": 0.8},
     "answer": {"facecolor": BLUE, "linewidth": 0.8},
     "end of text": {"facecolor": ORANGE, "linewidth": 2.2},
@@ -25,9 +28,9 @@ WIDTH = 116  # characters in a line
 
 @in_style
 def tokens(
-    row: Mapping[str, str], tokenizer, recipes: Sequence[str] = ("document", "answers"), max_length: int = 128
-) -> Picture:
-    """Return one row as boxes, one a token, as each of `recipes` makes it, one recipe above the other.
+    row: Mapping[str, str], tokenizer, max_length: int, path: Path, recipes: Sequence[str] = ("document", "answers")
+) -> Image:
+    """Draw one row as boxes, one a token, as each of `recipes` makes it; return the picture saved to `path`.
 
     Filled boxes are learned, white ones only read; the border tells prompt, answer, end of text and padding apart. A
     space shows as ·, a new line as ↵, and all padding is one hatched box.
@@ -37,25 +40,23 @@ def tokens(
         boxes = list(_boxes(row, tokenizer, recipe, max_length))
         lines[f"Recipe {recipe}"] = [(text, PARTS[part] | ({} if learned else white)) for part, text, learned in boxes]
         counts += f" Recipe {recipe}: {sum(learned for *_, learned in boxes)} tokens are learned."
-    picture = _drawn(lines, PARTS, "filled: learned; white: only read")
-    picture.alt = f"One row as coloured tokens.{counts}"
-    return picture
+    figure = _drawn(lines, PARTS, "filled: learned; white: only read")
+    return save_picture(figure, path, f"One row as coloured tokens.{counts}")
 
 
 @in_style
-def shaded(lines: Mapping[str, Sequence[tuple[str, str]]], shades: Sequence[str], title: str | None = None) -> Picture:
-    """Return each text under its title as boxes, one a token, the darker the later its shade stands in `shades`.
+def shaded(lines: Mapping[str, Sequence[tuple[str, str]]], shades: Sequence[str], title: str, path: Path) -> Image:
+    """Draw each text under its heading as boxes, one a token, the darker the later its shade stands in `shades`.
 
-    `title` stands over the legend and says what the shades are shades of.
+    `title` stands over the legend and says what the shades mean. Return the picture saved to `path`.
     """
     looks = {shade: {"facecolor": fill, "linewidth": 0.8} for shade, fill in zip(shades, shade_colors(shades))}
-    drawn = {title: [(_visible(text), looks[shade]) for text, shade in tokens] for title, tokens in lines.items()}
-    picture = _drawn(drawn, looks, title)
-    picture.alt = "Tokens in shades."
+    boxes, alt = {}, "Tokens in shades."
     for heading, tokens in lines.items():
+        boxes[heading] = [(_visible(text), looks[shade]) for text, shade in tokens]
         counts = Counter(shade for _, shade in tokens)
-        picture.alt += f" {heading}: {', '.join(f'{shade} {counts[shade]}' for shade in shades)}."
-    return picture
+        alt += f" {heading}: {', '.join(f'{shade} {counts[shade]}' for shade in shades)}."
+    return save_picture(_drawn(boxes, looks, title), path, alt)
 
 
 def shade_colors(shades: Sequence[str]) -> list[tuple[float, ...]]:
@@ -68,12 +69,10 @@ def _visible(token: str) -> str:
     return token.replace("\n", "↵").replace("\t", "→").replace(" ", "·")
 
 
-def _drawn(
-    lines: Mapping[str, Sequence[tuple[str, dict]]], legend: Mapping[str, dict], title: str | None = None
-) -> Picture:
-    """Return the tokens under their titles, each as a box of the look beside it; a look is of a matplotlib patch."""
-    picture, line = Picture(), 0
-    axes = picture.add_axes((0, 0, 1, 1))
+def _drawn(lines: Mapping[str, Sequence[tuple[str, dict]]], legend: Mapping[str, dict], title: str) -> Figure:
+    """Return the tokens under their headings, each as a box with its look, the keywords of a matplotlib patch."""
+    figure, line = Figure(), 0
+    axes = figure.add_axes((0, 0, 1, 1))
     drawable = get_font(findfont(FONT["family"])).get_charmap()
     for heading, boxes in lines.items():
         axes.text(0, line + 0.5, heading, weight="bold", **FONT)
@@ -83,17 +82,17 @@ def _drawn(
             if start + len(text) + 1 > WIDTH:
                 line, start = line + 1, 0
             axes.add_patch(Rectangle((start, line + 0.1), len(text) + 0.8, 0.8, edgecolor=INK, **look))
-            paper = {"facecolor": look["facecolor"], "edgecolor": "none", "pad": 0.5}  # no hatch behind words
+            paper = {"facecolor": look["facecolor"], "edgecolor": "none", "pad": 0.5}  # no hatch behind the text
             dark = np.dot(to_rgb(look["facecolor"]), (0.3, 0.59, 0.11)) < 0.5  # as the eye weighs red, green and blue
             axes.text(start + 0.4, line + 0.5, text, color="white" if dark else INK, bbox=paper, **FONT)
             start += len(text) + 1
         line += 1
     handles = [Patch(edgecolor=INK, label=label, **look) for label, look in legend.items()]
-    picture.legend(handles=handles, title=title, alignment="left", loc="lower left", ncols=len(handles))
-    picture.set_size_inches(9, 0.3 * line + 0.6)
+    figure.legend(handles=handles, title=title, alignment="left", loc="lower left", ncols=len(handles))
+    figure.set_size_inches(9, 0.3 * line + 0.6)
     axes.set(xlim=(-1, WIDTH + 1), ylim=(line + 2, -0.1))
     axes.axis("off")
-    return picture
+    return figure
 
 
 def _boxes(row: Mapping[str, str], tokenizer, recipe: str, max_length: int) -> Iterator[tuple[str, str, bool]]:

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 
-from . import AlpacaError
-from .data import IGNORED
-from .generation import adapter_scalings, only_forward
-from .prompts import format_answer, format_example, format_prompt
+from alpaca_helpers import AlpacaError
+from alpaca_helpers.data import IGNORED
+from alpaca_helpers.generation import adapter_scalings, only_forward
+from alpaca_helpers.prompts import format_answer, format_example, format_prompt
 
 
 @contextmanager
@@ -58,33 +58,34 @@ def check_next_token(function: Callable, model, tokenizer) -> None:
     ids = torch.tensor([tokenizer("The capital of France is").input_ids], device=model.device)
     with torch.inference_mode():
         logits, made = model(ids).logits[0].float().cpu(), _call(function, model, ids)
-    odds, last = logits.softmax(-1), len(logits)
-    mistakes = {f"This is what follows token {n} of {last}, not the last one.": odds[n - 1] for n in range(1, last)} | {
+    probs, last = logits.softmax(-1), len(logits)
+    mistakes = {f"This is what follows token {n} of {last}, not the last one.": probs[n - 1] for n in range(1, last)}
+    mistakes |= {
         "These are logits, scores of any size: not yet probabilities.": logits[-1],
-        "These are the logarithms of the probabilities.": odds[-1].log(),
-        "This is made into probabilities twice: once is enough.": odds[-1].softmax(-1),
+        "These are the logarithms of the probabilities.": probs[-1].log(),
+        "This is made into probabilities twice: once is enough.": probs[-1].softmax(-1),
         "The probabilities sum to 1 over the positions, and have to over the vocabulary.": logits.softmax(0)[-1],
-        "These are the probabilities at all positions: one of them is about the next token.": odds,
-        "That is the likeliest token: return the probability of each.": odds[-1].argmax().float(),
-        "That is the highest probability: return that of each token.": odds[-1].max(),
+        "These are the probabilities at all positions: one of them is about the next token.": probs,
+        "That is the likeliest token: return the probability of each.": probs[-1].argmax().float(),
+        "That is the highest probability: return that of each token.": probs[-1].max(),
     }
-    _compare(made, odds[-1], mistakes, "These are not the model's probabilities of each token of the vocabulary.")
+    _compare(made, probs[-1], mistakes, "These are not the model's probabilities of each token of the vocabulary.")
 
 
 @_exercise()
 def check_nucleus(function: Callable) -> None:
     """Check `function(probabilities, top_p)`: the probabilities, (vocabulary,), that top-p sampling draws from."""
-    odds = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
+    probs = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
     for top_p, ids in ((0.8, [1, 3, 4]), (0.3, [1])):
-        made = torch.as_tensor(_call(function, odds.clone(), top_p), dtype=torch.float32)
-        _expect(made.shape == odds.shape, f"{made.numel()} numbers for 5 tokens: one left out has probability 0.")
-        held, count = odds[made > 0].sum(), sum(made > 0)
+        made = torch.as_tensor(_call(function, probs.clone(), top_p), dtype=torch.float32)
+        _expect(made.shape == probs.shape, f"{made.numel()} numbers for 5 tokens: one left out has probability 0.")
+        held, count = probs[made > 0].sum(), sum(made > 0)
         ordered = 0 < count < 5 and made.tolist() == sorted(made.tolist(), reverse=True)
         _expect(not ordered, "They are sorted: each token has to keep its place.")
         _expect(held > top_p, f"The {count} tokens kept hold {held:.0%}, less than top_p = {top_p:.0%}.")
         _expect(count == len(ids), f"{count} tokens are kept: fewer, the likeliest, hold top_p = {top_p:.0%}.")
         _expect(_close(made.sum(), torch.tensor(1.0)), f"They sum to {made.sum():.2f}: probabilities sum to 1.")
-        _expect(_close(made[ids], odds[ids] / held), "The tokens kept do not keep their proportions.")
+        _expect(_close(made[ids], probs[ids] / held), "The tokens kept do not keep their proportions.")
 
 
 @_exercise()

@@ -1,0 +1,75 @@
+"""Pictures of the comparison, for the notebooks that go further."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from IPython.display import Image
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from alpaca_helpers.metrics import METRICS
+from alpaca_helpers.plots import BASE, BLUE, INK, PALE, TUNED, in_style, save_picture
+from alpaca_helpers.report import main_metrics, shown
+
+BARE = {"facecolor": "white", "edgecolor": INK, "hatch": "...", "linewidth": 0.8}
+SIDES = {"base_bare": ("base, bare question", BARE), "base": ("base", BASE), "tuned": ("tuned", TUNED)}
+
+
+@in_style
+def before_after(metrics: Mapping, path: Path) -> Image:
+    """Draw the metrics of `comparison` as bars with 95% intervals; return the picture saved to `path`."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplot_mosaic([["shares", "answer_loss"], ["shares", "mean_answer_tokens"]], width_ratios=[2, 1])
+    names = main_metrics(metrics)
+    _bars(panels["shares"], metrics, [name for name in names if METRICS[name].unit == "%"])
+    panels["shares"].set(title=f"Base against tuned, {metrics['n']} held-out rows", xlabel="share (%)", xlim=(0, 115))
+    for name in ("answer_loss", "mean_answer_tokens"):
+        _bars(panels[name], metrics, [name])
+        panels[name].set(xlabel=f"{METRICS[name].label} ({METRICS[name].unit})", yticks=[])
+        panels[name].margins(x=0.25)
+    figure.legend(*panels["shares"].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    before, after = ({name: shown(metrics, side, name)[0] for name in names} for side in ("base", "tuned"))
+    said = [f"{METRICS[name].label} {before[name]} to {after[name]}" for name in names]
+    return save_picture(figure, path, f"Bars with 95% intervals, base to tuned: {', '.join(said)}")
+
+
+def _bars(axes, metrics: Mapping, names: Sequence[str]) -> None:
+    """Draw a group of bars for each metric, a bar for each side that has it."""
+    scale = 100 if METRICS[names[0]].unit == "%" else 1
+    for place, (side, (label, look)) in enumerate(SIDES.items()):
+        if metrics[side][names[0]] is None:
+            continue
+        values = scale * np.array([metrics[side][name] for name in names])
+        low, high = scale * np.array([metrics[side]["intervals"][name] for name in names]).T
+        ends = np.maximum(0, [values - low, high - values])
+        y = np.arange(len(names)) + 0.27 * (place - 1)
+        bars = axes.barh(y, values, 0.25, xerr=ends, capsize=2.5, ecolor=INK, label=label, **look)
+        axes.bar_label(bars, [shown(metrics, side, name)[0] for name in names], padding=4, size=8.5)
+    labels = [METRICS[name].label + "\n(less is better)" * (METRICS[name].better < 0) for name in names]
+    axes.set_yticks(range(len(names)), labels)
+    axes.invert_yaxis()
+
+
+@in_style
+def answer_lengths(answers: pd.DataFrame, max_new_tokens: int, path: Path) -> Image:
+    """Draw how many tokens `evaluate`'s answers and the expected ones have; return the picture saved to `path`."""
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    panels = figure.subplots(3, sharex=True)
+    longest = max(max_new_tokens, answers["output_tokens"].max())
+    bins = np.arange(-0.5, longest + 3, max(1, round(longest / 40)))
+    labels = ["stopped by itself", f"cut at {max_new_tokens} tokens"]
+    names = {"base": "base model", "tuned": "tuned model", "output": "expected answers"}
+    for axes, (side, name) in zip(panels, names.items()):
+        lengths = answers[f"{side}_tokens"]
+        stopped = answers.get(f"{side}_stopped", pd.Series(True, answers.index)).astype(bool)
+        look = {"color": [BLUE, PALE], "edgecolor": INK, "linewidth": 0.8}
+        axes.hist([lengths[stopped], lengths[~stopped]], bins, stacked=True, label=labels, **look)
+        axes.set_title(f"{name}: mean {lengths.mean():.1f} tokens, {1 - stopped.mean():.0%} cut", size=10)
+        axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    panels[0].legend(loc="upper left")
+    panels[2].set_xlabel("answer (tokens)")
+    panels[1].set_ylabel("answers")
+    said = "; ".join(axes.get_title("left") for axes in panels)
+    return save_picture(figure, path, f"Histograms of answer lengths. {said}")
