@@ -5,11 +5,13 @@ import json
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import nbformat
 import pytest
 from datasets import load_from_disk
+from IPython.core.inputtransformer2 import TransformerManager
 from matplotlib import pyplot as plt
 from nbclient import NotebookClient
 from safetensors.torch import load_file
@@ -46,6 +48,36 @@ def tags(cell) -> list[str]:
 
 def in_french(path: Path) -> Path:
     return PROJECT / "notebooks" / "fr" / path.relative_to(PROJECT / "notebooks")
+
+
+@pytest.mark.parametrize(
+    "loaded, absent, repo_url, wanted",
+    [
+        (["google.colab"], "", "", ["pip uninstall --quiet --yes torchao"]),
+        (["google.colab", "peft"], "", "", "restart the session"),  # peft has found torchao already
+        (["google.colab"], "torchao", "", []),
+        ([], "", "", []),  # a reader's own torchao stays
+        (["peft"], "torchao", "", []),
+        (["google.colab"], "alpaca_helpers", "https://a/b", ["pip uninstall", 'pip install --quiet "git+https://a/b"']),
+        (["google.colab"], "alpaca_helpers", "", "set repo_url"),
+        (["peft"], "alpaca_helpers", "https://a/b", "restart the session"),
+    ],
+)
+def test_the_opening_cell_changes_libraries_on_colab_alone_and_never_loaded_ones(
+    path, loaded, absent, repo_url, wanted
+):
+    """What is loaded stays as it was until the session is restarted, whatever pip does."""
+    calls = []
+    shell = SimpleNamespace(run_line_magic=lambda *words: calls.append(" ".join(words).format(repo_url=repo_url)))
+    names = {"repo_url": repo_url, "get_ipython": lambda: shell, "sys": SimpleNamespace(modules=loaded)}
+    names["importlib"] = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: name != absent))
+    source = TransformerManager().transform_cell(cells(path)[1].source).replace("import ", "# import ")
+    if isinstance(wanted, str):
+        with pytest.raises(AssertionError, match=wanted):
+            exec(source, names)
+    else:
+        exec(source, names)
+        assert len(calls) == len(wanted) and all(map(str.startswith, calls, wanted))
 
 
 def test_the_parts_are_the_documents():
