@@ -62,7 +62,9 @@ def main() -> None:
         begun = time.monotonic()
         with (options.out / f"{name}.log").open("w", encoding="utf-8") as log:
             try:
-                done = subprocess.run(given, cwd=PROJECT, stdout=log, stderr=subprocess.STDOUT, timeout=left)
+                done = subprocess.run(
+                    given, check=False, cwd=PROJECT, stdout=log, stderr=subprocess.STDOUT, timeout=left
+                )
                 ended = f"exit status {done.returncode}"
             except subprocess.TimeoutExpired:
                 ended = "cut at the limit"
