@@ -16,6 +16,7 @@ from . import AlpacaError
 PATIENCE = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or 4)  # seconds for the Hub's first answer; the library's: 10
 WAITS = (1, 2, 4, 8, 8)  # seconds between tries while the Hub answers that it is busy
 OFFLINE_WAY = "or run the model that comes with the project: PROFILE=pocket (in a notebook, profile = 'pocket')"
+REFUSED = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError)  # gated ones too
 
 
 def fetch(name: str, revision: str | None, kind: str, patterns: list[str]) -> Path:
@@ -46,9 +47,8 @@ def _download(name: str, patterns: list[str], **which) -> Path:
         info: Any = pool.apply_async(HfApi().repo_info, [name], {"files_metadata": True, **which}).get(PATIENCE)
     files = list(filter_repo_objects(info.siblings, allow_patterns=patterns, key=lambda file: file.rfilename))
     if not files:
-        raise AlpacaError(
-            f"{name} on the Hub has no {patterns[0]}: choose another {which['repo_type']}.", "hub-unknown"
-        )
+        what = f"{name} on the Hub has no {patterns[0]}: choose another {which['repo_type']}."
+        raise AlpacaError(what, "hub-unknown")
     cached = {"revision": info.sha, "repo_type": which["repo_type"]}
     if new := [file for file in files if not try_to_load_from_cache(name, file.rfilename, **cached)]:
         size, names = readable_size(sum(file.size or 0 for file in new)), ", ".join(file.rfilename for file in new)
@@ -57,6 +57,20 @@ def _download(name: str, patterns: list[str], **which) -> Path:
     if not all((folder / file.rfilename).exists() for file in files):  # the library returns what is there
         raise ConnectionError("not all files came")
     return folder
+
+
+def _explained(error: Exception, name: str, revision: str | None, kind: str) -> AlpacaError:
+    """Return what is missing, why, and what to do."""
+    what = f"The {kind} {name} at {revision[:8]}" if revision else f"The {kind} {name}"
+    if isinstance(error, REFUSED):
+        what += f" is neither a path here nor on the Hub ({constants.ENDPOINT}), or it is not open to you"
+        remedy = "check its name and revision, accept its terms on its page and `hf auth login`"
+        return AlpacaError(f"{what}: {remedy}, {OFFLINE_WAY}.", "hub-unknown")
+    reason = first_line((isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__) or error)
+    if isinstance(error, TimeoutError):
+        reason = f"no answer within {PATIENCE:g} s; HF_HUB_ETAG_TIMEOUT sets another limit"
+    what += f" is not wholly in the cache {constants.HF_HUB_CACHE} and could not be fetched from {constants.ENDPOINT}"
+    return AlpacaError(f"{what} ({reason}): try again later, {OFFLINE_WAY}.", "hub-unreachable")
 
 
 def cached_folder(name: str, revision: str | None, kind: str, patterns: list[str]) -> Path | None:
@@ -78,24 +92,3 @@ def first_line(error: BaseException) -> str:
 def readable_size(size: float) -> str:
     """Return a number of bytes in MB or GB."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-
-
-def _explained(error: Exception, name: str, revision: str | None, kind: str) -> AlpacaError:
-    """Return what is missing, why, and what to do."""
-    what = f"The {kind} {name}"
-    if isinstance(error, errors.GatedRepoError):
-        return AlpacaError(f"{what} wants its terms accepted: do so on its page, then `hf auth login`.", "hub-gated")
-    if isinstance(error, errors.RevisionNotFoundError):
-        return AlpacaError(f"{what} has no revision {revision} on the Hub: check it, {OFFLINE_WAY}.", "hub-unknown")
-    if isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
-        what = f"There is no {kind} {name}, neither a path here nor on the Hub ({constants.ENDPOINT}), or it is private"
-        return AlpacaError(f"{what}: check the parameter `{kind}_name`, {OFFLINE_WAY}.", "hub-unknown")
-    what += f" at {revision[:8]}" if revision else ""
-    what += f" is not, or only partly, in the cache {constants.HF_HUB_CACHE}"
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return AlpacaError(f"{what}, and HF_HUB_OFFLINE is set: unset it once, {OFFLINE_WAY}.", "hub-offline")
-    reason = first_line((isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__) or error)
-    if isinstance(error, TimeoutError):
-        reason = f"no answer within {PATIENCE:g} s; HF_HUB_ETAG_TIMEOUT sets another limit"
-    what += f" and could not be fetched from {constants.ENDPOINT} ({reason})"
-    return AlpacaError(f"{what}: try again later, {OFFLINE_WAY}.", "hub-unreachable")

@@ -99,7 +99,7 @@ def test_one_announced_download_is_ready_for_from_pretrained_and_asked_for_once(
         assert len(load_rows(ALPACA, DATASET_COMMIT)) == ROWS
     assert len(server.log) == asked
     point_to(server.url, server.repositories[MODEL].folder, monkeypatch)
-    sentence(LOADERS[NAME], "hub-offline", f"{NAME} at {MODEL_COMMIT[:8]}", "HF_HUB_OFFLINE", "PROFILE=pocket")
+    sentence(LOADERS[NAME], "hub-unreachable", f"{NAME} at {MODEL_COMMIT[:8]}", "HF_HUB_OFFLINE", "PROFILE=pocket")
 
 
 def test_the_documents_own_lines_work_and_the_cache_that_they_fill_is_used_as_it_is(server):
@@ -173,12 +173,12 @@ def test_what_is_not_on_the_hub_is_named(server, tmp_path, monkeypatch):
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
     server.repositories["models/some/bert"] = Repository(tmp_path / "bert", MODEL_COMMIT)
     for load, name in ((fetch_model, "nobody/nothing"), (fetch_model, "two words"), (load_rows, "nobody/nothing")):
-        sentence(lambda load=load, name=name: load(name), "hub-unknown", f" {name}, neither a path here nor on the Hub")
+        sentence(lambda load=load, name=name: load(name), "hub-unknown", f" {name} is neither a path here nor")
     sentence(lambda: fetch_model(NAME, "0123456"), "hub-unknown", NAME, "0123456")
     sentence(lambda: fetch_model("some/thing"), "hub-unknown", "some/thing", "config.json")
     sentence(lambda: fetch_model("some/bert"), "model-unsuited", "bert")
     server.faults.append(Fault("* openai-community/*", status=403, reason="GatedRepo"))
-    sentence(LOADERS[NAME], "hub-gated", NAME, "terms")
+    sentence(LOADERS[NAME], "hub-unknown", NAME, "accept its terms")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "test.jsonl").write_text('{"instruction": "a", "output": "b"}')
     server.repositories["datasets/some/test"] = Repository(tmp_path / "other", MODEL_COMMIT)
