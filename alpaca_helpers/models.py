@@ -1,8 +1,7 @@
 """The base model and its tokenizer: a folder ready for `from_pretrained`, and the device they run on."""
 
 import inspect
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -111,42 +110,33 @@ def load_base(name: str, revision: str | None = None, dtype: torch.dtype = torch
     return model.eval().to(best_device())
 
 
+class _Unsuited(ValueError):
+    """A whole model, but of another kind."""
+
+
 def _checked(folder: Path) -> Path:
     """Return `folder`; raise AlpacaError if `from_pretrained` would fail there, or make up what is missing."""
-    if (folder / "adapter_config.json").exists():  # from_pretrained would ask the Hub for its base
-        raise _unsuited(folder, "is an adapter: pass the base model that its adapter_config.json names")
-    if any(folder.glob("*.gguf")) and not (folder / "config.json").exists():
-        raise _unsuited(folder, "is there as GGUF alone: choose its repository with config.json and safetensors")
-    with _named_if_broken("config", folder):
-        config = AutoConfig.from_pretrained(folder, **FOLDER_ONLY)
-    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    suited = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not (encoder or config.is_encoder_decoder)
-    if suited:
-        with _named_if_broken("tokenizer", folder):
-            _check_tokenizer(folder, config.get_text_config().vocab_size)
-        with _named_if_broken("weights", folder):
-            model = _check_headers(folder)
-        suited = "past_key_values" in inspect.signature(model.forward).parameters  # what answers are decoded with
-    if not suited:
-        what = f"({config.model_type}) does not continue text with attention to what came before"
-        raise _unsuited(folder, f"{what}: choose a decoder-only Transformer")
-    return folder
-
-
-def _unsuited(folder: Path, what: str) -> AlpacaError:
-    return AlpacaError(f"The model in {folder} {what}.", "model-unsuited")
-
-
-@contextmanager
-def _named_if_broken(part: str, folder: Path) -> Iterator[None]:
-    """Raise AlpacaError that names this part of the model where the block fails."""
+    part = "config"
     try:
-        yield
+        if (folder / "adapter_config.json").exists():  # from_pretrained would ask the Hub for its base
+            raise _Unsuited("it is an adapter: choose the base that its adapter_config.json names")
+        config = AutoConfig.from_pretrained(folder, **FOLDER_ONLY)
+        encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+        if encoder or config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise _Unsuited(f"a {config.model_type} is not a decoder-only Transformer")
+        part = "tokenizer"
+        _check_tokenizer(folder, config.get_text_config().vocab_size)
+        part = "weights"
+        model = _check_headers(folder)
+        if "past_key_values" not in inspect.signature(model.forward).parameters:  # what answers are decoded with
+            raise _Unsuited(f"a {config.model_type} is not a decoder-only Transformer with attention")
     except Exception as error:  # any: it depends on where a file is broken
         cached = folder.is_relative_to(Path(constants.HF_HUB_CACHE).resolve())
         remedy = f"delete {folder.parents[1]} and run again" if cached else "correct it, or use another copy"
-        what = f"The {part} of the model in {folder} cannot be loaded ({first_line(error)}): {remedy}."
-        raise AlpacaError(what, "model-broken") from error
+        what = f"The {part} of the model in {folder} cannot be used ({first_line(error)}): {remedy}"
+        code = "model-unsuited" if isinstance(error, _Unsuited) else "model-broken"
+        raise AlpacaError(f"{what}, or choose another model.", code) from error
+    return folder
 
 
 def _check_tokenizer(folder: Path, room: int) -> None:

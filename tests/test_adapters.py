@@ -275,13 +275,13 @@ def test_a_broken_base_is_one_sentence(fault, base_folder, base):
     for name in PART:
         whole = (base_folder / name).read_bytes()
         FAULTS[fault](base_folder / name)
-        refused_base(base_folder, "model-broken", f"The {PART[name]} of the model .* cannot be loaded")
+        refused_base(base_folder, "model-broken", f"The {PART[name]} of the model .* cannot be used")
         (base_folder / name).write_bytes(whole)
     (base_folder / "model.safetensors").unlink()
     base.save_pretrained(base_folder, max_shard_size="50KB")
     assert fetch_model(str(base_folder)) == base_folder
     FAULTS[fault](min(base_folder.glob("model-*-of-*")))
-    refused_base(base_folder, "model-broken", "cannot be loaded")
+    refused_base(base_folder, "model-broken", "cannot be used")
 
 
 def test_a_base_that_lacks_a_tensor_or_has_another_shape_is_refused(base_folder):
@@ -308,7 +308,7 @@ def test_weights_with_nan_or_infinity_are_named(number, base_folder):
 
 
 def test_a_model_that_does_not_continue_text_and_an_adapters_folder_are_no_base(adapter, base_folder):
-    refused_base(adapter, "model-unsuited", "is an adapter.*pass the base model")
+    refused_base(adapter, "model-unsuited", "is an adapter.*choose the base")
     mamba = MambaConfig(vocab_size=257, hidden_size=32, num_hidden_layers=2, state_size=4)  # no cache of attention
     AutoModelForCausalLM.from_config(mamba).save_pretrained(base_folder)
     for config in (mamba, BertConfig(), T5Config(), BartConfig(), ViTConfig()):
@@ -317,7 +317,7 @@ def test_a_model_that_does_not_continue_text_and_an_adapters_folder_are_no_base(
     for path in base_folder.iterdir():
         path.unlink()
     (base_folder / "model-q8_0.gguf").write_bytes(b"GGUF")
-    refused_base(base_folder, "model-unsuited", "GGUF")
+    refused_base(base_folder, "model-broken", "config.json")
 
 
 def test_a_tokenizer_that_does_not_fit_is_one_sentence(tmp_path):

@@ -208,8 +208,8 @@ def test_cut_short_is_taken_up_where_it_broke_off(server, monkeypatch):
 def test_a_damaged_weight_file_is_never_loaded_and_after_the_advice_it_is_whole(server):
     weights = fetch_model(NAME, MODEL_COMMIT) / "model.safetensors"
     weights.resolve().write_bytes(weights.read_bytes()[:-100])
-    said = sentence(LOADERS[NAME], "model-broken", "cannot be loaded")
-    shutil.rmtree(re.search("delete (.*) and run again", said)[1])
+    said = sentence(LOADERS[NAME], "model-broken", "cannot be used")
+    shutil.rmtree(re.search("delete (.*) and run again,", said)[1])
     load_base(NAME, MODEL_COMMIT)
 
 
