@@ -32,7 +32,7 @@ class ProgressFile:
 
     def write(self, text: str) -> None:
         for line in text.splitlines():
-            if line.startswith(("step ", "Downloading ", "The Hub is busy", "Note: ", "The training ")):
+            if line.startswith(("step ", "Downloading ", "Note: ", "The training ")):
                 tqdm.write(f"    {line}")
 
     def flush(self) -> None:
