@@ -28,10 +28,7 @@ def best_device() -> str:
 
 
 def base_dtype() -> torch.dtype:
-    """Return the precision of the base in a training: bfloat16 where the device has units for it, else float32.
-
-    Answers and their scores are computed in float32 (`load_base`): the same on every machine and in any batch.
-    """
+    """Return the precision of the base in a training: bfloat16 where the device has units for it, else float32."""
     if torch.cuda.is_available():
         native = torch.cuda.get_device_capability() >= (8, 0)  # is_bf16_supported() counts emulation too
     else:
@@ -49,8 +46,8 @@ def fetch_model(name: str, revision: str | None = None) -> Path:
     """Return the absolute folder of a base model, ready for `from_pretrained`; downloaded only if it is not here.
 
     `name` is a folder, or a name on the Hub; `revision` the commit there, None the one in the cache, else the newest.
-    Raises AlpacaError if there is none, or if it is not a whole causal language model with its tokenizer, its weights
-    in safetensors. Headers are read, not weights: see `check_weights`.
+    Raises AlpacaError if there is none, or if it is not a whole decoder-only model with its tokenizer, its weights in
+    safetensors, of which the headers are read.
     """
     if (here := locate(name)).is_dir():
         return _checked(here.resolve())
@@ -99,9 +96,9 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
 
 
 def load_base(name: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Return the base model on the best device, in evaluation mode; errors as in `fetch_model` and `check_weights`.
+    """Return the base model on the best device, in evaluation mode, held in `dtype` whatever it is stored in.
 
-    It is held in `dtype`, whatever it is stored in; a training takes `base_dtype()`.
+    Answers and scores take float32: the same on every machine. Errors as in `fetch_model` and `check_weights`.
     """
     model = AutoModelForCausalLM.from_pretrained(fetch_model(name, revision), dtype=dtype, **FOLDER_ONLY)
     # an adapter names as its base the model, not a folder of this machine
@@ -110,31 +107,27 @@ def load_base(name: str, revision: str | None = None, dtype: torch.dtype = torch
     return model.eval().to(best_device())
 
 
-class _Unsuited(ValueError):
-    """A whole model, but of another kind."""
-
-
 def _checked(folder: Path) -> Path:
     """Return `folder`; raise AlpacaError if `from_pretrained` would fail there, or make up what is missing."""
     part = "config"
     try:
         if (folder / "adapter_config.json").exists():  # from_pretrained would ask the Hub for its base
-            raise _Unsuited("it is an adapter: choose the base that its adapter_config.json names")
+            raise NotImplementedError("it is an adapter: choose the base that its adapter_config.json names")
         config = AutoConfig.from_pretrained(folder, **FOLDER_ONLY)
+        model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-        if encoder or config.is_encoder_decoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise _Unsuited(f"a {config.model_type} is not a decoder-only Transformer")
+        cached = model and "past_key_values" in inspect.signature(model.forward).parameters  # for the decoding
+        if encoder or config.is_encoder_decoder or not cached:
+            raise NotImplementedError(f"a {config.model_type} is not a decoder-only Transformer")
         part = "tokenizer"
         _check_tokenizer(folder, config.get_text_config().vocab_size)
         part = "weights"
-        model = _check_headers(folder)
-        if "past_key_values" not in inspect.signature(model.forward).parameters:  # what answers are decoded with
-            raise _Unsuited(f"a {config.model_type} is not a decoder-only Transformer with attention")
+        _check_headers(folder)
     except Exception as error:  # any: it depends on where a file is broken
-        cached = folder.is_relative_to(Path(constants.HF_HUB_CACHE).resolve())
-        remedy = f"delete {folder.parents[1]} and run again" if cached else "correct it, or use another copy"
+        downloaded = folder.is_relative_to(Path(constants.HF_HUB_CACHE).resolve())
+        remedy = f"delete {folder.parents[1]} and run again" if downloaded else "correct it"
         what = f"The {part} of the model in {folder} cannot be used ({first_line(error)}): {remedy}"
-        code = "model-unsuited" if isinstance(error, _Unsuited) else "model-broken"
+        code = "model-unsuited" if isinstance(error, NotImplementedError) else "model-broken"
         raise AlpacaError(f"{what}, or choose another model.", code) from error
     return folder
 
@@ -152,10 +145,10 @@ def _check_tokenizer(folder: Path, room: int) -> None:
         raise ValueError(f"the model has room for {room} tokens, and its tokenizer has {len(tokenizer)}")
 
 
-def _check_headers(folder: Path) -> PreTrainedModel:
-    """Return the model on the meta device, where the headers of the weights' files are read, and no weight.
+def _check_headers(folder: Path) -> None:
+    """Raise ValueError if a weight is missing or has another shape, or if the model's context is too short.
 
-    Raises ValueError if a weight is missing or has another shape, or if the model's context is too short.
+    The model is loaded on the meta device: only the headers of the weights' files are read.
     """
     settings = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with ExitStack() as after:  # without the loader's progress bar and its report
@@ -169,4 +162,3 @@ def _check_headers(folder: Path) -> PreTrainedModel:
         raise ValueError(f"there is no {wrong[0]} of the shape that config.json says")
     if (limit := positions(model.config)) < LEAST_POSITIONS:
         raise ValueError(f"the model has a context of {limit} tokens, {LEAST_POSITIONS} are needed")
-    return model

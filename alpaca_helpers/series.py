@@ -105,7 +105,7 @@ def run_earlier_notebooks(notebook: str, profile: str, run: Run) -> None:
         run_series(chosen, [path for path in NOTEBOOKS if path.stem in missing])
 
 
-def run_series(parameters: dict[str, object], notebooks: Sequence[Path] | None = None) -> Path:
+def run_series(parameters: Mapping[str, object], notebooks: Sequence[Path] | None = None) -> Path:
     """Execute the notebooks in order into the folder of the run that `parameters` names, and return that folder.
 
     A notebook is skipped while its cells, its parameters, the helpers, the files of model and dataset, the other run's
@@ -217,13 +217,12 @@ def main() -> None:
     """Run the command line."""
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # an older ipykernel warns at length of its debugger
     parser = argparse.ArgumentParser(prog="python -m alpaca_helpers.series", description=__doc__)
-    parser.add_argument("--profile", default="auto", help="auto, pocket or gpt2-medium (auto)")
+    parser.add_argument("--profile", help="auto, pocket or gpt2-medium (auto)")
     parser.add_argument("--run", help="name of the run, or a path to its folder (the profile's name)")
     parser.add_argument("--further", action="store_true", help="the notebooks that go deeper, on a finished run")
     add_parameters(parser)
     options = parser.parse_args()
-    given = {"run": options.run} if options.run else {}
-    given |= {} if options.profile == "auto" else {"profile": options.profile}
+    given = {name: getattr(options, name) for name in ("run", "profile") if getattr(options, name) is not None}
     folder = run_series(parse_parameters(options.p, **given), FURTHER if options.further else NOTEBOOKS)
     if not options.further:
         metrics = Run(folder).metrics()
