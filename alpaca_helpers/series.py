@@ -23,7 +23,7 @@ from .report import comparison, conclusion
 from .run import PRODUCERS, RUN_BYTES, Run
 
 QUIET = ["--log-level=CRITICAL"]  # ipykernel warns of its local sockets, and tells at length of an interrupt
-RECORDS = ("notebooks", "files")  # of the manifest: what is done
+BESIDE = {"adapter": "merged", "metrics.json": "adapter/README.md"}  # what a notebook leaves beside its artifact
 PROMPT_TOKENS = 64  # room for a prompt beside the new tokens
 
 
@@ -44,20 +44,19 @@ def open_run(notebook: str, values: Mapping[str, object]) -> tuple[SimpleNamespa
 
     The settings are the parameters in `values`, a notebook's `globals()`, checked, and what they leave open: in
     notebooks 01 and 02 the profile's values (`model`, `dataset`, …), in the others those that the run was made with.
-    `model_path` is the base model's folder, ready for `from_pretrained`.
-
-    Makes what is missing: a model on the Hub is downloaded, and the earlier notebooks are run where the run lacks what
-    they make, unless `run_earlier` is false. Raises AlpacaError for a bad parameter, for a model that is missing,
-    broken or too short for the tokens asked for, and for a run whose artifacts are missing or damaged.
+    `model_path` is the base model's folder, ready for `from_pretrained`. Where the run lacks what earlier notebooks
+    make, these are run first, unless `run_earlier` is false. Raises AlpacaError for a bad parameter, for a model that
+    is missing, broken or too short for the tokens asked for, and for a run whose artifacts are missing or damaged.
     """
     ignore_known_warnings()
     path = next(path for path in [*NOTEBOOKS, *FURTHER] if path.stem == notebook)
     given = check_parameters({name: values[name] for name in notebook_parameters(path) if name in values})
     profile = choose_profile(given["profile"], given.get("model_name"), given.get("dataset_name"))
     run, made = Run.named(given["run"] or profile.name), asdict(profile)
-    if needs := _needs(notebook):
+    # of the artifacts, those of notebooks before this one; the further ones, which come later by name, need as 04 does
+    if needs := [part for part, by in PRODUCERS.items() if by < notebook and part != "metrics.json"]:
         if given["run_earlier"]:
-            run_earlier_notebooks(notebook, profile.name, run)
+            run_earlier_notebooks(needs, profile.name, given["run"])
         run.artifact("data")
         made = dict.fromkeys(made) | run.record(needs[-1])  # an early version's record lacks some
     settings = SimpleNamespace(**given | made | {name: value for name, value in given.items() if value is not None})
@@ -74,11 +73,6 @@ def open_run(notebook: str, values: Mapping[str, object]) -> tuple[SimpleNamespa
     return settings, run.folder
 
 
-def _needs(notebook: str) -> list[str]:
-    """Return the artifacts that a notebook builds on; those that go deeper, named later in the alphabet, as 04 does."""
-    return [part for part, by in PRODUCERS.items() if by < notebook and part != "metrics.json"]
-
-
 def _other_run(settings: SimpleNamespace, folder: Path) -> Path | None:
     """Return the folder of the finished run to compare with, if any: the one named, else the pocket's own."""
     if settings.other_run:
@@ -92,26 +86,21 @@ def _other_run(settings: SimpleNamespace, folder: Path) -> Path | None:
     return pocket.DOCUMENT if (settings.model, settings.heldout) == (ours.model, ours.heldout) else None
 
 
-def run_earlier_notebooks(notebook: str, profile: str, run: Run) -> None:
-    """Run the notebooks that make what the open `notebook` builds on and the run lacks, with the profile's settings.
-
-    Says so in one line, or does nothing. Raises AlpacaError with the sentence of the cell that failed.
-    """
-    if missing := {PRODUCERS[part]: part for part in _needs(notebook) if not run.artifact_hash(part)}:
+def run_earlier_notebooks(needs: list[str], profile: str, run: str = "") -> None:
+    """Run the notebooks that make those of the artifacts `needs` that the run lacks; errors as in `run_series`."""
+    folder = Run.named(run or profile).folder
+    if missing := {PRODUCERS[part]: part for part in needs if not Run(folder).artifact_hash(part)}:
         first = f"no {' and no '.join(missing.values())}: running {' and '.join(missing)} first"
-        elsewhere = "(If you have such a run elsewhere, set `run` to its folder.)"
-        print(f"The run {run.folder} has {first}. {elsewhere}", flush=True)
-        chosen = {"profile": profile, "run": str(run.folder)}
-        run_series(chosen, [path for path in NOTEBOOKS if path.stem in missing])
+        print(f"The run {folder} has {first}. (If you have such a run elsewhere, set `run` to its folder.)", flush=True)
+        run_series({"profile": profile, "run": run}, [path for path in NOTEBOOKS if path.stem in missing])
 
 
 def run_series(parameters: Mapping[str, object], notebooks: Sequence[Path] | None = None) -> Path:
     """Execute the notebooks in order into the folder of the run that `parameters` names, and return that folder.
 
     A notebook is skipped while its cells, its parameters, the helpers, the files of model and dataset, the other run's
-    adapter, what it left in the run and the notebooks before it are those of its last complete execution. The
-    parameters and the other run are checked here; without a `run` the run has the profile's name. Raises AlpacaError
-    with the sentence of the cell that failed.
+    adapter, its artifacts and the notebooks before it are those of its last complete execution. Raises AlpacaError for
+    a bad parameter or other run, and with the sentence of the cell that failed.
     """
     chosen = check_parameters(parameters)
     refuse_dropped(chosen, notebooks or NOTEBOOKS)
@@ -129,47 +118,32 @@ def run_series(parameters: Mapping[str, object], notebooks: Sequence[Path] | Non
 
 
 def _execute_changed(notebooks: Sequence[Path], parameters: dict[str, object], run: Run, inputs: str) -> None:
-    """Execute the notebooks that are not done; `inputs` is the hash of all that the first one is made from.
-
-    In the manifest, `notebooks` has of each one that is done the hash of what it was made from and of what it recorded,
-    and `files` has of each file in the run the notebook that wrote it last, and its hash.
-    """
-    manifest = run.manifest()
-    done, files = (dict(manifest[part]) if isinstance(manifest.get(part), dict) else {} for part in RECORDS)
+    """Execute the notebooks that are not done; `inputs` is the hash of all that the first one is made from."""
+    done = run.manifest().get("notebooks")
+    done = dict(done) if isinstance(done, dict) else {}
     for number, notebook in enumerate(notebooks, 1):
         name, known = notebook.stem, notebook_parameters(notebook)
         chosen = {key: value for key, value in parameters.items() if key in known}
-        inputs = _hash(inputs, *map(str, _code(notebook)), json.dumps(chosen, sort_keys=True))
+        inputs = _hash(inputs, *_code(notebook), json.dumps(chosen, sort_keys=True))
         if notebook in FURTHER:
             inputs = _hash(inputs, run.artifact_hash("adapter"))
         if other := chosen.get("other_run"):
             inputs = _hash(inputs, Run.named(str(other), make=False).artifact_hash("adapter"))
         executed = run.folder / notebook.name
-        unchanged = (
-            done.get(name) == _with_records(inputs, name, run)
-            and len(_code(executed)) >= len(_code(notebook))
-            and all(content_hash(run.folder / file) == digest for file, (by, digest) in files.items() if by == name)
-        )
+        unchanged = done.get(name) == _mark(inputs, name, run) and len(_code(executed)) >= len(_code(notebook))
         print(f"[{number}/{len(notebooks)}] {name}{': unchanged' if unchanged else ''}", flush=True)
-        if unchanged:
-            continue
-        # until it is through, this notebook and those after it are not done
-        done = {each: mark for each, mark in done.items() if each != name and (each < name or notebook in FURTHER)}
-        files = {file: wrote for file, wrote in files.items() if wrote[0] in done}
-        run.write_record("notebooks", done)
-        before = _stamps(run.folder)
-        _execute(notebook, executed, chosen)
-        written = [file for file, stamp in _stamps(run.folder).items() if before.get(file) != stamp]
-        files |= {file: [name, content_hash(run.folder / file)] for file in written}
-        done[name] = _with_records(inputs, name, run)
-        run.write_record("files", files)
-        run.write_record("notebooks", done)
+        if not unchanged:  # until it is through, this notebook and those after it are not done
+            done = {each: mark for each, mark in done.items() if each != name and (each < name or notebook in FURTHER)}
+            run.write_record("notebooks", done)
+            _execute(notebook, executed, chosen)
+            run.write_record("notebooks", done := done | {name: _mark(inputs, name, run)})
 
 
-def _with_records(inputs: str, notebook: str, run: Run) -> str:
-    """Return the hash of what a notebook was made from, and of what it recorded in the manifest."""
-    recorded = [run.manifest().get(part) for part, by in PRODUCERS.items() if by == notebook]
-    return _hash(inputs, json.dumps(recorded))
+def _mark(inputs: str, notebook: str, run: Run) -> str:
+    """Return the hash of what a notebook was made from, of the artifacts that it left, and of their records."""
+    made = [part for part, by in PRODUCERS.items() if by == notebook]
+    left = [run.artifact_hash(name) for part in made for name in (part, BESIDE.get(part, part))]
+    return _hash(inputs, *left, json.dumps([run.manifest().get(part) for part in made]))
 
 
 def _execute(notebook: Path, executed: Path, parameters: dict[str, object]) -> None:
@@ -193,20 +167,12 @@ def _execute(notebook: Path, executed: Path, parameters: dict[str, object]) -> N
     print(f"    {made.metadata.papermill.duration:.0f} s", flush=True)
 
 
-def _code(notebook: Path) -> list[tuple[str, str]]:
+def _code(notebook: Path) -> list[str]:
     """Return type and source of each of a notebook's cells; none where it is missing, or cut."""
     try:
-        return [(cell["cell_type"], cell["source"]) for cell in read_cells(notebook)]
+        return [f"{cell['cell_type']} {cell['source']}" for cell in read_cells(notebook)]
     except AlpacaError:
         return []
-
-
-def _stamps(folder: Path) -> dict[str, tuple]:
-    """Return by name when each file of a run was written: not of notebooks and checkpoints, nor of the manifest."""
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    kept = [name for name in names if not name.startswith(("checkpoints/", ".lock", "manifest.json"))]
-    stats = {name: (folder / name).stat() for name in kept if not name.endswith(".ipynb")}
-    return {name: (stat.st_mtime_ns, stat.st_ino, stat.st_size) for name, stat in stats.items()}
 
 
 def _hash(*parts: str) -> str:
@@ -217,12 +183,13 @@ def main() -> None:
     """Run the command line."""
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # an older ipykernel warns at length of its debugger
     parser = argparse.ArgumentParser(prog="python -m alpaca_helpers.series", description=__doc__)
-    parser.add_argument("--profile", help="auto, pocket or gpt2-medium (auto)")
+    parser.add_argument("--profile", default="auto", help="auto, pocket or gpt2-medium (auto)")
     parser.add_argument("--run", help="name of the run, or a path to its folder (the profile's name)")
     parser.add_argument("--further", action="store_true", help="the notebooks that go deeper, on a finished run")
     add_parameters(parser)
     options = parser.parse_args()
-    given = {name: getattr(options, name) for name in ("run", "profile") if getattr(options, name) is not None}
+    given = {"run": options.run} if options.run else {}
+    given |= {} if options.profile == "auto" else {"profile": options.profile}
     folder = run_series(parse_parameters(options.p, **given), FURTHER if options.further else NOTEBOOKS)
     if not options.further:
         metrics = Run(folder).metrics()

@@ -140,10 +140,8 @@ from alpaca_helpers.run import Run
 with atomic_folder(folder / "adapter") as part:
     (part / "adapter_model.safetensors").write_text("rows")
 (folder / "adapter" / "README.md").write_text("a card")
-(folder / "merged").mkdir(exist_ok=True)
-(folder / "merged" / "model").write_text("whole")
-(folder / "pictures").mkdir(exist_ok=True)
-(folder / "pictures" / "losses.png").write_text("picture")
+with atomic_folder(folder / "merged") as part:
+    (part / "model").write_text("whole")
 Run(folder).write_record("adapter", {"seed": 0})
 """
 MEASURES = """
@@ -161,7 +159,7 @@ def edit(notebook, change):
 
 @pytest.mark.integration
 def test_whatever_a_notebook_left_and_rests_on_is_looked_at(notebooks, tmp_path, monkeypatch):
-    """A changed file is made again by the notebook that wrote it last, and by those after it."""
+    """A changed artifact is made again by the notebook that wrote it last, and by those after it."""
     for notebook, source in zip(notebooks, (LEAVES, MEASURES)):
         write(notebook, FIRST + '\nother_run: str = ""', SECOND, source, "1 + 1")
     monkeypatch.setattr(series, "PRODUCERS", {"adapter": "01_one", "metrics.json": "02_two"})
@@ -187,7 +185,7 @@ def test_whatever_a_notebook_left_and_rests_on_is_looked_at(notebooks, tmp_path,
         "the card, emptied": (lambda: card.write_text(""), 1),
         "the metrics": (lambda: (folder / "metrics.json").unlink(), 1),
         "the merged model": (lambda: shutil.rmtree(folder / "merged"), 2),
-        "the pictures": (lambda: shutil.rmtree(folder / "pictures"), 2),
+        "the merged model, cut": (lambda: (folder / "merged" / "model").write_text("w"), 2),
         "a weight": (lambda: (folder / "adapter" / "adapter_model.safetensors").write_text("rwos"), 2),
         "the manifest's record": (forget_the_adapter, 2),
         "a truncated notebook": (lambda: executed.write_bytes(executed.read_bytes()[:-50]), 2),
@@ -361,11 +359,10 @@ def test_the_run_has_one_name_for_batch_and_notebooks(notebooks, tmp_path, monke
 def test_what_an_earlier_notebook_makes_is_made_once_where_it_is_missing(notebooks, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(series, "PRODUCERS", {"seen": "01_one", "later": "03_three"})
     folder = tmp_path / "r"
-    run = Run.named(str(folder))
-    series.run_earlier_notebooks("01_one", "pocket", run)
+    series.run_earlier_notebooks([], "pocket", str(folder))
     assert not (folder / "seen").exists() and capsys.readouterr().out == ""
     for _ in range(2):
-        series.run_earlier_notebooks("02_two", "pocket", run)
+        series.run_earlier_notebooks(["seen"], "pocket", str(folder))
     assert seen(folder) == "a" and not (folder / "02_two.ipynb").exists()
     told = capsys.readouterr().out
     assert told.startswith(f"The run {folder} has no seen: running 01_one first.")
