@@ -74,7 +74,7 @@ Layers = Annotated[list[Name], Field(min_length=1), BeforeValidator(lambda of: [
 class Parameters(BaseModel):
     """Every parameter of the notebooks; None where a notebook takes the profile's or the model's own value."""
 
-    model_config = ConfigDict(allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     profile: Literal["auto", "pocket", "gpt2-medium"] = "auto"
     run: Annotated[Run, BeforeValidator(lambda run: "" if run is None else run)] = ""
@@ -106,15 +106,15 @@ class Parameters(BaseModel):
 
 def check_parameters(given: Mapping[str, object]) -> dict[str, Any]:
     """Return the parameters by name, each as its own type; AlpacaError for one that is unknown, or has a bad value."""
-    if unknown := ", ".join(sorted(given.keys() - Parameters.model_fields.keys())):
-        known = ", ".join(sorted(Parameters.model_fields))
-        raise AlpacaError(f"No notebook has a parameter {unknown}: choose among {known}.", "unknown-parameter")
     try:
         checked = Parameters(**given)  # type: ignore[arg-type]
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0])
         reason = re.sub("^(Input|String) should", "it should", first["msg"].removeprefix("Value error, "))
+        reason = reason.replace(
+            "Extra inputs are not permitted", f"there are only {', '.join(Parameters.model_fields)}"
+        )
         raise AlpacaError(f"The parameter `{name}` is {given[name]!r:.60}: {reason}.", "bad-parameter") from error
     return {name: getattr(checked, name) for name in given}
 
@@ -142,13 +142,11 @@ def parse_parameters(pairs: Iterable[Sequence[str]], **given: object) -> dict[st
 def choose_profile(name: str = "auto", model: str | None = None, dataset: str | None = None) -> Profile:
     """Return the profile of that name, with another model or dataset where one is given.
 
-    `auto` is gpt2-medium where torch sees a GPU, else pocket; a name that no profile has raises AlpacaError. Another
-    `model` or `dataset` than the profile's drops its pinned revision, and another dataset its held-out file too.
+    `auto` is gpt2-medium where torch sees a GPU, else pocket. Another `model` or `dataset` than the profile's drops its
+    pinned revision, and another dataset its held-out file too.
     """
     if name == "auto":
         name = "gpt2-medium" if torch.cuda.is_available() else "pocket"
-    if name not in PROFILES:
-        raise AlpacaError(f"There is no profile {name!r}: choose auto, {' or '.join(PROFILES)}.", "unknown-profile")
     profile = PROFILES[name]
     if model is not None and _absolute(model) != _absolute(profile.model):
         profile = replace(profile, model=_absolute(model), model_revision=None)

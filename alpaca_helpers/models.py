@@ -16,7 +16,6 @@ from .hub import cached_folder, fetch, first_line
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens*", "added_tokens*", "chat_template*")
 WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 MODEL_FILES = ["config.json", "generation_config.json", "adapter_config.json", *TOKENIZER_FILES, *WEIGHT_FILES]
-LEAST_POSITIONS = 128  # a prompt and the document's 100 new tokens
 FOLDER_ONLY = {"local_files_only": True, "trust_remote_code": False}  # nor runs code that comes with a model
 
 
@@ -146,10 +145,7 @@ def _check_tokenizer(folder: Path, room: int) -> None:
 
 
 def _check_headers(folder: Path) -> None:
-    """Raise ValueError if a weight is missing or has another shape, or if the model's context is too short.
-
-    The model is loaded on the meta device: only the headers of the weights' files are read.
-    """
+    """Raise ValueError if a weight is missing or has another shape; only the headers of the files are read."""
     settings = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with ExitStack() as after:  # without the loader's progress bar and its report
         after.callback(logging.set_verbosity, logging.get_verbosity())
@@ -157,8 +153,6 @@ def _check_headers(folder: Path) -> None:
             after.callback(logging.enable_progress_bar)
         logging.set_verbosity(logging.CRITICAL)
         logging.disable_progress_bar()
-        model, info = AutoModelForCausalLM.from_pretrained(folder, device_map="meta", **settings, **FOLDER_ONLY)
+        _, info = AutoModelForCausalLM.from_pretrained(folder, device_map="meta", **settings, **FOLDER_ONLY)
     if wrong := sorted(info["missing_keys"]) or sorted(name for name, *_ in info["mismatched_keys"]):
         raise ValueError(f"there is no {wrong[0]} of the shape that config.json says")
-    if (limit := positions(model.config)) < LEAST_POSITIONS:
-        raise ValueError(f"the model has a context of {limit} tokens, {LEAST_POSITIONS} are needed")

@@ -113,12 +113,6 @@ def test_of_a_very_long_text_only_what_can_be_used_is_tokenized(text, pocket_tok
     assert [data.has_answer({"labels": labels}) for labels in got["labels"]] == [False, True]
 
 
-def test_an_unknown_recipe_is_named(pocket_tokenizer):
-    with pytest.raises(AlpacaError, match="'x'") as refused:
-        tokenize(batch_of(ROW), pocket_tokenizer, "x")
-    assert refused.value.code == "unknown-recipe"
-
-
 @pytest.mark.parametrize(
     "instruction, output, reason",
     [

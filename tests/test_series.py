@@ -303,7 +303,7 @@ def test_a_second_series_on_the_run_is_refused_before_it_touches_anything(notebo
 
 def test_a_bad_parameter_is_refused_before_anything_is_made_and_the_command_lines_values_are_read(notebooks, tmp_path):
     for name, value, code in (
-        *(("wrod", "x", "unknown-parameter"), ("seed", "x", "bad-parameter")),
+        *(("wrod", "x", "bad-parameter"), ("seed", "x", "bad-parameter")),
         ("lora_rank", 4, "unknown-parameter"),  # none of these two takes it
     ):
         with pytest.raises(AlpacaError, match=name) as refused:
