@@ -41,8 +41,8 @@ HUB_NAME = re.compile(r"[^./~][^/]*/[^/]+")
 def prepare_rows(folder: Path, dataset: str, revision: str | None = None, heldout: str | None = None) -> dict[str, str]:
     """Return the files of checked rows, by split, that `load_dataset("parquet", data_files=…)` takes.
 
-    Whatever form the rows come in, they are written as Parquet to `rows` in the run's `folder`, under its lock.
-    Arguments and errors as in `load_rows`; `heldout` is a file with rows held out already.
+    They are written to `rows` in the run's `folder`, under its lock. Arguments and errors as in `load_rows`; `heldout`
+    is a file with rows held out already.
     """
     sources = {"train": (dataset, revision)} | ({"heldout": (heldout, None)} if heldout else {})
     files = {}
@@ -50,9 +50,10 @@ def prepare_rows(folder: Path, dataset: str, revision: str | None = None, heldou
         for split, source in sources.items():
             path, table = folder / "rows" / f"{split}.parquet", io.BytesIO()
             load_rows(*source).to_parquet(table)
-            if not path.is_file() or path.read_bytes() != table.getvalue():  # load_dataset's cache goes by its time
-                with check_disk_space(folder, needed=table.tell()):
-                    path.parent.mkdir(parents=True, exist_ok=True)
+            with check_disk_space(folder, needed=table.tell()):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                # not written twice: load_dataset would cache the same rows again
+                if not path.is_file() or path.read_bytes() != table.getvalue():
                     replace_file(path, table.getvalue())
             files[split] = str(path)
     return files

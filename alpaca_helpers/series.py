@@ -17,13 +17,14 @@ from .cells import FURTHER, NAMES, NOTEBOOKS, notebook_parameters, read_cells, r
 from .config import PROFILES, add_parameters, check_parameters, choose_profile, parse_parameters
 from .console import ignore_known_warnings, run_command
 from .files import check_disk_space, content_hash
-from .lora import BASE, choose_targets
+from .lora import choose_targets
 from .models import check_length, empty_model, fetch_model
 from .report import comparison, conclusion
 from .run import PRODUCERS, RUN_BYTES, Run
 
 QUIET = ["--log-level=CRITICAL"]  # ipykernel warns of its local sockets, and tells at length of an interrupt
 BESIDE = {"adapter": "merged", "metrics.json": "adapter/README.md"}  # what a notebook leaves beside its artifact
+POCKET = PROFILES["pocket"]
 PROMPT_TOKENS = 64  # room for a prompt beside the new tokens
 
 
@@ -65,25 +66,16 @@ def open_run(notebook: str, values: Mapping[str, object]) -> tuple[SimpleNamespa
         settings.model_revision = settings.model_path.name
     written = given["max_new_tokens"] + PROMPT_TOKENS if "max_new_tokens" in given else 0
     check_length(settings.model_path, max(written, given.get("max_length", 0)))
-    if "other_run" in given:
-        settings.other_run = _other_run(settings, run.folder)
+    if given.get("other_run"):
+        other = Run.named(given["other_run"], make=False)
+        other.record("adapter")
+        settings.other_run = other.folder
+    elif (settings.model, settings.heldout) == (POCKET.model, POCKET.heldout):
+        settings.other_run = pocket.DOCUMENT
     if notebook == NAMES[2]:
         settings.rows_at_once, settings.accumulation = split_batch(settings.batch_size, settings.micro_batch_size)
         settings.target_modules = choose_targets(empty_model(settings.model_path), given["target_modules"])
     return settings, run.folder
-
-
-def _other_run(settings: SimpleNamespace, folder: Path) -> Path | None:
-    """Return the folder of the finished run to compare with, if any: the one named, else the pocket's own."""
-    if settings.other_run:
-        other = Run.named(settings.other_run, make=False)
-        other.record("adapter")
-        if content_hash(other.folder / "adapter" / BASE) != content_hash(folder / "adapter" / BASE):
-            what = f"The run {other.folder} was trained on another base model than {folder}: take another `other_run`."
-            raise AlpacaError(what, "other-base")
-        return other.folder
-    ours = PROFILES["pocket"]
-    return pocket.DOCUMENT if (settings.model, settings.heldout) == (ours.model, ours.heldout) else None
 
 
 def run_earlier_notebooks(needs: list[str], profile: str, run: str = "") -> None:
