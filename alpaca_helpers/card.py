@@ -17,39 +17,30 @@ from .models import load_base, load_tokenizer
 from .prompts import format_prompt
 from .run import Run
 
-LICENCES = {  # of the data, by dataset: the card's tag, and the sentence
-    "tatsu-lab/alpaca": (
-        "cc-by-nc-4.0",
-        "Alpaca is CC BY-NC 4.0: non-commercial use, with attribution, the adapter's too.",
-    ),
-    PROFILES["pocket"].dataset: (None, "The rows were written for this project: its licence holds."),
+LICENCES = {
+    "tatsu-lab/alpaca": "Alpaca is CC BY-NC 4.0: non-commercial use, with attribution, the adapter's too.",
+    PROFILES["pocket"].dataset: "The rows were written for this project: its licence holds.",
 }
-UNKNOWN_LICENCE = (None, "Not known here: the licence of the dataset holds for the adapter too.")
-TEMPLATE = PACKAGE / "card.md"
-
-
-def push_adapter(adapter: Path, repository: str) -> str:
-    """Upload the adapter's folder to the Hub and return its address; a new repository is private.
-
-    Raises AlpacaError where the Hub refuses, or is out of reach.
-    """
-    try:
-        name = create_repo(repository, private=True, exist_ok=True).repo_id
-        return str(upload_folder(repo_id=name, folder_path=adapter, commit_message="LoRA adapter and model card"))
-    except Exception as error:  # the library's exceptions differ from release to release
-        what = f"The adapter was not pushed to {repository} ({first_line(error)}): it is whole on disk"
-        remedy = "log in with `hf auth login` and check the name (owner/name) and the network"
-        raise AlpacaError(f"{what}; {remedy}.", "push-refused") from error
+TAGS = {"tatsu-lab/alpaca": "cc-by-nc-4.0"}  # of the licences, as the Hub names them
 
 
 def export(folder: Path, settings: SimpleNamespace) -> None:
-    """Do what the parameters `merged` and `push_to` ask for: write the run's whole model, upload its adapter."""
+    """Do what the parameters `merged` and `push_to` ask for: write the run's whole model, upload its adapter.
+
+    A new repository on the Hub is private. Raises AlpacaError where the Hub refuses, or is out of reach.
+    """
     if settings.merged:
         base, tokenizer = (load(settings.model, settings.model_revision) for load in (load_base, load_tokenizer))
         with Run(folder).lock():
             save_merged(base, tokenizer, folder / "adapter", folder / "merged")
     if settings.push_to:
-        print(push_adapter(folder / "adapter", settings.push_to))
+        try:
+            name = create_repo(settings.push_to, private=True, exist_ok=True).repo_id
+            print(upload_folder(repo_id=name, folder_path=folder / "adapter", commit_message="LoRA adapter"))
+        except Exception as error:  # the library's exceptions differ from release to release
+            what = f"The adapter was not pushed to {settings.push_to} ({first_line(error)}): it is whole on disk"
+            remedy = "log in with `hf auth login` and check the name (owner/name) and the network"
+            raise AlpacaError(f"{what}; {remedy}.", "push-refused") from error
 
 
 def save_metrics(folder: Path, metrics: dict) -> None:
@@ -74,30 +65,22 @@ def write_card(folder: Path) -> None:
 def model_card(made: dict, metrics: dict) -> str:
     """Return the model card in Markdown, from the manifest's record of the adapter and its metrics ({}: none yet)."""
     model, revision, features = made["model"], made["model_revision"], RECIPES[made["recipe"]]
-    tag, licence = LICENCES.get(made["dataset"], UNKNOWN_LICENCE)
+    # an absolute path's folders are those of this machine: they are not published
+    name, dataset = (Path(path).name if Path(path).is_absolute() else path for path in (model, made["dataset"]))
     local = not revision and locate(model).exists()  # from_pretrained would look for it from the working folder
     address = f"locate({json.dumps(model)})" if local else json.dumps(model)
+    head: dict = {"library_name": "peft", "pipeline_tag": "text-generation", "license": TAGS.get(made["dataset"])}
     card = ModelCard.from_template(
-        ModelCardData(
-            library_name="peft",
-            pipeline_tag="text-generation",
-            license=tag,
-            base_model=model if revision else None,  # only a model on the Hub has a revision
-        ),
-        template_path=str(TEMPLATE),
+        ModelCardData(**head, base_model=model if revision else None),  # only a model on the Hub has a revision
+        template_path=str(PACKAGE / "card.md"),
         made=made,
         metrics=metrics,
-        name=_without_folders(model),
-        dataset=_without_folders(made["dataset"]),
+        name=name,
+        dataset=dataset,
         prompt=format_prompt("{instruction}", "{input, or no such line}" if "input" in features else ""),
         features=features,
         local=local,
         address=address + (f", revision={json.dumps(revision)}" if revision else ""),
-        licence=licence,
+        licence=LICENCES.get(made["dataset"], "Not known here: the licence of the dataset holds for the adapter too."),
     )
     return f"{card}\n"
-
-
-def _without_folders(path: str) -> str:
-    """Return only the last part of an absolute path: the folders of this machine are not published."""
-    return Path(path).name if Path(path).is_absolute() else path

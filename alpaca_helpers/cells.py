@@ -1,7 +1,7 @@
 """The notebooks as files: where they are, their parameters, and their cells run as a script."""
 
-import ast
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,36 +20,26 @@ FURTHER = [
 
 
 def read_cells(notebook: Path, tag: str = "") -> list[dict]:
-    """Return the notebook's cells, or those with the tag; AlpacaError where it cannot be read, or none has it.
+    """Return the notebook's cells, or those with the tag, each with its `source` as one text.
 
-    Each has its `cell_type`, its `source` as one text, its `id` and its `tags`.
+    Raises AlpacaError where the notebook cannot be read, or no cell has the tag.
     """
     try:
-        cells = [
-            {
-                "cell_type": cell["cell_type"],
-                "source": "".join(cell["source"]),
-                "id": cell.get("id", ""),
-                "tags": cell["metadata"].get("tags", []),
-            }
-            for cell in json.loads(notebook.read_bytes())["cells"]
-        ]
+        cells = json.loads(notebook.read_bytes())["cells"]
+        cells = [cell | {"source": "".join(cell["source"])} for cell in cells]
+        cells = [cell for cell in cells if not tag or tag in cell["metadata"].get("tags", [])]
+        if tag and not cells:
+            raise ValueError(f"no cell is tagged `{tag}`")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _broken(notebook, error) from error
-    if tag and not any(tag in cell["tags"] for cell in cells):
-        raise AlpacaError(f"{notebook} has no cell tagged `{tag}`: take it from the project again.", "notebook-broken")
-    return [cell for cell in cells if not tag or tag in cell["tags"]]
+        what = f"{notebook} cannot be read ({type(error).__name__}: {error})"
+        raise AlpacaError(f"{what}: take it from the project again.", "notebook-broken") from error
+    return cells
 
 
 def notebook_parameters(notebook: Path) -> list[str]:
-    """Return the names in the notebook's cell tagged `parameters`; errors as in `read_cells`."""
-    source = "\n".join(cell["source"] for cell in read_cells(notebook, "parameters"))
-    try:
-        lines = ast.parse(source).body
-    except SyntaxError as error:
-        raise _broken(notebook, error) from error
-    names = [ast.unparse(line.target) for line in lines if isinstance(line, ast.AnnAssign)]
-    return names + [ast.unparse(line.targets[0]) for line in lines if isinstance(line, ast.Assign)]
+    """Return the names in the notebook's cell tagged `parameters`, each at the beginning of a line."""
+    (cell,) = read_cells(notebook, "parameters")
+    return re.findall(r"^(\w+) *[:=]", cell["source"], re.MULTILINE)
 
 
 def refuse_dropped(parameters: Iterable[str], notebooks: Iterable[Path]) -> None:
@@ -61,20 +51,15 @@ def refuse_dropped(parameters: Iterable[str], notebooks: Iterable[Path]) -> None
 
 
 def run_cells(notebook: Path, tag: str, parameters: dict[str, object], until: str = "") -> dict:
-    """Run the cells with the tag as a script, with these parameters, and return all names that they define.
+    """Run the cell of parameters, with these, and the cells with the tag as a script; return all names they define.
 
-    The cell of parameters is run first. With `until` it ends as soon as that name is defined.
+    With `until` it ends as soon as that name is defined.
     """
     names: dict = {}
-    for cell in read_cells(notebook, "parameters") + read_cells(notebook, tag):
+    for number, cell in enumerate(read_cells(notebook, "parameters") + read_cells(notebook, tag)):
         exec(compile(cell["source"], f"{notebook.name}, cell {cell['id']}", "exec"), names)
-        if "parameters" in cell["tags"]:
+        if not number:
             names |= parameters
         if until and until in names:
             break
     return names
-
-
-def _broken(notebook: Path, error: Exception) -> AlpacaError:
-    reason = f"{type(error).__name__}: {error}"
-    return AlpacaError(f"{notebook} cannot be read ({reason}): take it from the project again.", "notebook-broken")

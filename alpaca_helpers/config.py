@@ -7,7 +7,7 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
@@ -25,22 +25,20 @@ class Profile:
 
     name: str
     model: str  # a folder, or a name on the Hub
-    model_revision: str | None  # commit on the Hub
     dataset: str  # a file, or a name on the Hub
-    dataset_revision: str | None
-    heldout: str | None  # file with the held-out rows; None: they are split off the dataset
-    heldout_rows: int  # rows to hold out when they are split off
+    heldout_rows: int  # rows to hold out where they are split off the dataset
     learning_rate: float
     num_train_epochs: float
+    heldout: str | None = None  # file with the held-out rows; None: they are split off the dataset
+    model_revision: str | None = None  # commit on the Hub
+    dataset_revision: str | None = None
 
 
 PROFILES = {
     "pocket": Profile(
         name="pocket",
         model="alpaca_helpers/pocket/model",
-        model_revision=None,
         dataset="alpaca_helpers/pocket/instructions/train.jsonl",
-        dataset_revision=None,
         heldout="alpaca_helpers/pocket/instructions/heldout.jsonl",
         heldout_rows=200,
         learning_rate=3e-3,
@@ -52,7 +50,6 @@ PROFILES = {
         model_revision="6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
         dataset="tatsu-lab/alpaca",
         dataset_revision="dce01c9b08f87459cf36a430d809084718273017",
-        heldout=None,
         heldout_rows=500,
         learning_rate=3e-4,
         num_train_epochs=2,
@@ -68,26 +65,10 @@ def _run(run: str) -> str:
     return run
 
 
-def _modules(modules: object) -> object:
-    if modules in (None, "all-linear", ["all-linear"]):
-        return modules if modules is None else "all-linear"
-    names = [modules] if isinstance(modules, str) else modules
-    if not (isinstance(names, list) and names and all(name and isinstance(name, str) for name in names)):
-        raise ValueError("a list of layers' names, or all-linear")
-    return names
-
-
-def _no_bool(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError("true and false are for yes and no")
-    return value
-
-
-Whole = Annotated[int, BeforeValidator(_no_bool)]
-Number = Annotated[float, BeforeValidator(_no_bool)]
-Count = Annotated[Whole, Field(ge=1, le=2**31 - 1)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Name = Annotated[str, Field(min_length=1, max_length=1000)]  # of a model or a dataset: a path, or owner/name
 Run = Annotated[str, Field(coerce_numbers_to_str=True), AfterValidator(_run)]
+Layers = Annotated[list[Name], Field(min_length=1), BeforeValidator(lambda of: [of] if isinstance(of, str) else of)]
 
 
 class Parameters(BaseModel):
@@ -101,21 +82,21 @@ class Parameters(BaseModel):
     dataset_name: Name | None = None
     recipe: Literal[tuple(RECIPES)] = "answers"  # type: ignore[valid-type]
     max_words: Count = 80
-    max_length: Annotated[Whole, Field(ge=16, le=2**20)] = 128  # tokens; a prompt alone takes about ten
+    max_length: Annotated[int, Field(ge=16, le=2**20)] = 128  # tokens; a prompt alone takes about ten
     max_train_rows: Count | None = None
     heldout_rows: Count | None = None
-    lora_rank: Annotated[Whole, Field(ge=1, le=4096)] = 8
-    lora_alpha: Annotated[Whole, Field(ge=1, le=65536)] = 16
-    lora_dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.1
-    target_modules: Annotated[list[str] | str | None, BeforeValidator(_modules)] = None
-    learning_rate: Annotated[Number, Field(gt=0, le=1)] | None = None
-    num_train_epochs: Annotated[Number, Field(gt=0, le=10_000)] | None = None
-    batch_size: Annotated[Whole, Field(ge=1, le=65536)] = 16
-    micro_batch_size: Annotated[Whole, Field(ge=1, le=65536)] = 16
+    lora_rank: Annotated[int, Field(ge=1, le=4096)] = 8
+    lora_alpha: Annotated[int, Field(ge=1, le=65536)] = 16
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    target_modules: Layers | None = None  # of layers, or all-linear
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    num_train_epochs: Annotated[float, Field(gt=0, le=10_000)] | None = None
+    batch_size: Annotated[int, Field(ge=1, le=65536)] = 16
+    micro_batch_size: Annotated[int, Field(ge=1, le=65536)] = 16
     max_new_tokens: Count = 80
     max_heldout_rows: Count = 300
     other_run: Annotated[str, Field(max_length=1000)] = ""
-    seed: Annotated[Whole, Field(ge=0, lt=2**32)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     merged: bool = False
     push_to: Annotated[str, Field(pattern=r"^([\w.-]+/[\w.-]+)?$")] = ""
     resume: bool = True
@@ -123,22 +104,18 @@ class Parameters(BaseModel):
     repo_url: str = ""
 
 
-def check_parameters(given: dict[str, object]) -> dict[str, Any]:
-    """Return the parameters by name, each as its own type.
-
-    Raises AlpacaError that names the parameter, its value and what it may be, also for a name that no notebook has.
-    """
+def check_parameters(given: Mapping[str, object]) -> dict[str, Any]:
+    """Return the parameters by name, each as its own type; AlpacaError for one that is unknown, or has a bad value."""
     try:
         checked = Parameters(**given)  # type: ignore[arg-type]
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        name, value = str(first["loc"][0]), f"{first['input']!r:.60}"
-        if name not in Parameters.model_fields:
-            known = ", ".join(sorted(Parameters.model_fields))
-            what = f"No notebook has a parameter {name!r}: choose among {known}."
-            raise AlpacaError(what, "unknown-parameter") from error
+        name = str(first["loc"][0])
         reason = re.sub("^(Input|String) should", "it should", first["msg"].removeprefix("Value error, "))
-        raise AlpacaError(f"The parameter `{name}` is {value}: {reason}.", "bad-parameter") from error
+        reason = reason.replace(
+            "Extra inputs are not permitted", f"there are only {', '.join(Parameters.model_fields)}"
+        )
+        raise AlpacaError(f"The parameter `{name}` is {given[name]!r:.60}: {reason}.", "bad-parameter") from error
     return {name: getattr(checked, name) for name in given}
 
 
@@ -165,13 +142,11 @@ def parse_parameters(pairs: Iterable[Sequence[str]], **given: object) -> dict[st
 def choose_profile(name: str = "auto", model: str | None = None, dataset: str | None = None) -> Profile:
     """Return the profile of that name, with another model or dataset where one is given.
 
-    `auto` is gpt2-medium where torch sees a GPU, else pocket; a name that no profile has raises AlpacaError. Another
-    `model` or `dataset` than the profile's drops its pinned revision, and another dataset its held-out file too.
+    `auto` is gpt2-medium where torch sees a GPU, else pocket. Another `model` or `dataset` than the profile's drops its
+    pinned revision, and another dataset its held-out file too.
     """
     if name == "auto":
         name = "gpt2-medium" if torch.cuda.is_available() else "pocket"
-    if name not in PROFILES:
-        raise AlpacaError(f"There is no profile {name!r}: choose auto, {' or '.join(PROFILES)}.", "unknown-profile")
     profile = PROFILES[name]
     if model is not None and _absolute(model) != _absolute(profile.model):
         profile = replace(profile, model=_absolute(model), model_revision=None)

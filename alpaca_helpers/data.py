@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
-from datasets import Dataset, DatasetDict
+from datasets import DatasetDict
 
 from . import AlpacaError, portable
 from .files import atomic_folder
@@ -31,14 +31,6 @@ RECORDED = {  # of the settings that made a run's data, what its manifest notes
     *("name", "model", "model_revision", "dataset", "dataset_revision", "heldout", "heldout_rows"),
     *("learning_rate", "num_train_epochs", "recipe", "max_words", "max_length", "max_train_rows", "seed"),
 }
-REMEDIES = {  # by how the reason why a row is not used begins
-    "empty instruction": "write the question as `instruction`",
-    "empty answer": "write the answer as `output`",
-    "answer over": "raise `max_words` to use them",
-    "answer cut": "raise `max_length`, or they teach no end",
-    "no room": "raise `max_length`, or shorten the instructions",
-    "question held out": "hold out other questions than those to train on",
-}
 IGNORED = -100  # the label that torch's cross entropy skips
 
 
@@ -58,62 +50,47 @@ def question_key(row: dict) -> str:
     return plain(format_prompt(row["instruction"], row["input"]))
 
 
-def split_rows(rows: Dataset, heldout_rows: int, seed: int = 0) -> DatasetDict:
-    """Return `rows` as `train` and `heldout`; rows with the same question land on the same side.
+def hold_out(rows: DatasetDict, settings: SimpleNamespace) -> tuple[DatasetDict, Counter[str]]:
+    """Return the rows that are used, as `train` and `heldout`, and how many are not used, by reason.
 
-    At most a fifth of the questions are held out, at least one; fewer than two in all raise AlpacaError.
+    Rows with an empty side or too long an answer go. The rows held out are those of `rows["heldout"]`, or else all
+    rows of `heldout_rows` of the questions, a fifth at most. A question that is held out is in no training row, and of
+    the training rows at most `max_train_rows` are kept. Errors as in `check_sides`.
     """
-    keys = [question_key(row) for row in rows]
-    questions = sorted(set(keys))
-    if len(questions) < 2:
-        holds = "one question only" if questions else "no row that the filters keep"
-        raise AlpacaError(f"The dataset holds {holds}: a held-out part needs at least two questions.", "too-few-rows")
-    random.Random(seed).shuffle(questions)
-    asked = set(questions[: max(1, min(heldout_rows, len(questions) // 5))])
-    train, heldout = ([index for index, key in enumerate(keys) if (key in asked) == side] for side in (False, True))
-    return DatasetDict(train=rows.select(train), heldout=rows.select(heldout))
-
-
-def drop_shared(dataset: DatasetDict) -> DatasetDict:
-    """Return the dataset without the training rows whose question is held out too."""
-    train, asked = dataset["train"], set(map(question_key, dataset["heldout"]))
-    kept = train.select([index for index, row in enumerate(train) if question_key(row) not in asked])
-    return DatasetDict(train=kept, heldout=dataset["heldout"])
+    dropped = Counter(drop_reason(row, settings.max_words) for part in rows.values() for row in part)
+    del dropped[""]
+    kept = rows.filter(lambda row: not drop_reason(row, settings.max_words), desc="usable rows")
+    keys = [question_key(row) for row in kept["train"]]
+    if "heldout" in kept:
+        asked = set(map(question_key, kept["heldout"]))
+        dropped["question held out"] = sum(key in asked for key in keys)
+    else:
+        questions = sorted(set(keys))
+        random.Random(settings.seed).shuffle(questions)
+        asked = set(questions[: max(1, min(settings.heldout_rows, len(questions) // 5))])
+        kept["heldout"] = kept["train"].select([index for index, key in enumerate(keys) if key in asked])
+    train = [index for index, key in enumerate(keys) if key not in asked]
+    used = train[: settings.max_train_rows]
+    dropped["after the first max_train_rows"] = len(train) - len(used)
+    split = DatasetDict(train=kept["train"].select(used), heldout=kept["heldout"])
+    check_sides(split)
+    return split, +dropped
 
 
 def check_sides(dataset: DatasetDict) -> None:
     """Raise AlpacaError unless there are rows to train on and held-out rows."""
     train, heldout = len(dataset["train"]), len(dataset["heldout"])
     if not (train and heldout):
-        what = f"{train} rows are left to train on and {heldout} are held out"
+        what = f"{train} rows are left to train on and {heldout} are held out; both need at least one question"
         raise AlpacaError(f"{what}: choose another dataset or held-out file, or raise `max_length`.", "too-few-rows")
-
-
-def hold_out(rows: DatasetDict, settings: SimpleNamespace) -> tuple[DatasetDict, Counter[str]]:
-    """Return the rows that are used, as `train` and `heldout`, and how many are not used, by reason.
-
-    Rows with an empty side or too long an answer go. The rows held out are those of `rows["heldout"]`, or else
-    `heldout_rows` of the questions; a question that is held out is in no training row, and of these at most
-    `max_train_rows` are kept. Errors as in `split_rows` and `check_sides`.
-    """
-    dropped = Counter(drop_reason(row, settings.max_words) for part in rows.values() for row in part)
-    del dropped[""]
-    kept = rows.filter(lambda row: not drop_reason(row, settings.max_words), desc="usable rows")
-    divided = kept if "heldout" in kept else split_rows(kept["train"], settings.heldout_rows, settings.seed)
-    split = drop_shared(divided)
-    dropped["question held out"] = len(divided["train"]) - len(split["train"])
-    if settings.max_train_rows and settings.max_train_rows < len(split["train"]):
-        dropped["after the first max_train_rows"] = len(split["train"]) - settings.max_train_rows
-        split["train"] = split["train"].select(range(settings.max_train_rows))
-    check_sides(split)
-    return split, +dropped
 
 
 def note_losses(lost: Mapping[str, int], read: int) -> None:
     """Print a line for each reason why more than a fifth of the rows read are not used, or cut, with what to do."""
     for reason, count in lost.items():
-        if count > read / 5 and (remedy := next((REMEDIES[key] for key in REMEDIES if reason.startswith(key)), "")):
-            print(f"Note: {count:,} of {read:,} rows, {reason}: {remedy}.", flush=True)
+        if count > read / 5 and "max_train_rows" not in reason:
+            remedy = "raise `max_words` or `max_length`, or change those rows"
+            print(f"Note: {count:,} of {read:,} rows are lost or cut ({reason}): {remedy}.", flush=True)
 
 
 def fingerprint(dataset: DatasetDict) -> str:
@@ -131,17 +108,8 @@ def tokenize(batch: dict[str, list[str]], tokenizer, recipe: str = "answers", ma
 
     Prompt and answer are tokenized apart, so that training sees the very prompt ids that generation will. Labels are
     `IGNORED` where the recipe learns nothing; an answer cut at `max_length` has no end-of-text token. Without
-    `dynamic-padding` rows are padded to `max_length` with the padding token, under an `attention_mask`, as in the
-    document.
-
-    Args:
-        batch: the columns `instruction`, `input`, `output`, as `Dataset.map(batched=True)` gives them.
-        recipe: a key of `RECIPES`.
-
-    Raises AlpacaError for an unknown recipe.
+    `dynamic-padding` rows are padded to `max_length`, under an `attention_mask`, as in the document.
     """
-    if recipe not in RECIPES:
-        raise AlpacaError(f"There is no recipe {recipe!r}: choose {', '.join(RECIPES)}.", "unknown-recipe")
     features, eos, pad = RECIPES[recipe], tokenizer.eos_token_id, tokenizer.pad_token_id
     inputs = batch["input"] if "input" in features else [""] * len(batch["instruction"])
     most = 1000 * max_length  # characters: no token has more, and a million words would take a minute

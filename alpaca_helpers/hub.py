@@ -1,7 +1,6 @@
 """Files on the Hub: downloaded once into its cache, announced beforehand, and one clear sentence where that fails."""
 
 import os
-import time
 from contextlib import suppress
 from multiprocessing import TimeoutError
 from multiprocessing.pool import ThreadPool
@@ -14,49 +13,47 @@ from huggingface_hub.utils import filter_repo_objects
 from . import AlpacaError
 
 PATIENCE = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or 4)  # seconds for the Hub's first answer; the library's: 10
-WAITS = (1, 2, 4, 8, 8)  # seconds between tries while the Hub answers that it is busy
 OFFLINE_WAY = "or run the model that comes with the project: PROFILE=pocket (in a notebook, profile = 'pocket')"
+REFUSED = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError)  # gated ones too
 
 
 def fetch(name: str, revision: str | None, kind: str, patterns: list[str]) -> Path:
     """Return the cache's folder of `name` on the Hub; files of `patterns` not yet in it are announced and downloaded.
 
-    `revision` is a commit, branch or tag, None the newest commit; `kind` is `model` or `dataset`. A busy Hub is asked
-    again after each of `WAITS`. Raises AlpacaError within `PATIENCE` if the Hub cannot be reached, later if the
-    download breaks off.
+    `revision` is a commit, branch or tag, None the newest commit; `kind` is `model` or `dataset`. Raises AlpacaError
+    within `PATIENCE` if the Hub cannot be reached, later if the download breaks off.
     """
-    waits = iter(WAITS)
-    while True:
-        try:
-            return _download(name, patterns, repo_type=kind, revision=revision)
-        except AlpacaError:
-            raise
-        except Exception as error:  # the library's exceptions differ from release to release
-            status = getattr(getattr(error, "response", None), "status_code", 0)
-            wait = next(waits, 0) if status == 429 or status >= 500 else 0
-            if not wait:
-                raise _explained(error, name, revision, kind) from error
-        print(f"The Hub is busy ({status}): again in {wait} s", flush=True)
-        time.sleep(wait)
-
-
-def _download(name: str, patterns: list[str], **which) -> Path:
-    # No dry run of the download: where the Hub cannot be reached, that tries for 23 s.
-    with ThreadPool(1) as pool:  # a thread that can be left behind where a name server or a proxy hangs
-        info: Any = pool.apply_async(HfApi().repo_info, [name], {"files_metadata": True, **which}).get(PATIENCE)
-    files = list(filter_repo_objects(info.siblings, allow_patterns=patterns, key=lambda file: file.rfilename))
-    if not files:
-        raise AlpacaError(
-            f"{name} on the Hub has no {patterns[0]}: choose another {which['repo_type']}.", "hub-unknown"
-        )
-    cached = {"revision": info.sha, "repo_type": which["repo_type"]}
-    if new := [file for file in files if not try_to_load_from_cache(name, file.rfilename, **cached)]:
-        size, names = readable_size(sum(file.size or 0 for file in new)), ", ".join(file.rfilename for file in new)
-        print(f"Downloading {name} from the Hub, {size}, once: {names}", flush=True)
-    folder = Path(snapshot_download(name, allow_patterns=patterns, **which))
-    if not all((folder / file.rfilename).exists() for file in files):  # the library returns what is there
-        raise ConnectionError("not all files came")
+    which: dict = {"repo_type": kind, "revision": revision}
+    try:  # no dry run of the download: where the Hub cannot be reached, that tries for 23 s
+        with ThreadPool(1) as pool:  # a thread that can be left behind where a name server or a proxy hangs
+            info: Any = pool.apply_async(HfApi().repo_info, [name], {"files_metadata": True, **which}).get(PATIENCE)
+        files = list(filter_repo_objects(info.siblings, allow_patterns=patterns, key=lambda file: file.rfilename))
+        if not files:
+            raise errors.HFValidationError(f"it has no {patterns[0]}")
+        cached = {"revision": info.sha, "repo_type": kind}
+        if new := [file for file in files if not try_to_load_from_cache(name, file.rfilename, **cached)]:
+            size, names = readable_size(sum(file.size or 0 for file in new)), ", ".join(file.rfilename for file in new)
+            print(f"Downloading {name} from the Hub, {size}, once: {names}", flush=True)
+        folder = Path(snapshot_download(name, allow_patterns=patterns, **which))
+        if not all((folder / file.rfilename).exists() for file in files):  # the library returns what is there
+            raise ConnectionError("not all files came")
+    except Exception as error:  # the library's exceptions differ from release to release
+        raise _explained(error, name, revision, kind) from error
     return folder
+
+
+def _explained(error: Exception, name: str, revision: str | None, kind: str) -> AlpacaError:
+    """Return what is missing, why, and what to do."""
+    what = f"The {kind} {name} at {revision[:8]}" if revision else f"The {kind} {name}"
+    reason = first_line((isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__) or error)
+    if isinstance(error, REFUSED):
+        what += f" is neither a path here nor to be had on the Hub, {constants.ENDPOINT} ({reason})"
+        remedy = "check its name and revision, accept its terms on its page and `hf auth login`"
+        return AlpacaError(f"{what}: {remedy}, {OFFLINE_WAY}.", "hub-unknown")
+    if isinstance(error, TimeoutError):
+        reason = f"no answer within {PATIENCE:g} s; HF_HUB_ETAG_TIMEOUT sets another limit"
+    what += f" is not wholly in the cache {constants.HF_HUB_CACHE} and could not be fetched from {constants.ENDPOINT}"
+    return AlpacaError(f"{what} ({reason}): try again later, {OFFLINE_WAY}.", "hub-unreachable")
 
 
 def cached_folder(name: str, revision: str | None, kind: str, patterns: list[str]) -> Path | None:
@@ -78,24 +75,3 @@ def first_line(error: BaseException) -> str:
 def readable_size(size: float) -> str:
     """Return a number of bytes in MB or GB."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-
-
-def _explained(error: Exception, name: str, revision: str | None, kind: str) -> AlpacaError:
-    """Return what is missing, why, and what to do."""
-    what = f"The {kind} {name}"
-    if isinstance(error, errors.GatedRepoError):
-        return AlpacaError(f"{what} wants its terms accepted: do so on its page, then `hf auth login`.", "hub-gated")
-    if isinstance(error, errors.RevisionNotFoundError):
-        return AlpacaError(f"{what} has no revision {revision} on the Hub: check it, {OFFLINE_WAY}.", "hub-unknown")
-    if isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
-        what = f"There is no {kind} {name}, neither a path here nor on the Hub ({constants.ENDPOINT}), or it is private"
-        return AlpacaError(f"{what}: check the parameter `{kind}_name`, {OFFLINE_WAY}.", "hub-unknown")
-    what += f" at {revision[:8]}" if revision else ""
-    what += f" is not, or only partly, in the cache {constants.HF_HUB_CACHE}"
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return AlpacaError(f"{what}, and HF_HUB_OFFLINE is set: unset it once, {OFFLINE_WAY}.", "hub-offline")
-    reason = first_line((isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__) or error)
-    if isinstance(error, TimeoutError):
-        reason = f"no answer within {PATIENCE:g} s; HF_HUB_ETAG_TIMEOUT sets another limit"
-    what += f" and could not be fetched from {constants.ENDPOINT} ({reason})"
-    return AlpacaError(f"{what}: try again later, {OFFLINE_WAY}.", "hub-unreachable")

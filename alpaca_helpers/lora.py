@@ -21,34 +21,31 @@ from .generation import end_tokens
 from .hub import first_line
 from .prompts import add_template
 
-WEIGHTS, PICKLE, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TOKENIZER_BYTES = 5_000_000  # room that a tokenizer takes on disk; GPT-2's is 3.6 MB
 BASE = "base.json"  # beside an adapter: which weights it was trained on
 LINEAR = (torch.nn.Linear, Conv1D)
 LORA = re.compile(r"\.lora_[AB]\.[^.]+\.weight$")  # what is trained
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of `init_lora_weights`
-REMEDY = "load the base it was trained on, or run notebook 03 again"
 
 
 def lora_config(
     r: int = 8,
     lora_alpha: int = 16,
     lora_dropout: float = 0.1,
-    target_modules: Sequence[str] | str | None = None,
+    target_modules: list[str] | str | None = None,
     fan_in_fan_out: bool = True,
 ) -> LoraConfig:
     """Return the document's LoRA configuration: low-rank updates of the attention's projections.
 
-    Args:
-        target_modules: names of layers, or `all-linear`; None: those that peft knows for the architecture, GPT-2's
-            being `c_attn`.
-        fan_in_fan_out: the base keeps its weights as (inputs, outputs), GPT-2's `Conv1D`; False for torch's `Linear`.
+    `target_modules` None are those that peft knows for the architecture, GPT-2's being `c_attn`. `fan_in_fan_out`: the
+    base keeps its weights as (inputs, outputs), as GPT-2's `Conv1D` does; False for torch's `Linear`.
     """
     return LoraConfig(
         r=r,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
-        target_modules=list(target_modules) if isinstance(target_modules, (list, tuple)) else target_modules,
+        target_modules=target_modules,
         bias="none",
         task_type=TaskType.CAUSAL_LM,
         fan_in_fan_out=fan_in_fan_out,
@@ -94,14 +91,15 @@ def choose_targets(base, target_modules: Sequence[str] | str | None) -> Sequence
     layers = [name for name, layer in base.named_modules() if isinstance(layer, LINEAR) and layer is not head]
     layers = [name for name in layers if "att" in name] if experts else layers
     names = sorted({name.rpartition(".")[2] for name in layers})
-    if target_modules in (None, "all-linear"):
+    if target_modules in (None, "all-linear", ["all-linear"]):
         if experts:
             print(f"Note: {kind} is a mixture of experts: only its attention is corrected: {', '.join(names)}.")
             return names
-        if target_modules is None and kind not in KNOWN_TARGETS:
+        if target_modules is None and kind in KNOWN_TARGETS:
+            return None
+        if target_modules is None:
             print(f"Note: peft names no layers for {kind}, so all linear ones are corrected: all-linear.")
-            return "all-linear"
-        return target_modules
+        return "all-linear"
     targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in layers):
@@ -112,14 +110,13 @@ def choose_targets(base, target_modules: Sequence[str] | str | None) -> Sequence
 
 def check_trained(model: PeftModel, what: str = "This training") -> None:
     """Raise AlpacaError unless LoRA's two matrices are all that changes: what else does, a loaded adapter lacks."""
-    start = model.active_peft_config.init_lora_weights
+    start = str(model.active_peft_config.init_lora_weights)
     others = [name for name, value in model.named_parameters() if value.requires_grad and not LORA.search(name)]
-    if str(start).lower().startswith(CHANGES_BASE):
-        others = [f"init_lora_weights={start!r} changes the base's weights"]
-    if others:
-        more = f"{what} changes more than LoRA's matrices A and B ({others[0]})"
+    if start.lower().startswith(CHANGES_BASE) or others:
+        more = others[0] if others else f"the base, by init_lora_weights={start}"
         remedy = "keep the defaults of `init_lora_weights`, `bias`, `modules_to_save`, `lora_bias`, `use_dora`"
-        raise AlpacaError(f"{more}: {remedy} and the like.", "more-than-lora")
+        what = f"{what} changes more than LoRA's matrices A and B ({more})"
+        raise AlpacaError(f"{what}: {remedy} and the like.", "more-than-lora")
 
 
 def base_hash(model) -> str:
@@ -146,9 +143,6 @@ def check_adapter(base, folder: Path) -> None:
     """
     folder = Path(folder).resolve()
     what = f"The adapter in {folder}"
-    if (folder / PICKLE).exists() and not (folder / WEIGHTS).exists():
-        refused = f"{what} is a pickle ({PICKLE}), which could run any code: it is not loaded"
-        raise AlpacaError(f"{refused}; save it as {WEIGHTS}, or run notebook 03.", "adapter-pickle")
     if wrong := verify_checksums(folder):
         raise AlpacaError(f"{what} is missing or not whole ({wrong}): run notebook 03 again.", "adapter-broken")
     try:
@@ -159,14 +153,13 @@ def check_adapter(base, folder: Path) -> None:
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         wrong = f"cannot be put on this base model ({first_line(error)})"
         raise AlpacaError(f"{what} {wrong}: run notebook 03 again.", "adapter-broken") from error
-    misfit = f"{what}, made for {config.base_model_name_or_path}, does not fit this base model"
     there, needed = ({(name, value.shape) for name, value in weights.items()} for weights in (saved, wanted))
-    if odd := sorted(there ^ needed):
-        raise AlpacaError(f"{misfit}: {odd[0][0]} differs; {REMEDY}.", "adapter-misfit")
-    if trained_on != base_hash(base):
-        rounded = base.dtype == torch.float16  # and then to bfloat16: another number now and then
-        reason = "it is held in float16: load it in float32" if rounded else f"the base's weights are others; {REMEDY}"
-        raise AlpacaError(f"{misfit}: {reason}.", "adapter-misfit")
+    odd = sorted(there ^ needed)
+    if odd or trained_on != base_hash(base):  # a base in float16 was rounded twice: another number now and then
+        reason = f"{odd[0][0]} differs" if odd else "the base's weights are others, or held in float16"
+        remedy = "load the base it was trained on, in float32, or run notebook 03 again"
+        made_for = f"made for {config.base_model_name_or_path}, does not fit this base model"
+        raise AlpacaError(f"{what}, {made_for}: {reason}; {remedy}.", "adapter-misfit")
     check_numbers(saved, what)
 
 

@@ -1,8 +1,7 @@
 """The base model and its tokenizer: a folder ready for `from_pretrained`, and the device they run on."""
 
 import inspect
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -17,7 +16,6 @@ from .hub import cached_folder, fetch, first_line
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens*", "added_tokens*", "chat_template*")
 WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 MODEL_FILES = ["config.json", "generation_config.json", "adapter_config.json", *TOKENIZER_FILES, *WEIGHT_FILES]
-LEAST_POSITIONS = 128  # a prompt and the document's 100 new tokens
 FOLDER_ONLY = {"local_files_only": True, "trust_remote_code": False}  # nor runs code that comes with a model
 
 
@@ -29,10 +27,7 @@ def best_device() -> str:
 
 
 def base_dtype() -> torch.dtype:
-    """Return the precision of the base in a training: bfloat16 where the device has units for it, else float32.
-
-    Answers and their scores are computed in float32 (`load_base`): the same on every machine and in any batch.
-    """
+    """Return the precision of the base in a training: bfloat16 where the device has units for it, else float32."""
     if torch.cuda.is_available():
         native = torch.cuda.get_device_capability() >= (8, 0)  # is_bf16_supported() counts emulation too
     else:
@@ -50,8 +45,8 @@ def fetch_model(name: str, revision: str | None = None) -> Path:
     """Return the absolute folder of a base model, ready for `from_pretrained`; downloaded only if it is not here.
 
     `name` is a folder, or a name on the Hub; `revision` the commit there, None the one in the cache, else the newest.
-    Raises AlpacaError if there is none, or if it is not a whole causal language model with its tokenizer, its weights
-    in safetensors. Headers are read, not weights: see `check_weights`.
+    Raises AlpacaError if there is none, or if it is not a whole decoder-only model with its tokenizer, its weights in
+    safetensors, of which the headers are read.
     """
     if (here := locate(name)).is_dir():
         return _checked(here.resolve())
@@ -100,9 +95,9 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
 
 
 def load_base(name: str, revision: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Return the base model on the best device, in evaluation mode; errors as in `fetch_model` and `check_weights`.
+    """Return the base model on the best device, in evaluation mode, held in `dtype` whatever it is stored in.
 
-    It is held in `dtype`, whatever it is stored in; a training takes `base_dtype()`.
+    Answers and scores take float32: the same on every machine. Errors as in `fetch_model` and `check_weights`.
     """
     model = AutoModelForCausalLM.from_pretrained(fetch_model(name, revision), dtype=dtype, **FOLDER_ONLY)
     # an adapter names as its base the model, not a folder of this machine
@@ -113,40 +108,27 @@ def load_base(name: str, revision: str | None = None, dtype: torch.dtype = torch
 
 def _checked(folder: Path) -> Path:
     """Return `folder`; raise AlpacaError if `from_pretrained` would fail there, or make up what is missing."""
-    if (folder / "adapter_config.json").exists():  # from_pretrained would ask the Hub for its base
-        raise _unsuited(folder, "is an adapter: pass the base model that its adapter_config.json names")
-    if any(folder.glob("*.gguf")) and not (folder / "config.json").exists():
-        raise _unsuited(folder, "is there as GGUF alone: choose its repository with config.json and safetensors")
-    with _named_if_broken("config", folder):
-        config = AutoConfig.from_pretrained(folder, **FOLDER_ONLY)
-    encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    suited = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not (encoder or config.is_encoder_decoder)
-    if suited:
-        with _named_if_broken("tokenizer", folder):
-            _check_tokenizer(folder, config.get_text_config().vocab_size)
-        with _named_if_broken("weights", folder):
-            model = _check_headers(folder)
-        suited = "past_key_values" in inspect.signature(model.forward).parameters  # what answers are decoded with
-    if not suited:
-        what = f"({config.model_type}) does not continue text with attention to what came before"
-        raise _unsuited(folder, f"{what}: choose a decoder-only Transformer")
-    return folder
-
-
-def _unsuited(folder: Path, what: str) -> AlpacaError:
-    return AlpacaError(f"The model in {folder} {what}.", "model-unsuited")
-
-
-@contextmanager
-def _named_if_broken(part: str, folder: Path) -> Iterator[None]:
-    """Raise AlpacaError that names this part of the model where the block fails."""
+    part = "config"
     try:
-        yield
+        if (folder / "adapter_config.json").exists():  # from_pretrained would ask the Hub for its base
+            raise NotImplementedError("it is an adapter: choose the base that its adapter_config.json names")
+        config = AutoConfig.from_pretrained(folder, **FOLDER_ONLY)
+        model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+        cached = model and "past_key_values" in inspect.signature(model.forward).parameters  # for the decoding
+        if encoder or config.is_encoder_decoder or not cached:
+            raise NotImplementedError(f"a {config.model_type} is not a decoder-only Transformer")
+        part = "tokenizer"
+        _check_tokenizer(folder, config.get_text_config().vocab_size)
+        part = "weights"
+        _check_headers(folder)
     except Exception as error:  # any: it depends on where a file is broken
-        cached = folder.is_relative_to(Path(constants.HF_HUB_CACHE).resolve())
-        remedy = f"delete {folder.parents[1]} and run again" if cached else "correct it, or use another copy"
-        what = f"The {part} of the model in {folder} cannot be loaded ({first_line(error)}): {remedy}."
-        raise AlpacaError(what, "model-broken") from error
+        downloaded = folder.is_relative_to(Path(constants.HF_HUB_CACHE).resolve())
+        remedy = f"delete {folder.parents[1]} and run again" if downloaded else "correct it"
+        what = f"The {part} of the model in {folder} cannot be used ({first_line(error)}): {remedy}"
+        code = "model-unsuited" if isinstance(error, NotImplementedError) else "model-broken"
+        raise AlpacaError(f"{what}, or choose another model.", code) from error
+    return folder
 
 
 def _check_tokenizer(folder: Path, room: int) -> None:
@@ -162,11 +144,8 @@ def _check_tokenizer(folder: Path, room: int) -> None:
         raise ValueError(f"the model has room for {room} tokens, and its tokenizer has {len(tokenizer)}")
 
 
-def _check_headers(folder: Path) -> PreTrainedModel:
-    """Return the model on the meta device, where the headers of the weights' files are read, and no weight.
-
-    Raises ValueError if a weight is missing or has another shape, or if the model's context is too short.
-    """
+def _check_headers(folder: Path) -> None:
+    """Raise ValueError if a weight is missing or has another shape; only the headers of the files are read."""
     settings = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with ExitStack() as after:  # without the loader's progress bar and its report
         after.callback(logging.set_verbosity, logging.get_verbosity())
@@ -174,9 +153,6 @@ def _check_headers(folder: Path) -> PreTrainedModel:
             after.callback(logging.enable_progress_bar)
         logging.set_verbosity(logging.CRITICAL)
         logging.disable_progress_bar()
-        model, info = AutoModelForCausalLM.from_pretrained(folder, device_map="meta", **settings, **FOLDER_ONLY)
+        _, info = AutoModelForCausalLM.from_pretrained(folder, device_map="meta", **settings, **FOLDER_ONLY)
     if wrong := sorted(info["missing_keys"]) or sorted(name for name, *_ in info["mismatched_keys"]):
         raise ValueError(f"there is no {wrong[0]} of the shape that config.json says")
-    if (limit := positions(model.config)) < LEAST_POSITIONS:
-        raise ValueError(f"the model has a context of {limit} tokens, {LEAST_POSITIONS} are needed")
-    return model

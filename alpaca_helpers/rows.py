@@ -12,10 +12,9 @@ import json
 import os
 import re
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from statistics import mode
+from typing import Any
 
 import pyarrow.parquet
 from datasets import Dataset, load_dataset
@@ -27,12 +26,8 @@ from .hub import cached_folder, fetch, first_line
 from .run import Run
 
 COLUMNS = ("instruction", "input", "output", "fact")
+NOT_MISSED = {*COLUMNS, "text"}  # "text" in Alpaca's files: the other columns in one
 NO_INPUT = re.compile(r"[\W_]*(no[\W_]*input|n/a)[\W_]*", re.IGNORECASE)  # as Alpaca's generator wrote it
-OTHER_NAMES = {"context": "input"}  # what others call our columns
-OTHER_NAMES |= dict.fromkeys(("question", "prompt", "query"), "instruction")
-OTHER_NAMES |= dict.fromkeys(("response", "answer", "completion"), "output")
-REPEATED = "text"  # in Alpaca's files: the other columns in one
-CONVERSATIONS = {"messages", "conversations", "conversation"}
 ONLY_FILE = {  # of a pinned dataset, by its commit
     "dce01c9b08f87459cf36a430d809084718273017": "data/train-00000-of-00001-a09b74b3ef9c3b56.parquet"
 }
@@ -46,8 +41,8 @@ HUB_NAME = re.compile(r"[^./~][^/]*/[^/]+")
 def prepare_rows(folder: Path, dataset: str, revision: str | None = None, heldout: str | None = None) -> dict[str, str]:
     """Return the files of checked rows, by split, that `load_dataset("parquet", data_files=…)` takes.
 
-    Whatever form the rows come in, they are written as Parquet to `rows` in the run's `folder`, under its lock.
-    Arguments and errors as in `load_rows`; `heldout` is a file with rows held out already.
+    They are written to `rows` in the run's `folder`, under its lock. Arguments and errors as in `load_rows`; `heldout`
+    is a file with rows held out already.
     """
     sources = {"train": (dataset, revision)} | ({"heldout": (heldout, None)} if heldout else {})
     files = {}
@@ -55,9 +50,10 @@ def prepare_rows(folder: Path, dataset: str, revision: str | None = None, heldou
         for split, source in sources.items():
             path, table = folder / "rows" / f"{split}.parquet", io.BytesIO()
             load_rows(*source).to_parquet(table)
-            if not path.is_file() or path.read_bytes() != table.getvalue():  # load_dataset's cache goes by its time
-                with check_disk_space(folder, needed=table.tell()):
-                    path.parent.mkdir(parents=True, exist_ok=True)
+            with check_disk_space(folder, needed=table.tell()):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                # not written twice: load_dataset would cache the same rows again
+                if not path.is_file() or path.read_bytes() != table.getvalue():
                     replace_file(path, table.getvalue())
             files[split] = str(path)
     return files
@@ -70,9 +66,12 @@ def load_rows(dataset: str, revision: str | None = None) -> Dataset:
     owner/name that is no path here and does not end like a file. Raises AlpacaError that names file and row.
     """
     path = locate(dataset, typed=True)
-    shards = [file for file in sorted(path.iterdir()) if _kind(file) == "parquet"] if os.path.isdir(path) else []
-    if shards or (_kind(path) in READERS and os.path.isfile(path)):
-        rows = (row for file in shards or [path] for row in _read(file))
+    if os.path.isdir(path):
+        files = [file for file in sorted(path.iterdir()) if _kind(file) == "parquet"]
+    else:
+        files = [path] if _kind(path) in READERS and os.path.isfile(path) else []
+    if files:
+        rows = (row for file in files for row in _read(file))
     elif _kind(path) in {*READERS, *OTHER_FILES} or os.path.lexists(path) or not HUB_NAME.fullmatch(dataset):
         forms = f"a file here (.{', .'.join(READERS)}, also .gz) nor a folder of .parquet files"
         what = f"The dataset {dataset} is neither {forms}, nor a name on the Hub (owner/name)"
@@ -95,10 +94,8 @@ def _hub_rows(name: str, revision: str | None) -> Dataset:
     try:
         return load_dataset(str(folder), split="train")
     except (OSError, ValueError, DatasetsError) as error:
-        what = (
-            f"The dataset {name} in {folder} has no train split that can be read ({first_line(error)}): choose another."
-        )
-        raise AlpacaError(what, "dataset-broken") from error
+        what = f"The dataset {name} in {folder} has no train split that can be read ({first_line(error)})"
+        raise AlpacaError(f"{what}: choose another.", "dataset-broken") from error
 
 
 def _kind(path: Path) -> str:
@@ -106,7 +103,7 @@ def _kind(path: Path) -> str:
     return path.name.lower().removesuffix(".gz").rpartition(".")[2]
 
 
-def _read(path: Path) -> Iterator[dict]:
+def _read(path: Path) -> Iterator[Any]:
     """Yield the rows of a file, compressed by gzip or not; raise AlpacaError that names it and what is broken where."""
     try:
         content = path.read_bytes()
@@ -116,15 +113,13 @@ def _read(path: Path) -> Iterator[dict]:
         raise AlpacaError(f"{what}: correct it, or save it again, text as UTF-8.", "dataset-broken") from error
 
 
-def _row(pairs: list[tuple[str, object]]) -> dict:
-    """Return the row, or {None: what is wrong with its columns' names}; of two equal ones a dict keeps the last."""
+def _row(pairs: list[tuple[str, object]]) -> Any:
+    """Return the row; the pairs themselves if a name comes twice, of which a dict would keep the last."""
     row = dict(pairs)
-    if HALF_CHARACTER.search("".join(row)):
-        return {None: "a column's name holds half a character"}
-    return row if len(row) == len(pairs) else {None: f"`{mode(name for name, _ in pairs)}` is there twice"}
+    return row if len(row) == len(pairs) else pairs
 
 
-def _read_json(content: bytes) -> Iterable[dict]:
+def _read_json(content: bytes) -> Iterator[Any]:
     """Yield the rows of a JSON array or of JSON Lines, also of several put together."""
     text, place, decoder = content.decode(), 0, json.JSONDecoder(object_pairs_hook=_row)
     while (space := SPACE.match(text, place)) and (place := space.end()) < len(text):
@@ -132,13 +127,13 @@ def _read_json(content: bytes) -> Iterable[dict]:
         yield from value if isinstance(value, list) else [value]
 
 
-def _read_parquet(content: bytes) -> Iterable[dict]:
+def _read_parquet(content: bytes) -> Iterator[Any]:
     table = pyarrow.parquet.ParquetFile(io.BytesIO(content)).read()
-    rows = zip(*(column.to_pylist() for column in table.columns))
-    return (_row(list(zip(table.column_names, row))) for row in rows)
+    for values in zip(*(column.to_pylist() for column in table.columns)):
+        yield _row(list(zip(table.column_names, values)))
 
 
-def _read_csv(content: bytes) -> Iterable[dict]:
+def _read_csv(content: bytes) -> Iterator[Any]:
     """Yield the rows under the names in the first line; commas, semicolons or tabs separate the fields."""
     text, line, names = content.decode("utf-8-sig"), 1, list[str]()
     delimiter = max(",;\t", key=text.strip("\r\n").partition("\n")[0].count)
@@ -154,57 +149,43 @@ def _read_csv(content: bytes) -> Iterable[dict]:
                 yield _row(list(zip(names, fields)))
             names, line = names or fields, lines.line_num + 1
     except csv.Error as error:
-        raise ValueError(f'line {line}: {error}; quote a field that holds a comma, and write "" for a quote') from error
+        raise ValueError(f'line {line}: {error}; quote a field with commas, write "" for a quote') from error
 
 
 READERS = {"json": _read_json, "jsonl": _read_json, "csv": _read_csv, "tsv": _read_csv, "parquet": _read_parquet}
 
 
-def check_rows(rows: Iterable[dict], source: str) -> Iterator[dict]:
+def check_rows(rows: Iterable[Any], source: str) -> Iterator[dict]:
     """Yield each row with only `COLUMNS`; raise AlpacaError naming `source`, the row and what is wrong.
 
     A question in `input` alone becomes the instruction. A last line names the other columns that hold text.
     """
-    number, unused = 0, Counter[str]()
+    number, filled = 0, dict[str, None]()
     for number, row in enumerate(rows, 1):
         if wrong := _fault(row):
-            raise AlpacaError(f"{source}, row {number}: {wrong}.", "dataset-broken")
+            remedy = "correct it: a row has the texts `instruction` and `output`, and may have an `input`"
+            raise AlpacaError(f"{source}, row {number}: {wrong}; {remedy}.", "dataset-broken")
         checked = {column: row.get(column) or "" for column in COLUMNS}
         if NO_INPUT.fullmatch(checked["input"]):
             checked["input"] = ""
         if not checked["instruction"].strip() and checked["input"].strip():
             checked["instruction"], checked["input"] = checked["input"], ""
-        unused.update(column for column in row if column not in (*COLUMNS, REPEATED) and row[column])
+        filled |= dict.fromkeys(column for column in row if row[column])
         yield checked
     if not number:
         raise AlpacaError(f"{source} has no rows: check that the file is whole.", "dataset-broken")
-    if unused:
-        columns = ", ".join(f"`{column}` ({count:,} rows)" for column, count in unused.items())
-        print(f"Note: these columns of {source} are not used: {columns}.", flush=True)
+    if unused := ", ".join(f"`{column}`" for column in filled if column not in NOT_MISSED):
+        print(f"Note: these columns of {source} are not used: {unused}.", flush=True)
 
 
-def _fault(row: dict) -> str:
-    """Return what is wrong with a row and what to do, "" if nothing is."""
+def _fault(row: Any) -> str:
+    """Return what is wrong with a row, "" if nothing is."""
     if not isinstance(row, dict):
-        return "not an object with `instruction` and `output`: correct that row"
-    if None in row:
-        return f"{row[None]}: correct that row"
+        return "not an object whose names are all different"
+    if half := HALF_CHARACTER.search("".join([*row, *(text for text in row.values() if isinstance(text, str))])):
+        return f"it holds half a character ({half[0]!a})"
     for column in COLUMNS:
         value = row.get(column)
-        if value is None and column in ("input", "fact"):
-            continue
-        if column not in row:
-            return f"no column `{column}`, it has {', '.join(row) or 'none'}: {_remedy(row)}"
-        if not isinstance(value, str):
-            return f"`{column}` is {value!r:.40}, not text: correct that row"
-        if half := HALF_CHARACTER.search(value):
-            return f"`{column}` holds half a character ({half[0]!a}): correct that row"
+        if not isinstance(value, str) and (value is not None or column in ("instruction", "output")):
+            return f"`{column}` is {value!r:.40}, not text; its columns are {', '.join(row) or 'none'}"
     return ""
-
-
-def _remedy(row: dict) -> str:
-    """Return what to do about a row that lacks one of our columns."""
-    if chat := CONVERSATIONS & set(row):
-        return f"write each question of `{min(chat)}` as `instruction` and its answer as `output`"
-    renamed = ", ".join(f"`{name}` to `{OTHER_NAMES[name]}`" for name in row if name in OTHER_NAMES)
-    return f"rename {renamed or 'the columns to instruction, input, output'}"

@@ -113,12 +113,6 @@ def test_of_a_very_long_text_only_what_can_be_used_is_tokenized(text, pocket_tok
     assert [data.has_answer({"labels": labels}) for labels in got["labels"]] == [False, True]
 
 
-def test_an_unknown_recipe_is_named(pocket_tokenizer):
-    with pytest.raises(AlpacaError, match="'x'") as refused:
-        tokenize(batch_of(ROW), pocket_tokenizer, "x")
-    assert refused.value.code == "unknown-recipe"
-
-
 @pytest.mark.parametrize(
     "instruction, output, reason",
     [
@@ -139,34 +133,48 @@ def test_many_rows_lost_for_one_reason_are_noted_with_what_to_do(capsys):
     lost = {"answer over 80 words": 30, "empty answer": 20, "after the first max_train_rows": 90, "answer cut": 21}
     data.note_losses(lost, 100)
     notes = capsys.readouterr().out.splitlines()
-    assert [note.partition(",")[0] for note in notes] == ["Note: 30 of 100 rows", "Note: 21 of 100 rows"]
-    assert "raise `max_words`" in notes[0] and "raise `max_length`" in notes[1]
+    for note, reason in zip(
+        notes, ("30 of 100 rows are lost or cut (answer over", "21 of 100 rows are lost or cut (answer cut")
+    ):
+        assert note.startswith(f"Note: {reason}") and "raise `max_words` or `max_length`" in note
+    assert len(notes) == 2
+
+
+def held_out(train, heldout=None, rows=1, **changes):
+    """Return what `hold_out` makes of the rows."""
+    chosen = {"max_words": 80, "heldout_rows": rows, "max_train_rows": None, "seed": 0} | changes
+    parts = {"train": train} | ({"heldout": heldout} if heldout else {})
+    return data.hold_out(DatasetDict(parts), SimpleNamespace(**chosen))
 
 
 def test_split_keeps_a_question_on_one_side_and_is_seeded():
     rows = rows_of(*({"instruction": f"Q{i // 2}" + " " * (i % 2), "output": str(i)} for i in range(40)))
-    train, heldout = (data.split_rows(rows, 3, seed=1)[side] for side in ("train", "heldout"))
+    split, dropped = held_out(rows, rows=3, seed=1)
+    train, heldout = split["train"], split["heldout"]
     assert sorted([*train["output"], *heldout["output"]], key=int) == rows["output"][:] and len(heldout) == 6
-    assert not {data.question_key(row) for row in train} & {data.question_key(row) for row in heldout}
-    assert data.split_rows(rows, 3, seed=1)["heldout"].to_list() == heldout.to_list()
-    assert data.split_rows(rows, 3, seed=2)["heldout"].to_list() != heldout.to_list()
-    assert len(data.split_rows(rows, 1000)["heldout"]) == 8  # a fifth at most
+    assert not {data.question_key(row) for row in train} & {data.question_key(row) for row in heldout} and not dropped
+    assert held_out(rows, rows=3, seed=1)[0]["heldout"].to_list() == heldout.to_list()
+    assert held_out(rows, rows=3, seed=2)[0]["heldout"].to_list() != heldout.to_list()
+    assert len(held_out(rows, rows=1000)[0]["heldout"]) == 8  # a fifth at most
+    split, dropped = held_out(rows, rows=3, seed=1, max_train_rows=10)
+    assert split["train"]["output"][:] == train["output"][:10] and dropped == {"after the first max_train_rows": 24}
 
 
 def test_questions_on_both_sides_leave_the_training_side_and_are_counted():
     train = rows_of(*({"instruction": text, "output": "a"} for text in ("One?", "two  ?", "Three?")))
     heldout = rows_of(*({"instruction": text, "output": "b"} for text in ("one?", "Two ?")))
-    kept = data.drop_shared(DatasetDict(train=train, heldout=heldout))
+    kept, dropped = held_out(train, heldout)
     assert kept["train"]["instruction"][:] == ["Three?"] and len(kept["heldout"]) == 2
+    assert dropped == {"question held out": 2}
 
 
 def test_a_question_is_the_same_however_its_characters_are_spelled():
     pairs = [("Où est l’été ?", "Ou\u0300 est l'e\u0301te\u0301 ?"), ("Say “hi” 1,000 times", 'say "HI" 1000  times')]
     rows = rows_of(*({"instruction": text, "output": "a"} for pair in pairs for text in pair))
     assert len(set(map(data.question_key, rows))) == 2
-    split = data.split_rows(rows, 1)
+    split, _ = held_out(rows)
     assert len(split["train"]) == len(split["heldout"]) == 2
-    assert len(data.drop_shared(DatasetDict(train=rows.select([0, 2]), heldout=rows.select([1])))["train"]) == 1
+    assert len(held_out(rows.select([0, 2]), rows.select([1]))[0]["train"]) == 1
     different = [
         "Add 1,2 and 3",
         "Add 12 and 3",
@@ -217,14 +225,14 @@ def test_a_batch_larger_than_the_data_is_the_data_once(micro, split, tmp_path):
 
 def test_too_few_questions_to_train_on_or_to_hold_out_are_a_sentence():
     one, none = rows_of(ROW, ROW), rows_of(ROW).select([])
-    for check, rows, said in (
-        (data.split_rows, one, "one question only"),
-        (data.split_rows, none, "no row"),
-        (data.check_sides, DatasetDict(train=none, heldout=one), "0 rows are left to train on and 2 are held out"),
-        (data.check_sides, DatasetDict(train=one, heldout=none), "2 rows are left to train on and 0 are held out"),
+    for check, said in (
+        (lambda: held_out(one), "0 rows are left to train on and 2 are held out"),
+        (lambda: held_out(none), "0 rows are left to train on and 0 are held out"),
+        (lambda: data.check_sides(DatasetDict(train=none, heldout=one)), "0 rows are left to train on and 2"),
+        (lambda: data.check_sides(DatasetDict(train=one, heldout=none)), "2 rows are left to train on and 0"),
     ):
         with pytest.raises(AlpacaError, match=said) as refused:
-            check(rows, *([3] if check is data.split_rows else []))
+            check()
         assert refused.value.code == "too-few-rows"
 
 

@@ -123,7 +123,7 @@ def test_other_columns_that_hold_text_are_named_once(tmp_path, capsys):
     rows = [{**ROW, "history": held, "system": "Be kind.", "empty": "", "text": "all"} for held in ([], ["a"], ["b"])]
     load_rows(written(tmp_path, ".json", json.dumps(rows)))
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("Note: ") and line.endswith("`system` (3 rows), `history` (2 rows).")
+    assert line.startswith("Note: ") and line.endswith("`system`, `history`.")
 
 
 ODD = [
@@ -206,15 +206,19 @@ INVALID = b'{"instruction": "\xff", "output": "b"}'
         (".csv", "instruction,output\n\n", "no rows"),
         # no rows, or without a column
         (".xlsx", "x", "is neither a file"),
-        (".json", "{}", "row 1: no column `instruction`"),
-        (".csv", "instruction|output\na|b\n", r"row 1: no column `instruction`, it has instruction\|output"),
+        (".json", "{}", "row 1: `instruction` is None, not text; its columns are none"),
+        (".csv", "instruction|output\na|b\n", r"row 1: `instruction` is None.* columns are instruction\|output"),
         (".json", '["a"]', "row 1: not an object"),
         (".jsonl", LINES + "[1, 2]\n", "row 3: not an object"),
-        (".json", '[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "row 2: no column `output`"),
-        (".json", f"[{json.dumps(ROW)}, {TWICE}]", "row 2: `output` is there twice"),
-        (".jsonl", LINES + TWICE, "row 3: `output` is there twice"),
-        (".csv", "instruction,output,output\na,b,c\n", "row 1: `output` is there twice"),
-        (".parquet", DOUBLE.getvalue().to_pybytes(), "row 1: `output` is there twice"),
+        (
+            ".json",
+            '[{"instruction": "a", "output": "b"}, {"instruction": "a"}]',
+            "row 2: `output` is None, not text; its columns are instruction",
+        ),
+        (".json", f"[{json.dumps(ROW)}, {TWICE}]", "row 2: not an object whose names"),
+        (".jsonl", LINES + TWICE, "row 3: not an object whose names"),
+        (".csv", "instruction,output,output\na,b,c\n", "row 1: not an object whose names"),
+        (".parquet", DOUBLE.getvalue().to_pybytes(), "row 1: not an object whose names"),
         # columns that hold no text
         (".json", '[{"instruction": "a", "output": 3}]', "row 1: `output` is 3"),
         (".json", '[{"instruction": null, "output": "b"}]', "row 1: `instruction` is None"),
@@ -222,20 +226,17 @@ INVALID = b'{"instruction": "\xff", "output": "b"}'
         (".json", '[{"instruction": ["a", "b"], "output": "c"}]', r"row 1: `instruction` is \['a', 'b'\]"),
         (".json", '[{"instruction": "a", "input": {"b": 3}, "output": "c"}]', r"row 1: `input` is \{'b': 3\}"),
         (".json", '[{"instruction": "a", "output": true}]', "row 1: `output` is True"),
-        (".jsonl", LINES + '{"instruction": "a \\ud83d", "output": "b"}', "row 3: `instruction` holds half a char"),
+        (".jsonl", LINES + '{"instruction": "a \\ud83d", "output": "b"}', "row 3: it holds half a char"),
         (
             ".jsonl",
             LINES + f'{{"instruction": "a", "output": "b", {HALF}}}',
-            "row 3: a column's name holds half a char",
+            "row 3: it holds half a char",
         ),
-        (".json", f"[{{{HALF}, {HALF}}}]", "row 1: a column's name holds half a char"),
+        (".json", f"[{{{HALF}, {HALF}}}]", "row 1: not an object whose names"),
         (".parquet", DATED.getvalue().to_pybytes(), "row 1: `output` is datetime.date"),
-        # other names of columns, with what to rename
-        (".json", '[{"instruction": "a", "response": "b"}]', "rename `response` to `output`"),
-        (".json", '[{"question": "a", "answer": "b"}]', "`question` to `instruction`, `answer` to `output`"),
-        (".json", '[{"messages": [{"content": "a"}]}]', "of `messages` as `instruction`.* as `output`"),
-        (".json", '[{"conversations": [{"value": "a"}]}]', "of `conversations` as `instruction`.* as `output`"),
-        (".json", '[{"x": "a"}]', "rename the columns to instruction, input, output"),
+        # other names of columns
+        (".json", '[{"instruction": "a", "response": "b"}]', "`output` is None.* columns are instruction, response; "),
+        (".json", '[{"messages": [{"content": "a"}]}]', "columns are messages; .*texts `instruction` and `output`"),
     ],
 )
 def test_a_broken_file_is_one_sentence_with_file_and_row_and_names_the_mapping(suffix, content, place, tmp_path):

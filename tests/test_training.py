@@ -8,6 +8,7 @@ import json
 import pkgutil
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -265,7 +266,7 @@ def test_a_push_that_the_hub_refuses_is_one_sentence(tmp_path, monkeypatch):
 
     monkeypatch.setattr(card, "create_repo", refuse)
     with pytest.raises(AlpacaError, match=r"me/it \(401 Unauthorized\)") as refused:
-        card.push_adapter(tmp_path, "me/it")
+        card.export(tmp_path, SimpleNamespace(merged=False, push_to="me/it"))
     assert refused.value.code == "push-refused" and "\n" not in str(refused.value)
 
 
