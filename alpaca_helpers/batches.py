@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 
 from . import AlpacaError
@@ -24,11 +25,10 @@ class PadToLongest:
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """Return `input_ids` and `labels`, each (rows, longest row)."""
-        longest = max(len(row["input_ids"]) for row in rows)
-        padded = {
-            name: [row[name] + [pad] * (longest - len(row[name])) for row in rows] for name, pad in self.padding.items()
+        return {
+            name: pad_sequence([torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=pad)
+            for name, pad in self.padding.items()
         }
-        return {name: torch.tensor(values) for name, values in padded.items()}
 
 
 def add_learned(collate: Callable, rows: list[dict]) -> dict[str, torch.Tensor]:

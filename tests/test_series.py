@@ -272,7 +272,7 @@ def test_a_failed_cell_is_not_done_and_its_fault_is_a_sentence(notebooks, tmp_pa
     faults = {
         "cell-failed": "raise ValueError('burnt')",
         "run-deleted": "import shutil; shutil.rmtree(run); open(run + '/x')",
-        "disk-full": "print(1, file=open('/dev/full', 'w', buffering=1))",
+        "unwritable": "print(1, file=open('/dev/full', 'w', buffering=1))",
     }
     for code, source in faults.items():
         write(notebooks[1], FIRST, source, "1")
