@@ -16,8 +16,8 @@ from .data import IGNORED
 class PadToLongest:
     """A data collator: pads the rows of a batch on the right, to the longest of them, with labels that are ignored.
 
-    A padded position needs no attention mask there: no real token comes after it, so none sees it. (transformers' own
-    collators pad on the tokenizer's side, which is the left for Llama's and Gemma's.)
+    No attention mask is needed there, since no real token comes after; transformers' own collators pad on the
+    tokenizer's side, which is the left for Llama's and Gemma's.
     """
 
     def __init__(self, pad_token_id: int):
@@ -44,10 +44,9 @@ def add_learned(collate: Callable, rows: list[dict]) -> dict[str, torch.Tensor]:
 class LengthGroups(Sampler[int]):
     """Row numbers in an order that puts rows of like length into the same batch; another order each epoch.
 
-    Rows are shuffled, sorted by length within every `STEPS` batches, and these batches shuffled. Seed and epoch alone
-    decide the order, which transformers' own `group_by_length` draws from the global random state: so a resumed
-    training goes on in it, and any number of devices cut the same batches from it. The last batch is filled up with the
-    rows that the shuffle began with.
+    Rows are shuffled, sorted by length within every `STEPS` batches, and these batches shuffled; the last batch is
+    filled up with the first rows. Seed and epoch alone decide (transformers' own `group_by_length` draws from the
+    global random state), so a resumed training goes on in the same order, on any number of devices.
     """
 
     STEPS = 16

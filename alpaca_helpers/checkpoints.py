@@ -5,7 +5,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import warnings
 from contextlib import suppress
 from importlib.metadata import version
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import Trainer
 
-from . import PACKAGE, AlpacaError, locate
+from . import AlpacaError, __version__, locate
 from .files import content_hash, refuse_foreign_files, verify_checksums, write_checksums
 from .run import Run
 
@@ -24,9 +23,8 @@ ARGUMENTS = (  # of transformers' TrainingArguments: those that change the resul
     "learning_rate num_train_epochs max_steps lr_scheduler_type warmup_steps weight_decay max_grad_norm optim "
     "adam_beta1 adam_beta2 adam_epsilon label_smoothing_factor seed"
 ).split()
-PLACE = ("versions", "hardware", "dtype", "commit", "processes")  # what a training was made on
 # What may differ when a training goes on: it changes rounding and the draws of dropout at most.
-FREE = {"name", "dataset", "heldout", "micro_batch_size", *PLACE}
+FREE = {"name", "dataset", "heldout", "micro_batch_size", "versions", "hardware", "dtype", "processes"}
 
 
 def finish_checkpoint(checkpoints: Path, step: int, limit: int | None, best: int | None) -> None:
@@ -71,17 +69,13 @@ def resume_point(run: Run, trainer: Trainer, resume: bool = True) -> Path | None
         for removed in (folder / PART, *([] if resume else checkpoints)):
             shutil.rmtree(removed, ignore_errors=True)
         if resume and checkpoints:
-            before = run.manifest().get("training")
-            before = before if isinstance(before, dict) else {}
+            before = dict(run.manifest().get("training") or {})
             changed = [key for key in now if key not in FREE and before.get(key) != now[key]]
             if changed:
                 changes = "; ".join(f"{key} {before.get(key)} -> {now[key]}" for key in changed)
                 what = f"This run's checkpoints were made with other settings ({changes})"
                 remedy = "go back to those, take another `run`, or set `resume = False` to start over"
                 raise AlpacaError(f"{what}: {remedy}.", "other-settings")
-            place = {name: before.get(name) for name in PLACE}
-            moved = any(now[name] != value for name, value in place.items())
-            now["earlier"] = before.get("earlier", []) + [place] * moved  # on what its parts were made, if elsewhere
         run.write_record("training", now)
         trainer.record = now  # what is saved when the training ends tells of this, whatever the folder holds by then
     trainer.accelerator.wait_for_everyone()
@@ -106,20 +100,11 @@ def training_record(run: Run, trainer: Trainer) -> dict:
         "base": content_hash(locate(data["model"]), "*.safetensors") or None,  # on the Hub, the revision tells
         "dtype": str(trainer.model.get_base_model().dtype).removeprefix("torch."),
         "processes": processes(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
+        "versions": {"alpaca_helpers": __version__, "python": platform.python_version()}
+        | {name: version(name) for name in libraries},
         "hardware": f"{device}, {torch.get_num_threads()} threads",
-        "commit": _commit(),
     }
     return json.loads(json.dumps(record, default=str))  # as it will be read back
-
-
-def _commit() -> str | None:
-    """Return the commit of the checkout that the package lies in, if it does and git is here."""
-    root = PACKAGE.parent
-    git = ["git", f"--git-dir={root}/.git", f"--work-tree={root}", "describe", "--always", "--abbrev=40", "--dirty"]
-    with suppress(OSError, subprocess.TimeoutExpired):
-        return subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip() or None
-    return None
 
 
 def processes() -> int:

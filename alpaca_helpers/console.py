@@ -9,16 +9,12 @@ from collections.abc import Callable
 
 from . import AlpacaError
 
-KNOWN_WARNINGS = (  # of libraries, about what they do among themselves: category and beginning
-    (FutureWarning, ".*is_gradient_checkpointing"),  # peft 0.21 asks transformers 5.23 for it by its old name
-    (UserWarning, ".*pin_memory"),  # Trainer's default, without a GPU
-)
-
 
 def ignore_known_warnings() -> None:
     """Leave out the warnings of libraries that nobody here can mend: each by its category and message."""
-    for category, message in KNOWN_WARNINGS:
-        warnings.filterwarnings("ignore", message=message, category=category)
+    # peft 0.21 asks transformers 5.23 for it by its old name; Trainer's default, without a GPU
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*pin_memory", category=UserWarning)
     logging.getLogger("transformers.modeling_utils").addFilter(_is_news)
 
 

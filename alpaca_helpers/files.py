@@ -85,20 +85,21 @@ def check_disk_space(path: Path, needed: int = 0) -> Iterator[None]:
     def free() -> int:
         return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
 
-    reason, cause = NO_SPACE, None
-    if free() >= needed:
-        try:
-            yield
-            return
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's error
-            if isinstance(error, OSError) and error.errno in UNWRITABLE:
-                reason = str(error.strerror)
-            elif NO_SPACE not in str(error) and free() >= needed / 4:
-                raise
-            cause = error
-    room = f"{needed / 1e6:.1f} MB are needed, {free() / 1e6:.1f} MB are free"
-    what = f"{path} cannot be written ({reason}; {room}): make room, or take another `run` or file name."
-    raise AlpacaError(what, "unwritable") from cause
+    def refusal(reason: str) -> AlpacaError:
+        room = f"{needed / 1e6:.1f} MB are needed, {free() / 1e6:.1f} MB are free"
+        what = f"{path} cannot be written ({reason}; {room}): make room, or take another `run` or file name."
+        return AlpacaError(what, "unwritable")
+
+    if free() < needed:
+        raise refusal(NO_SPACE)
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's error
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            raise refusal(str(error.strerror)) from error
+        if NO_SPACE in str(error) or free() < needed / 4:
+            raise refusal(NO_SPACE) from error
+        raise
 
 
 def refuse_foreign_files(folder: Path) -> None:

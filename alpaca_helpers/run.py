@@ -5,7 +5,6 @@
 Notebooks hand over to one another only by these files.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from . import PACKAGE, AlpacaError, project_folder
+from . import AlpacaError, project_folder
 from .files import CHECKSUMS, check_disk_space, content_hash, read_json, verify_checksums, write_json
 
 PRODUCERS = {  # the notebook that makes each artifact
@@ -62,9 +61,8 @@ class Run:
         is_path = {"/", os.sep} & set(name) or name in (".", "..", "~")
         folder = Path(name).expanduser().resolve() if is_path else project_folder() / "runs" / name
         if make and not (folder / MARK).is_file():
-            files = sorted(folder.iterdir()) if folder.is_dir() else []
-            if foreign := [path.name for path in files if not _is_executed(path)]:
-                what = f"The folder {folder} is not marked as a run's ({MARK}) and holds {foreign[0]}"
+            if foreign := sorted(folder.iterdir()) if folder.is_dir() else []:
+                what = f"The folder {folder} is not marked as a run's ({MARK}) and holds {foreign[0].name}"
                 raise AlpacaError(f"{what}: take another `run`, or move its files away.", "not-a-run")
             with check_disk_space(folder, needed=RUN_BYTES):
                 (folder / "pictures").mkdir(parents=True, exist_ok=True)
@@ -75,7 +73,7 @@ class Run:
     def lock(self) -> Iterator[None]:
         """Hold the run's lock in the block, for this process and those that it starts in the block.
 
-        The system releases it when the process ends, even killed. Raises AlpacaError if another process holds it.
+        The system releases it when the process ends, even killed. AlpacaError if another process holds it.
         """
         held, folder, path = os.environ.get(LOCKED, ""), str(self.folder.resolve()), self.folder / ".lock"
         if folder in held.split("\n"):
@@ -152,12 +150,3 @@ class Run:
         if any(not isinstance(metrics.get(side), dict) for side in ("base", "tuned", "change", "base_bare")):
             raise AlpacaError(f"{path} is of another version: {remedy}.", "manifest-version")
         return metrics
-
-
-def _is_executed(path: Path) -> bool:
-    """Return whether papermill wrote this notebook of the series, as it does before a cell runs."""
-    try:
-        content = path.read_bytes() if path.suffix == ".ipynb" else b""
-        return PACKAGE.name.encode() in content and "papermill" in json.loads(content)["metadata"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False

@@ -12,7 +12,6 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support import PROJECT
 from support.models import assert_same, gradients, with_lora
 from support.runs import NO_DROPOUT, byte_tokenizer, notebook_03, prepare_run, random_rows, tiny_gpt2
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -214,7 +213,7 @@ def test_a_training_over_either_precision_learns_and_is_recorded(dtype, tmp_path
     wanted = {"recipe": "answers", "dtype": str(dtype).removeprefix("torch."), "seed": 0}
     assert (wanted | settings).items() <= made_by.items() and {"lora_rank", "optim"} <= made_by.keys()
     assert made_by["result"]["steps"] == 24 and {"torch", "transformers", "peft"} <= made_by["versions"].keys()
-    assert bool(made_by["commit"]) == (PROJECT / ".git").exists() and made_by["hardware"]
+    assert made_by["hardware"]
     last = max((tmp_path / "checkpoints").iterdir(), key=lambda path: int(path.name.partition("-")[2]))
     history = json.loads((last / "trainer_state.json").read_text())["log_history"]
     losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
@@ -322,7 +321,7 @@ def test_out_of_memory_says_what_to_change(error, tmp_path, monkeypatch):
         raise error
 
     monkeypatch.setattr(trainer, "compute_loss", fail)
-    with pytest.raises(AlpacaError, match="with 4 rows at once: set `micro_batch_size` to 2") as refused:
+    with pytest.raises(AlpacaError, match="with 4 rows at once: take a smaller `micro_batch_size`") as refused:
         trainer.train()
     assert refused.value.code == "out-of-memory"
 
