@@ -256,7 +256,8 @@ def main() -> None:
         finetune(folder, **parameters)
     except AlpacaError:
         if not is_main_process() and not torch.distributed.is_initialized():
-            sys.exit(1)  # the main process says the same
+            time.sleep(5)  # the main process says the same, unless torchrun ends it because this one has
+            sys.exit(1)
         raise
     finally:
         if torch.distributed.is_initialized():
