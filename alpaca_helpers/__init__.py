@@ -17,9 +17,8 @@ class AlpacaError(Exception):
 
 def project_folder() -> Path:
     """Return the checkout that the working folder lies in (the folder of `notebooks/`), else the working folder."""
-    here = Path.cwd()
-    checkouts = (folder for folder in (here, *here.parents) if (folder / "notebooks" / "01_base_model.ipynb").is_file())
-    return next(checkouts, here)
+    here, first = Path.cwd(), "notebooks/01_base_model.ipynb"
+    return next((folder for folder in (here, *here.parents) if (folder / first).is_file()), here)
 
 
 def locate(path: str, typed: bool = False) -> Path:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 
 from . import AlpacaError
@@ -15,8 +16,8 @@ from .data import IGNORED
 class PadToLongest:
     """A data collator: pads the rows of a batch on the right, to the longest of them, with labels that are ignored.
 
-    A padded position needs no attention mask there: no real token comes after it, so none sees it. (transformers' own
-    collators pad on the tokenizer's side, which is the left for Llama's and Gemma's.)
+    No attention mask is needed there, since no real token comes after; transformers' own collators pad on the
+    tokenizer's side, which is the left for Llama's and Gemma's.
     """
 
     def __init__(self, pad_token_id: int):
@@ -24,11 +25,10 @@ class PadToLongest:
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """Return `input_ids` and `labels`, each (rows, longest row)."""
-        longest = max(len(row["input_ids"]) for row in rows)
-        padded = {
-            name: [row[name] + [pad] * (longest - len(row[name])) for row in rows] for name, pad in self.padding.items()
+        return {
+            name: pad_sequence([torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=pad)
+            for name, pad in self.padding.items()
         }
-        return {name: torch.tensor(values) for name, values in padded.items()}
 
 
 def add_learned(collate: Callable, rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -44,10 +44,9 @@ def add_learned(collate: Callable, rows: list[dict]) -> dict[str, torch.Tensor]:
 class LengthGroups(Sampler[int]):
     """Row numbers in an order that puts rows of like length into the same batch; another order each epoch.
 
-    Rows are shuffled, sorted by length within every `STEPS` batches, and these batches shuffled. Seed and epoch alone
-    decide the order, which transformers' own `group_by_length` draws from the global random state: so a resumed
-    training goes on in it, and any number of devices cut the same batches from it. The last batch is filled up with the
-    rows that the shuffle began with.
+    Rows are shuffled, sorted by length within every `STEPS` batches, and these batches shuffled; the last batch is
+    filled up with the first rows. Seed and epoch alone decide (transformers' own `group_by_length` draws from the
+    global random state), so a resumed training goes on in the same order, on any number of devices.
     """
 
     STEPS = 16

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from . import PACKAGE, AlpacaError, locate
 from .config import PROFILES
 from .data import RECIPES
-from .files import write_json, write_text
+from .files import replace_file, write_json
 from .hub import first_line
 from .lora import save_merged
 from .models import load_base, load_tokenizer
@@ -59,7 +59,7 @@ def write_card(folder: Path) -> None:
     with suppress(AlpacaError):  # there are none yet, or of an earlier version, or cut: notebook 04 writes new ones
         metrics = Run(folder).metrics()
     measured = metrics if metrics.get("adapter") == made["sha256"] else {}
-    write_text(folder / "adapter" / "README.md", model_card(made, measured))
+    replace_file(folder / "adapter" / "README.md", model_card(made, measured).encode())
 
 
 def model_card(made: dict, metrics: dict) -> str:

@@ -9,26 +9,17 @@ from collections.abc import Callable
 
 from . import AlpacaError
 
-KNOWN_WARNINGS = (  # of libraries, about what they do among themselves: category and beginning
-    (FutureWarning, ".*is_gradient_checkpointing"),  # peft 0.21 asks transformers 5.23 for it by its old name
-    (UserWarning, ".*pin_memory"),  # Trainer's default, without a GPU
-)
-KNOWN_LINES = (  # that transformers 5.23 logs: how each begins
-    "`loss_type=None`",  # for each GPT-2, whose loss is found by the name of its class
-    "mtime may not be reliable",  # of checkpoints saved within one tick of the file system's clock
-)
-
 
 def ignore_known_warnings() -> None:
     """Leave out the warnings of libraries that nobody here can mend: each by its category and message."""
-    for category, message in KNOWN_WARNINGS:
-        warnings.filterwarnings("ignore", message=message, category=category)
-    for name in ("modeling_utils", "trainer_utils"):
-        logging.getLogger(f"transformers.{name}").addFilter(_is_news)
+    # peft 0.21 asks transformers 5.23 for it by its old name; Trainer's default, without a GPU
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*pin_memory", category=UserWarning)
+    logging.getLogger("transformers.modeling_utils").addFilter(_is_news)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(KNOWN_LINES)
+    return not record.getMessage().startswith("`loss_type=None`")  # of each GPT-2, by the name of its class
 
 
 def run_command(main: Callable[[], None], interrupted: str = "Interrupted.") -> None:
@@ -40,15 +31,12 @@ def run_command(main: Callable[[], None], interrupted: str = "Interrupted.") -> 
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it would tell of each task that Ctrl-C has cut
     try:
         main()
-        if sys.stdout:
-            sys.stdout.flush()
-    except AlpacaError as error:
-        sys.exit(str(error))
+        print(end="", flush=True)
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:
-        if sys.stdout:  # what is still to be printed goes nowhere, or closing it at exit would fail again
+    except (AlpacaError, OSError) as error:
+        if isinstance(error, OSError) and sys.stdout:  # or closing it at exit would fail again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):  # who read it has gone: so be it
-            sys.exit(f"{error.strerror}: {error.filename or 'the output cannot be written'}.")
+        if not isinstance(error, BrokenPipeError):  # the reader has gone, such as `head`
+            sys.exit(str(error))

@@ -14,11 +14,12 @@ from safetensors import SafetensorError
 
 from . import AlpacaError
 
-CHECKSUMS = "checksums.json"  # in data, a checkpoint and an adapter: the SHA-256 of each file; "" until it is written
-DIGEST = re.compile("([0-9a-f]{64})?")
+CHECKSUMS = "checksums.json"  # in data, a checkpoint and an adapter: the SHA-256 of each file
+DIGEST = re.compile("[0-9a-f]{64}")
 WEIGHTS, CARD = "adapter_model.safetensors", "README.md"  # the card beside an adapter is written after its checksums
 LEFT_BEHIND = ("cache-*.arrow", ".DS_Store", "Thumbs.db", "desktop.ini")  # by datasets, by file browsers
 NO_SPACE = os.strerror(errno.ENOSPC)
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EDQUOT)
 
 
 @contextmanager
@@ -28,13 +29,17 @@ def atomic_folder(folder: Path, needed: int = 0, checksums: bool = True) -> Iter
     Its files' `checksums` are written into it, last, and only a folder that has such is replaced. Where the disk has no
     room for the `needed` bytes, or cannot be written to, AlpacaError is raised and the earlier folder stays.
     """
-    part, old = hidden(folder, "part"), hidden(folder, "old")
-    if old.exists() and not folder.exists():  # cut between the two renames below
-        old.rename(folder)
+    part, old = (folder.with_name(f".alpaca-{folder.name}.{end}") for end in ("part", "old"))
+
+    def clean_up() -> None:
+        if old.exists() and not folder.exists():  # the writing failed or was cut between the two renames below
+            old.rename(folder)
+        for leftover in (part, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    clean_up()
     if checksums:
         refuse_foreign_files(folder)
-    for leftover in (part, old):
-        shutil.rmtree(leftover, ignore_errors=True)
     with check_disk_space(folder, needed):
         try:
             part.mkdir(parents=True)
@@ -46,15 +51,55 @@ def atomic_folder(folder: Path, needed: int = 0, checksums: bool = True) -> Iter
                 folder.rename(old)
             part.rename(folder)
         finally:
-            if not folder.exists() and old.exists():
-                old.rename(folder)
-            for leftover in (part, old):
-                shutil.rmtree(leftover, ignore_errors=True)
+            clean_up()
 
 
-def hidden(path: Path, end: str) -> Path:
-    """Return the name beside `path`, hidden and nobody else's, for what is to take its place or was in it."""
-    return path.with_name(f".alpaca-{path.name}.{end}")
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file atomically: where that fails, the earlier one stays; errors as in `check_disk_space`."""
+    part = path.with_name(f".alpaca-{path.name}.part")
+    with check_disk_space(path, needed=len(content)):
+        try:
+            part.write_bytes(content)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file atomically; errors as in `replace_file`."""
+    replace_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path, remedy: str) -> dict:
+    """Return the content of a JSON file; raise AlpacaError with what to do where it is broken."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise AlpacaError(f"{path} is broken ({error}): {remedy}.", "json-broken") from error
+
+
+@contextmanager
+def check_disk_space(path: Path, needed: int = 0) -> Iterator[None]:
+    """Raise AlpacaError where the disk has no room for `needed` bytes, or the block cannot write to `path`."""
+
+    def free() -> int:
+        return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+
+    def refusal(reason: str) -> AlpacaError:
+        room = f"{needed / 1e6:.1f} MB are needed, {free() / 1e6:.1f} MB are free"
+        what = f"{path} cannot be written ({reason}; {room}): make room, or take another `run` or file name."
+        return AlpacaError(what, "unwritable")
+
+    if free() < needed:
+        raise refusal(NO_SPACE)
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's error
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            raise refusal(str(error.strerror)) from error
+        if NO_SPACE in str(error) or free() < needed / 4:
+            raise refusal(NO_SPACE) from error
+        raise
 
 
 def refuse_foreign_files(folder: Path) -> None:
@@ -65,35 +110,10 @@ def refuse_foreign_files(folder: Path) -> None:
     saved = _read_checksums(folder)
     recorded = {folder / name for name in (*saved, CHECKSUMS, *[CARD] * (WEIGHTS in saved))} if saved else set()
     for path in folder.rglob("*") if folder.is_dir() and not folder.is_symlink() else [folder]:
-        is_file = path.is_symlink() or (path.exists() and not path.is_dir())
+        is_file = path.is_symlink() or path.is_file()
         if is_file and path not in recorded and not any(map(path.match, LEFT_BEHIND)):
             what = f"{path} is in the way, and not recorded as written here: move it elsewhere, and run this again."
             raise AlpacaError(what, "not-ours")
-
-
-@contextmanager
-def check_disk_space(folder: Path, needed: int) -> Iterator[None]:
-    """Write to `folder` in the block; raise AlpacaError if it cannot be written, or has no room for `needed` bytes."""
-
-    def free() -> int:
-        return shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
-
-    def disk_full() -> AlpacaError:
-        room = f"{-(-needed // 100_000) / 10:.1f} MB are needed and " * bool(needed) + f"{free() / 1e6:.1f} MB are free"
-        return AlpacaError(f"The disk under {folder} is full: {room}; make room and run this again.", "disk-full")
-
-    if free() < needed:
-        raise disk_full()
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap the system's error
-        no_space = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or NO_SPACE in str(error)
-        if no_space or free() < needed / 4:
-            raise disk_full() from error
-        if isinstance(error, PermissionError):
-            what = f"{folder} cannot be written ({error.strerror}): take another `run`."
-            raise AlpacaError(what, "run-unwritable") from error
-        raise
 
 
 def write_checksums(folder: Path) -> None:
@@ -105,14 +125,12 @@ def write_checksums(folder: Path) -> None:
 def verify_checksums(folder: Path) -> str:
     """Return what is wrong with a folder ("" if nothing): incomplete, or changed since its checksums were written."""
     saved = _read_checksums(folder)
-    if not saved or "" in saved.values():
-        return "its writing was cut"
     for name, digest in saved.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
         if content_hash(folder / name) != digest:
             return f"{name} is damaged"
-    return ""
+    return "" if saved else "its writing was cut"
 
 
 def _read_checksums(folder: Path) -> dict[str, str]:
@@ -133,36 +151,3 @@ def content_hash(path: Path, pattern: str = "*") -> str:
         return ""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file atomically: where that fails, the earlier one stays and OSError is raised."""
-    part = hidden(path, "part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a run's file atomically; raise AlpacaError where it cannot be written."""
-    try:
-        replace_file(path, text.encode())
-    except OSError as error:
-        what = f"{path} cannot be written ({error.strerror}): make room, or take another `run`."
-        raise AlpacaError(what, "run-unwritable") from error
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a run's JSON file atomically; errors as in `write_text`."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path, remedy: str) -> dict:
-    """Return the content of a run's JSON file; raise AlpacaError with what to do where it is broken."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise AlpacaError(f"{path} is broken ({error}): {remedy}.", "json-broken") from error

@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -15,20 +15,21 @@ from pathlib import Path
 import torch
 import torch.distributed
 import torch.nn.functional as F
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerState, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
 from . import AlpacaError
 from .batches import LengthGroups, add_learned
 from .card import write_card
 from .cells import NOTEBOOKS, refuse_dropped, run_cells
-from .checkpoints import CompleteCheckpoints, is_main_process, resume_point
+from .checkpoints import PART, finish_checkpoint, is_main_process, resume_point
 from .config import add_parameters, parse_parameters
 from .console import run_command
 from .data import IGNORED
 from .files import check_disk_space, content_hash
+from .hub import readable_size
 from .lora import adapter_folder, check_trained
 from .models import check_weights
-from .resources import announce, explained_out_of_memory
 from .run import Run
 from .speedups import lora_in_base_precision
 
@@ -36,52 +37,46 @@ from .speedups import lora_in_base_precision
 class AnswerTrainer(Trainer):
     """transformers' Trainer, which may stand in its place, with less waste and safer checkpoints.
 
-    Overridden: the order of rows (`LengthGroups`); the loss (logits at learned labels only, each label with the same
-    weight); the losses on show (nats per label); checkpoints (with checksums); `train` (with `lora_in_base_precision`,
-    and one sentence where memory or disk are too small).
+    Overridden: the order of rows (`LengthGroups`), the loss (logits at learned labels only, each label with the same
+    weight), the losses on show (nats per label), checkpoints (whole, with checksums), and `train`.
     """
 
     def __init__(self, args: TrainingArguments, data_collator: Callable, **kwargs):
         args._n_gpu = min(args.n_gpu, 1)  # one process uses one GPU; torchrun starts one for each
-        asked, rows = (
-            args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            kwargs["train_dataset"],
-        )
-        self.batch_size = min(asked, len(rows))
-        if asked > len(rows):  # a batch is what there is
-            share = math.ceil(len(rows) / args.world_size)
-            args.gradient_accumulation_steps = math.ceil(share / args.train_batch_size)
-            args.per_device_train_batch_size = math.ceil(share / args.gradient_accumulation_steps)
         cuda = args.device.type == "cuda"
         args.dataloader_pin_memory = args.accelerator_config.non_blocking = cuda  # Python goes on while rows are sent
         args.logging_nan_inf_filter = False  # NaN is shown as such, and no step waits to be looked at
         super().__init__(args=args, data_collator=partial(add_learned, data_collator), **kwargs)
         check_trained(self.model)
-        self.add_callback(CompleteCheckpoints())
-        self.add_callback(ProgressLines())
+        self.model_accepts_loss_kwargs = True  # the loss is divided by what `get_batch_samples` says, by nothing else
+        self.batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
         learned = sum(label != IGNORED for labels in self.train_dataset["labels"] for label in labels[1:])
-        self.labels_per_batch = self.batch_size * learned / len(self.train_dataset)
+        self.labels_per_batch = self.batch_size * learned / len(self.lengths)
         self.since_log = torch.zeros(2, device=args.device)  # nats, labels
+        self.begun, self.first_step = time.monotonic(), 0
+        self.run = Run(Path(args.output_dir).parent)
+        trained = sum(value.numel() for value in self.model.parameters() if value.requires_grad)
+        # three checkpoints, two and one being written: float32 weights, AdamW's two averages, the small files
+        self.disk_bytes = 3 * (3 * 4 * trained + 1_000_000)
 
     def _get_train_sampler(self, train_dataset=None) -> LengthGroups:
         """Return rows of like length together, the same for any number of devices."""
-        lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
-        steps = math.ceil(len(lengths) / self.batch_size)  # an epoch
-        return LengthGroups(lengths, self.batch_size, self.args.seed, lambda: self.state.global_step // steps)
+        steps = math.ceil(len(self.lengths) / self.batch_size)  # an epoch
+        return LengthGroups(self.lengths, self.batch_size, self.args.seed, lambda: self.state.global_step // steps)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Return the micro-batches of a batch, and what its loss is divided by: the learned labels of an average batch.
 
-        Divided by its own, as usual, a label would count for less the longer its answer: rows of like length share a
-        batch, so the batches differ in their number of labels (held-out loss of the pocket 0.0178 instead of 0.0166).
+        Rows of like length share a batch: divided by its own labels, each would count for less in longer answers.
         """
         return list(islice(epoch_iterator, num_batches)), self.labels_per_batch
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the cross entropy of the learned labels, as the plain model does, but with logits for them only.
 
-        The sum is divided by `num_items_in_batch`, the labels of a batch in all its micro-batches, whose gradients add
-        up, on all devices, whose gradients are averaged; without it by the labels at hand.
+        The sum is divided by `num_items_in_batch`, the labels of a batch in all its micro-batches (whose gradients add
+        up) on all devices (whose gradients are averaged); without it by the labels at hand.
         """
         learned, labels = inputs.pop("learned"), inputs.pop("labels").flatten()
         before = learned - 1  # the token that predicts a label
@@ -91,19 +86,15 @@ class AnswerTrainer(Trainer):
         with head.register_forward_pre_hook(lambda head, hidden: hidden[0].flatten(0, 1).index_select(0, before)):
             outputs = model(**inputs, use_cache=False)
         nats = F.cross_entropy(outputs.logits.float(), labels.index_select(0, learned), reduction="none")
-        loss = nats.sum()
         if self.model.training:
-            self.since_log[0] += loss.detach()
-            self.since_log[1] += len(learned)
+            self.since_log += torch.stack([nats.detach().sum(), torch.ones_like(nats).sum()])
         else:  # by row: on several devices the last batch is filled up with rows that were there before
             rows, width = inputs["input_ids"].shape
             by_row = torch.zeros(rows, 2, device=nats.device)
             by_row.index_add_(0, learned // width, torch.stack([nats.detach(), torch.ones_like(nats)], 1))
             self.since_log += self.accelerator.gather_for_metrics(by_row).sum(0)
-        if num_items_in_batch is None:
-            loss = loss / len(learned)
-        else:
-            loss = loss / num_items_in_batch * self.accelerator.num_processes
+        divisor = num_items_in_batch / self.accelerator.num_processes if num_items_in_batch else len(learned)
+        loss = nats.sum() / divisor
         return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, *args, **kwargs):
@@ -116,16 +107,38 @@ class AnswerTrainer(Trainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as `loss` the nats per learned label since the last time, on all devices: in the unit of `eval_loss`."""
+        """Log as `loss` the nats per learned label since the last time, on all devices, and print a line for it."""
         if "loss" in logs:
             nats, labels = self.accelerator.reduce(self.since_log).tolist()
             logs["loss"] = nats / labels
             self.since_log.zero_()
         super().log(logs, start_time)
+        step, steps = self.state.global_step, self.state.max_steps
+        if "loss" in logs and self.state.is_world_process_zero:
+            took, done = time.monotonic() - self.begun, step - self.first_step
+            speed = f"{done * self.batch_size / took:.0f} rows a second, {took:.0f} s passed"
+            left = f"about {took / done * (steps - step):.0f} s left"
+            print(f"step {step} of {steps}: loss {logs['loss']:.3f}, {speed}, {left}", flush=True)
 
     def floating_point_ops(self, inputs) -> int:
         """Return 0: nobody reads the count, and it takes a twentieth of the pocket's step."""
         return 0
+
+    def _get_output_dir(self, trial) -> str:
+        """Return where Trainer writes a checkpoint: apart from the others, until it is complete."""
+        return str(Path(self.args.output_dir) / PART)
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        """Write a checkpoint, and put it among the others once all processes have written their part."""
+        super()._save_checkpoint(*args, **kwargs)
+        state, folder = self.state, Path(self.args.output_dir)
+        if state.best_global_step:
+            state.best_model_checkpoint = str(folder / f"checkpoint-{state.best_global_step}")
+        self.accelerator.wait_for_everyone()
+        if state.is_world_process_zero:
+            state.save_to_json(str(folder / PART / f"checkpoint-{state.global_step}" / TRAINER_STATE_NAME))
+            finish_checkpoint(folder, state.global_step, self.args.save_total_limit, state.best_global_step)
+        self.accelerator.wait_for_everyone()
 
     def train(self, resume_from_checkpoint: bool | Path | str | None = None, **kwargs):
         """Train; AlpacaError where memory or disk are too small, or the base is broken.
@@ -133,63 +146,74 @@ class AnswerTrainer(Trainer):
         With True the run's training goes on from its last complete checkpoint, with False it starts over; both hold
         the run's lock, and say first how long it takes and what it needs. A path is a checkpoint to go on from.
         """
-        if isinstance(resume_from_checkpoint, bool):
-            check_weights(self.model.get_base_model())
-            with self.run.lock() if is_main_process() else nullcontext():
-                checkpoint = resume_point(self.run, self, resume_from_checkpoint)
-                if is_main_process():
-                    announce(self, checkpoint)
-                set_seed(self.args.seed)  # whatever was drawn since the trainer was made, as by an evaluation
-                return self.train(checkpoint, **kwargs)
-        self.since_log.zero_()
+        of_run = isinstance(resume_from_checkpoint, bool)
+        checkpoint = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, (str, Path)) else None
         with ExitStack() as stack:
+            if of_run:
+                check_weights(self.model.get_base_model())
+                if is_main_process():
+                    stack.enter_context(self.run.lock())
+                checkpoint = resume_point(self.run, self, resume_from_checkpoint is True)
+            if checkpoint:
+                self.first_step = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
+            stack.enter_context(check_disk_space(Path(self.args.output_dir), needed=self.disk_bytes))
             stack.enter_context(explained_out_of_memory(self.args.train_batch_size))
-            stack.enter_context(check_disk_space(Path(self.args.output_dir), needed=self.disk_bytes()))
             stack.enter_context(lora_in_base_precision(self.model))
-            return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **kwargs)
+            if of_run:
+                if is_main_process():
+                    self.announce()
+                set_seed(self.args.seed)  # whatever was drawn since the trainer was made, as by an evaluation
+            self.since_log.zero_()
+            self.begun = time.monotonic()
+            return super().train(str(checkpoint) if checkpoint else None, **kwargs)
 
-    @property
-    def run(self) -> Run:
-        """The run whose `checkpoints` the trainer writes."""
-        return Run(Path(self.args.output_dir).parent)
+    def announce(self) -> None:
+        """Print how long the training takes from its first step on, what disk it needs, and what memory of a GPU.
 
-    def steps_in_all(self) -> int:
-        """Return the optimizer steps of the whole training."""
-        if self.args.max_steps > 0:
-            return self.args.max_steps
-        return math.ceil(math.ceil(len(self.train_dataset) / self.batch_size) * self.args.num_train_epochs)
+        A step is run for real on the longest rows, which take the most memory; its time is scaled to rows of average
+        length. The weights stay as they were.
+        """
+        args, first, cuda = self.args, self.first_step, self.args.device.type == "cuda"
+        epoch = math.ceil(len(self.lengths) / self.batch_size)
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(epoch * args.num_train_epochs)
+        longest = sorted(range(len(self.lengths)), key=self.lengths.__getitem__)[-args.train_batch_size :]
+        batch = self.data_collator(list(self._remove_unused_columns(self.train_dataset.select(longest))))
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(2):  # kernels are loaded in the first
+            begun = time.perf_counter()
+            self.training_step(self.model, batch, num_items_in_batch=1.0).item()  # which waits for a GPU
+            seconds = (time.perf_counter() - begun) * args.gradient_accumulation_steps
+        self.model.zero_grad()
+        seconds *= sum(self.lengths) / len(self.lengths) / max(self.lengths)
+        memory = f"{readable_size(torch.cuda.max_memory_allocated())} of the GPU's memory, " if cuda else ""
+        if first:
+            print(f"Going on after step {first} of {steps}; `resume = False` would start over.")
+        takes = f"about {(steps - first) * seconds / 60:.1f} minutes: {steps - first} steps of {seconds:.2f} s"
+        print(f"The training takes {takes}, and the evaluations")
+        print(f"The training needs {memory}at most {readable_size(self.disk_bytes)} on disk")
 
-    def disk_bytes(self) -> int:
-        """Return the room that the checkpoints take at most: two are kept while one is being written."""
-        trained = sum(value.numel() for value in self.model.parameters() if value.requires_grad)
-        return 3 * (3 * 4 * trained + 1_000_000)  # float32 weights and AdamW's two averages; the small files
 
-
-class ProgressLines(TrainerCallback):
-    """Prints a plain line at each logging step, for terminals and the logs of batch runs."""
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Note when and where the training begins."""
-        self.begun, self.first = time.monotonic(), state.global_step
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        """Print steps, loss, rows a second and the time left."""
-        if not state.is_world_process_zero or "loss" not in logs:
-            return
-        took, done = time.monotonic() - self.begun, state.global_step - self.first
-        left = took / done * (state.max_steps - state.global_step)
-        rows = done * args.train_batch_size * args.gradient_accumulation_steps * args.world_size / took
-        speed = f"{rows:.0f} rows a second, {took:.0f} s passed, about {left:.0f} s left"
-        print(f"step {state.global_step} of {state.max_steps}: loss {float(logs['loss']):.3f}, {speed}", flush=True)
+@contextmanager
+def explained_out_of_memory(rows: int) -> Iterator[None]:
+    """Raise AlpacaError that says what to change where the block, with `rows` at once, runs out of memory."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        remedy = (
+            "a smaller `micro_batch_size`, with the same result, or a smaller `max_length` or model in another `run`"
+        )
+        raise AlpacaError(f"Out of memory with {rows} rows at once: take {remedy}.", "out-of-memory") from error
 
 
 @contextmanager
 def save_adapter(trainer: AnswerTrainer) -> Iterator[Path]:
     """Give a folder to save the trained adapter and its tokenizer to, which becomes the run's `adapter`.
 
-    All of it or nothing: the earlier adapter stays where the block fails, and where the new one is of no use. The
-    manifest then records what made it and what it came to, and the adapter gets its model card. Of several processes
-    the main one saves. Errors as in `lora.adapter_folder`.
+    The manifest then records what made it, and it gets its model card. Of several processes the main one saves.
+    Errors as in `lora.adapter_folder`: the earlier adapter stays.
     """
     if not is_main_process():
         with tempfile.TemporaryDirectory() as folder:
@@ -225,10 +249,6 @@ def main() -> None:
     parser.add_argument("run", metavar="RUN", help="name of the run, or a path to its folder")
     add_parameters(parser)
     options = parser.parse_args()
-    # Up to transformers 5.15, several processes without a GPU resume on the device "cpu:0", unknown to torch.load
-    torch.serialization.register_package(
-        15, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
-    )
     try:
         parameters = parse_parameters(options.p, run=options.run)
         folder = Run.named(parameters.pop("run"), make=False).folder
@@ -236,7 +256,8 @@ def main() -> None:
         finetune(folder, **parameters)
     except AlpacaError:
         if not is_main_process() and not torch.distributed.is_initialized():
-            sys.exit(1)  # the main process says the same
+            time.sleep(5)  # the main process says the same, unless torchrun ends it because this one has
+            sys.exit(1)
         raise
     finally:
         if torch.distributed.is_initialized():

@@ -53,7 +53,7 @@ SHOWN = {
     "mean_answer_tokens": METRICS["mean_answer_tokens"],
     "seconds": Metric("training", "seconds", 0),
 }
-SAME = FREE | {"seed", "fingerprint", "earlier", "result"}  # what runs of one line may differ in
+SAME = FREE | {"seed", "fingerprint", "result"}  # what runs of one line may differ in
 
 
 def grid() -> dict[str, dict[str, object]]:

@@ -7,12 +7,8 @@ import pytest
 import yaml
 from datasets import Dataset, DatasetDict
 from support import PROJECT
-from support.models import assert_same, gradients, with_lora
-from support.runs import NO_DROPOUT, byte_tokenizer, random_rows, tiny_gpt2
-from transformers import TrainerCallback, TrainingArguments
 
-from alpaca_helpers import AlpacaError, data, training
-from alpaca_helpers.batches import PadToLongest
+from alpaca_helpers import AlpacaError, data
 from alpaca_helpers.data import IGNORED, RECIPES, tokenize
 from alpaca_helpers.prompts import encode, format_answer, format_example, format_prompt, parse_answer
 from alpaca_helpers.rows import load_rows
@@ -194,33 +190,6 @@ def test_the_manifest_has_paths_of_this_machine_only_outside_the_checkout(tmp_pa
         pass
     record = Run(tmp_path).manifest()["data"]
     assert [record[name] for name in ("name", "model", "dataset", "heldout")] == ["n", "m/x", settings.dataset, None]
-
-
-class Gradients(TrainerCallback):
-    """Notes the gradients of the step."""
-
-    def on_pre_optimizer_step(self, args, state, control, model, **named):
-        self.seen = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
-
-
-@pytest.mark.parametrize("micro, split", [(4, (3, 2)), (1024, (5, 1))])
-def test_a_batch_larger_than_the_data_is_the_data_once(micro, split, tmp_path):
-    """Five rows: one step an epoch, with the gradient of these rows, none of them twice."""
-    rows = random_rows(5).map(tokenize, batched=True, fn_kwargs={"tokenizer": byte_tokenizer()})
-    model, seen = with_lora(tiny_gpt2(**NO_DROPOUT), 0.3, lora_dropout=0.0).train(), Gradients()
-    wanted = gradients(model, model(**PadToLongest(256)(list(rows))).loss)
-    model.zero_grad()
-    settings = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": 1 + 1024 // micro}
-    settings |= {"save_strategy": "no", "report_to": [], "num_train_epochs": 1, "max_grad_norm": 0}
-    args = TrainingArguments(output_dir=str(tmp_path / "checkpoints"), **settings)
-    trainer = training.AnswerTrainer(args=args, model=model, train_dataset=rows, data_collator=PadToLongest(256))
-    trainer.add_callback(seen)
-    asked = [micro, settings["gradient_accumulation_steps"]]
-    assert (args.train_batch_size, args.gradient_accumulation_steps) == split != asked
-    assert sorted(trainer._get_train_sampler()) == list(range(5)) and trainer.steps_in_all() == 1
-    trainer.train()
-    assert trainer.state.global_step == 1
-    assert_same(seen.seen, wanted)
 
 
 def test_too_few_questions_to_train_on_or_to_hold_out_are_a_sentence():

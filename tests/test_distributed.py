@@ -54,7 +54,7 @@ def test_two_processes_train_as_one_and_resume_after_one_is_killed(tmp_path, mon
     flags = [text for name, value in settings.items() for text in ("-p", name, f"{value:g}")]
     again = torchrun(str(tmp_path / "train.py"), str(two), *flags)
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("Going on after step 9 of 24.") == 1
+    assert again.stdout.count("Going on after step 9 of 24") == 1
     assert json.loads((two / "manifest.json").read_text())["training"]["processes"] == 2
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
     saved, wanted = (load_file(folder / "adapter" / WEIGHTS) for folder in (two, one))

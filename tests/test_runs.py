@@ -17,7 +17,7 @@ from support import PROJECT
 from support.runs import locked_elsewhere, prepare_run, record_adapter
 
 from alpaca_helpers import AlpacaError, pocket, training
-from alpaca_helpers.files import atomic_folder, verify_checksums, write_checksums, write_json, write_text
+from alpaca_helpers.files import atomic_folder, replace_file, verify_checksums, write_checksums, write_json
 from alpaca_helpers.run import Run
 
 FOREIGN_MANIFESTS = (
@@ -99,7 +99,7 @@ def test_where_a_disk_knows_no_locks_a_mark_of_another_machine_is_named_with_wha
         assert platform.node() in written
     mark.write_text(written.replace(platform.node(), "colab-1"))
     refused = refusal(lock, tmp_path)
-    assert refused.code == "run-locked" and all(part in str(refused) for part in ("on colab-1", f"delete {mark}"))
+    assert refused.code == "run-locked" and f"delete {mark}" in str(refused)
     mark.unlink()
     lock(tmp_path)
 
@@ -124,7 +124,7 @@ def test_a_record_is_of_the_bytes_that_are_there(recorded):
     Run(recorded).write_record("training", {"lora_rank": 1})  # one that did not finish: the adapter is as it was
     assert Run(recorded).record("data")["seed"] == 0 and Run(recorded).record("adapter")["lora_rank"] == 8
     Run(recorded).write_record("data", data_record(fingerprint="b"))
-    assert refusal(Run(recorded).record, "adapter").code == "other-rows"
+    assert refusal(Run(recorded).record, "adapter").code == "other-adapter"
     Run(recorded).write_record("data", data_record())
     with atomic_folder(recorded / "adapter") as part:
         (part / "adapter_model.safetensors").write_text("of a later training")
@@ -134,10 +134,10 @@ def test_a_record_is_of_the_bytes_that_are_there(recorded):
 def test_no_record_or_one_of_another_version_is_a_sentence(recorded):
     changed = [data_record(**wrong) for wrong in ({"recipe": None}, {"max_length": "128"}, {"fingerprint": ["a"]})]
     lacking = [{name: value for name, value in data_record().items() if name != gone} for gone in ("recipe", "seed")]
-    for code, records in {"no-artifact": [None, [], "x", 3], "manifest-version": [*changed, *lacking]}.items():
-        for record in records:
-            Run(recorded).write_record("data", record)
-            assert refusal(Run(recorded).record, "data").code == code, record
+    for record in (None, [], "x", 3, *changed, *lacking):
+        Run(recorded).write_record("data", record)
+        refused = refusal(Run(recorded).record, "data")
+        assert refused.code == "no-artifact" and "`data" in str(refused), record
 
 
 def test_damaged_data_are_noticed_where_they_are_read(recorded):
@@ -161,48 +161,38 @@ def test_broken_metrics_and_manifests_are_a_sentence(tmp_path):
 
 def test_a_run_is_a_name_or_a_path_to_a_new_folder_or_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("empty", "batch", "older"):
-        (tmp_path / name).mkdir()
-    cells = [{"source": ["from alpaca_helpers.series import open_run"]}]  # papermill writes before the first cell runs
-    (tmp_path / "batch" / "01_base_model.ipynb").write_text(json.dumps({"metadata": {"papermill": {}}, "cells": cells}))
-    Run(tmp_path / "older").write_record("data", data_record())  # by version 0.2, without a mark
+    (tmp_path / "empty").mkdir()
     paths = {
         f"{tmp_path}/elsewhere": "elsewhere",
         "./here": "here",
         "a/b": "a/b",
         "./empty": "empty",
-        "./batch": "batch",
-        "./older": "older",
     }
     for run, path in {"mine": "runs/mine", **paths}.items():
         for _ in range(2):
             assert Run.named(run).folder == tmp_path / path and (tmp_path / path / "pictures").is_dir(), run
-            (tmp_path / path / "manifest.json").write_text(
-                "broken"
-            )  # it stays a run's, and the manifest may be deleted
+            (tmp_path / path / "manifest.json").write_text("broken")  # it stays a run's
             (tmp_path / path / "notes.txt").write_text("mine")
 
 
-def test_a_folder_that_is_not_marked_or_lies_in_the_package_is_no_run_and_stays_as_it_is(tmp_path, monkeypatch):
+def test_a_folder_with_files_that_is_not_marked_is_no_run_and_stays_as_it_is(tmp_path, monkeypatch):
     foreign = {
         "papers/thesis.txt": "mine",
         **{f"site{n}/manifest.json": text for n, text in enumerate(FOREIGN_MANIFESTS)},
         "gallery/pictures/cat.png": "",
         "papermill/01_base_model.ipynb": '{"metadata": {"papermill": {}}, "cells": []}',
         "dataset/data/train.csv": "instruction,output",
+        "older/manifest.json": json.dumps({"data": data_record()}),  # of version 0.2: only a mark makes a run
     }
     for path, content in foreign.items():
         (tmp_path / path).parent.mkdir(parents=True)
         (tmp_path / path).write_text(content)
-    copied = Path(shutil.copytree(pocket.DOCUMENT, tmp_path / "alpaca_helpers" / "document")).parent
-    (copied / "__init__.py").write_text("")  # as where it is installed
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(PROJECT)
     own = ("notebooks/", "./notebooks/fr", str(PROJECT / "alpaca_helpers"), ".", "runs/../tests", str(pocket.DOCUMENT))
-    own += ("./alpaca_helpers/new", f"{copied}/new", f"{copied}/document")
     for run in (*(f"{tmp_path}/{path.partition('/')[0]}" for path in foreign), *own):
         assert refusal(Run.named, run).code == "not-a-run", run
-    assert sorted(tmp_path.rglob("*")) == before and not (PROJECT / "alpaca_helpers" / "new").exists()
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("name", ["data", "adapter", "merged"])
@@ -244,7 +234,7 @@ def test_a_file_put_into_a_folder_while_it_is_made_again_stays(tmp_path):
 
 def test_the_model_card_beside_an_adapter_is_ours(recorded):
     for name, refused in {"adapter": False, "data": True}.items():
-        write_text(recorded / name / "README.md", "written after the checksums")
+        replace_file(recorded / name / "README.md", b"written after the checksums")
         with pytest.raises(AlpacaError, match="README.md") if refused else nullcontext():
             with atomic_folder(recorded / name):
                 pass
@@ -287,7 +277,7 @@ def test_a_manifest_on_a_full_disk_stays_the_old_one(tmp_path):
     (tmp_path / "manifest.json.part").write_text("mine")
     (tmp_path / ".alpaca-manifest.json.part").symlink_to("/dev/full")
     refused = refusal(write_json, path, {"n": 2})
-    assert refused.code == "run-unwritable" and os.strerror(errno.ENOSPC) in str(refused)
+    assert refused.code == "unwritable" and os.strerror(errno.ENOSPC) in str(refused)
     assert Run(tmp_path).manifest() == {"n": 1} and (tmp_path / "manifest.json.part").read_text() == "mine"
 
 
@@ -317,7 +307,7 @@ def test_a_run_folder_that_cannot_be_written_is_one_sentence(read_only):
         lambda: Run.named(str(read_only / "new")).folder,
     ):
         refused = refusal(write)
-        assert refused.code == "run-unwritable" and str(read_only) in str(refused)
+        assert refused.code == "unwritable" and str(read_only) in str(refused)
     assert [path.name for path in read_only.iterdir()] == ["manifest.json"]
     assert Run(read_only).manifest() == {"data": {"recipe": "answers"}}
 
@@ -327,7 +317,8 @@ def test_an_interrupt_in_mid_training_leaves_a_run_that_goes_on(tmp_path, monkey
     steps, settings = [], prepare_run(tmp_path, rows=16, num_train_epochs=5)
 
     def step(trainer, *given, take=training.AnswerTrainer.training_step, **named):
-        steps.append(trainer.state.global_step)
+        if trainer.is_in_train:  # not in the step that is measured before
+            steps.append(trainer.state.global_step)
         if steps == list(range(8)):
             raise KeyboardInterrupt
         return take(trainer, *given, **named)

@@ -82,7 +82,7 @@ def command(monkeypatch):
 def test_an_end_is_a_status_and_a_line_in_any_encoding(command):
     for error, code, said in (
         (AlpacaError("The bread is burnt."), "The bread is burnt.", ""),  # Python prints it and exits with 1
-        (FileNotFoundError(2, "No such file", "bread"), "No such file: bread.", ""),
+        (FileNotFoundError(2, "No such file", "bread"), "[Errno 2] No such file: 'bread'", ""),
         (KeyboardInterrupt(), 130, "\nInterrupted.\n"),
     ):
         left, _, err = command(Mock(side_effect=error))

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support import PROJECT
 from support.models import assert_same, gradients, with_lora
 from support.runs import NO_DROPOUT, byte_tokenizer, notebook_03, prepare_run, random_rows, tiny_gpt2
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,7 +20,7 @@ from transformers import AttentionInterface, DataCollatorForLanguageModeling, GP
 from transformers import TrainingArguments as Arguments
 
 import alpaca_helpers
-from alpaca_helpers import AlpacaError, card, models, resources, speedups, training
+from alpaca_helpers import AlpacaError, card, models, speedups, training
 from alpaca_helpers.batches import LengthGroups, PadToLongest, split_batch
 from alpaca_helpers.data import tokenize
 from alpaca_helpers.files import write_json
@@ -215,7 +214,7 @@ def test_a_training_over_either_precision_learns_and_is_recorded(dtype, tmp_path
     wanted = {"recipe": "answers", "dtype": str(dtype).removeprefix("torch."), "seed": 0}
     assert (wanted | settings).items() <= made_by.items() and {"lora_rank", "optim"} <= made_by.keys()
     assert made_by["result"]["steps"] == 24 and {"torch", "transformers", "peft"} <= made_by["versions"].keys()
-    assert bool(made_by["commit"]) == (PROJECT / ".git").exists() and made_by["hardware"]
+    assert made_by["hardware"]
     last = max((tmp_path / "checkpoints").iterdir(), key=lambda path: int(path.name.partition("-")[2]))
     history = json.loads((last / "trainer_state.json").read_text())["log_history"]
     losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
@@ -224,7 +223,7 @@ def test_a_training_over_either_precision_learns_and_is_recorded(dtype, tmp_path
     assert {value.dtype for name, value in trained.named_parameters() if "lora_" in name} == {torch.float32}
 
     before = (tmp_path / "adapter" / WEIGHTS).read_bytes()
-    for said in ("This training is finished, all 24 steps of it", "Going on after step 21 of 24"):
+    for said in ("Going on after step 24 of 24", "Going on after step 21 of 24"):
         capsys.readouterr()
         training.finetune(tmp_path, **settings)
         assert said in capsys.readouterr().out and (tmp_path / "adapter" / WEIGHTS).read_bytes() == before
@@ -323,30 +322,31 @@ def test_out_of_memory_says_what_to_change(error, tmp_path, monkeypatch):
         raise error
 
     monkeypatch.setattr(trainer, "compute_loss", fail)
-    for step in (trainer.train, lambda: resources.measure_step(trainer)):
-        with pytest.raises(AlpacaError, match="with 4 rows at once: set `micro_batch_size` to 2") as refused:
-            step()
-        assert refused.value.code == "out-of-memory"
+    with pytest.raises(AlpacaError, match="with 4 rows at once: take a smaller `micro_batch_size`") as refused:
+        trainer.train()
+    assert refused.value.code == "out-of-memory"
 
 
 @pytest.mark.parametrize("recipe", ["document", "answers"])
-def test_a_measured_step_leaves_weights_gradients_and_random_state_as_they_were(recipe, tmp_path, monkeypatch):
-    """It is measured on the longest rows and on average ones."""
+def test_what_a_training_takes_is_measured_on_the_longest_rows_and_leaves_the_weights(
+    recipe, tmp_path, monkeypatch, capsys
+):
     rows, model, seen = tokens(random_rows(12), recipe), with_lora(tiny_gpt2()), []  # columns of text, dropout
     trainer = trainer_on(rows, tmp_path, model, recipe)
     loss = trainer.compute_loss
-    monkeypatch.setattr(trainer, "compute_loss", lambda m, i: seen.append(i["input_ids"].shape) or loss(m, i))
-    weights, before, random_state = [p.clone() for p in model.parameters()], forwards(model), torch.get_rng_state()
-    seconds, size, there = resources.measure_step(trainer)
-    assert seconds > 0 and size > 0 and there > 0
-    assert all(torch.equal(*pair) for pair in zip(weights, model.parameters())) and forwards(model) == before
-    assert torch.equal(torch.get_rng_state(), random_state)
+
+    def compute_loss(model, inputs, **kwargs):
+        seen.append(inputs["input_ids"].shape)
+        return loss(model, inputs, **kwargs)
+
+    monkeypatch.setattr(trainer, "compute_loss", compute_loss)
+    weights = [p.clone() for p in model.parameters()]
+    trainer.announce()
+    assert all(torch.equal(*pair) for pair in zip(weights, model.parameters()))
     assert all(p.grad is None for p in model.parameters())
-    lengths = sorted(len(ids) for ids in rows["input_ids"])
-    nearest = sorted(lengths, key=lambda length: abs(length - sum(lengths) / len(lengths)))[:4]
-    assert seen == [(4, lengths[-1]), *[(4, max(nearest))] * 2] and (recipe == "document") == (
-        lengths[-1] == lengths[0]
-    )
+    assert seen == [(4, max(len(ids) for ids in rows["input_ids"]))] * 2
+    said = capsys.readouterr().out
+    assert "minutes: 2 steps of " in said and "at most 3." in said
 
 
 @pytest.mark.parametrize(
@@ -361,7 +361,6 @@ def test_the_command_names_the_missing_notebook_and_a_wrong_parameter(given, cod
     if given:
         prepare_run(tmp_path / "run")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(torch.serialization, "register_package", lambda *_: None)  # one process registers once
     monkeypatch.setattr(sys, "argv", ["training", str(tmp_path / "run"), *(f"-p {given}".split() if given else [])])
     with pytest.raises(AlpacaError) as refused:
         training.main()

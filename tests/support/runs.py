@@ -19,7 +19,7 @@ from alpaca_helpers.config import choose_profile
 from alpaca_helpers.data import fingerprint, tokenize
 from alpaca_helpers.files import atomic_folder, content_hash
 from alpaca_helpers.lora import adapter_folder
-from alpaca_helpers.run import Run
+from alpaca_helpers.run import MARK, Run
 from support import PROJECT
 
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -90,6 +90,7 @@ def prepare_run(folder: Path, rows: int = 44, recipe: str = "answers", **changes
     """Write what notebook 02 leaves to notebook 03, and the base model beside it; return notebook 03's parameters."""
     tiny_gpt2(**(NO_DROPOUT if changes.get("lora_dropout") == 0 else {})).save_pretrained(folder / "base")
     byte_tokenizer().save_pretrained(folder / "base")
+    (folder / MARK).touch()
     text = DatasetDict(train=random_rows(rows), heldout=random_rows(8, seed=1))
     options = {"tokenizer": byte_tokenizer(), "recipe": recipe}
     with atomic_folder(folder / "data") as part:
