@@ -165,6 +165,8 @@ class AnswerTrainer(Trainer):
                 set_seed(self.args.seed)  # whatever was drawn since the trainer was made, as by an evaluation
             self.since_log.zero_()
             self.begun = time.monotonic()
+            # An evaluation before it marks the model as prepared, and accelerate would not have devices share gradients
+            vars(self.model).pop("_is_accelerate_prepared", None)
             return super().train(str(checkpoint) if checkpoint else None, **kwargs)
 
     def announce(self) -> None:
@@ -236,7 +238,7 @@ def finetune(folder: Path, **parameters) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # before anything is put on a GPU
     with redirect_stdout(sys.stdout if is_main_process() else None):
-        run_cells(NOTEBOOKS[2], "training", parameters | {"run": str(folder), "run_earlier": False})
+        run_cells(NOTEBOOKS[2], "training", parameters | {"run": str(folder.resolve()), "run_earlier": False})
 
 
 def main() -> None:
