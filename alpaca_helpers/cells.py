@@ -1,7 +1,7 @@
 """The notebooks as files: where they are, their parameters, and their cells run as a script."""
 
+import ast
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -37,9 +37,14 @@ def read_cells(notebook: Path, tag: str = "") -> list[dict]:
 
 
 def notebook_parameters(notebook: Path) -> list[str]:
-    """Return the names in the notebook's cell tagged `parameters`, each at the beginning of a line."""
-    (cell,) = read_cells(notebook, "parameters")
-    return re.findall(r"^(\w+) *[:=]", cell["source"], re.MULTILINE)
+    """Return the names in the notebook's cell tagged `parameters`; errors as in `read_cells`."""
+    names = []
+    for line in ast.parse(read_cells(notebook, "parameters")[0]["source"]).body:
+        if isinstance(line, ast.AnnAssign):
+            names.append(ast.unparse(line.target))
+        elif isinstance(line, ast.Assign):
+            names.append(ast.unparse(line.targets[0]))
+    return names
 
 
 def refuse_dropped(parameters: Iterable[str], notebooks: Iterable[Path]) -> None:
@@ -57,7 +62,7 @@ def run_cells(notebook: Path, tag: str, parameters: dict[str, object], until: st
     """
     names: dict = {}
     for number, cell in enumerate(read_cells(notebook, "parameters") + read_cells(notebook, tag)):
-        exec(compile(cell["source"], f"{notebook.name}, cell {cell['id']}", "exec"), names)
+        exec(compile(cell["source"], f"{notebook.name}, cell {cell['id']}", "exec"), names)  # noqa: S102 (the project's own)
         if not number:
             names |= parameters
         if until and until in names:

@@ -109,12 +109,12 @@ def training_record(run: Run, trainer: Trainer) -> dict:
 
 def processes() -> int:
     """Return how many processes train together, as torchrun told each of them before it began."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main_process() -> bool:
     """Return whether this process is the one that writes and prints."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -13,7 +13,16 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from . import AlpacaError, locate
 from .data import RECIPES
@@ -102,6 +111,13 @@ class Parameters(BaseModel):
     resume: bool = True
     run_earlier: bool = True
     repo_url: str = ""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, value: object, field: ValidationInfo) -> object:
+        if isinstance(value, bool) and cls.model_fields[str(field.field_name)].annotation is not bool:
+            raise ValueError("true and false are for yes and no")
+        return value
 
 
 def check_parameters(given: Mapping[str, object]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def check_disk_space(path: Path, needed: int = 0) -> Iterator[None]:
         return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
 
     def refusal(reason: str) -> AlpacaError:
-        room = f"{needed / 1e6:.1f} MB are needed, {free() / 1e6:.1f} MB are free"
+        room = f"{-(-needed // 100_000) / 10:.1f} MB are needed, " * bool(needed) + f"{free() / 1e6:.1f} MB are free"
         what = f"{path} cannot be written ({reason}; {room}): make room, or take another `run` or file name."
         return AlpacaError(what, "unwritable")
 

@@ -1,6 +1,7 @@
 """Files on the Hub: downloaded once into its cache, announced beforehand, and one clear sentence where that fails."""
 
 import os
+import time
 from contextlib import suppress
 from multiprocessing import TimeoutError
 from multiprocessing.pool import ThreadPool
@@ -13,6 +14,7 @@ from huggingface_hub.utils import filter_repo_objects
 from . import AlpacaError
 
 PATIENCE = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or 4)  # seconds for the Hub's first answer; the library's: 10
+WAITS = (1, 2, 4, 8, 8)  # seconds between tries while the Hub answers that it is busy
 OFFLINE_WAY = "or run the model that comes with the project: PROFILE=pocket (in a notebook, profile = 'pocket')"
 REFUSED = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError)  # gated ones too
 
@@ -21,24 +23,34 @@ def fetch(name: str, revision: str | None, kind: str, patterns: list[str]) -> Pa
     """Return the cache's folder of `name` on the Hub; files of `patterns` not yet in it are announced and downloaded.
 
     `revision` is a commit, branch or tag, None the newest commit; `kind` is `model` or `dataset`. Raises AlpacaError
-    within `PATIENCE` if the Hub cannot be reached, later if the download breaks off.
+    within `PATIENCE` if the Hub cannot be reached, later if the download breaks off; a busy Hub is asked again.
     """
-    which: dict = {"repo_type": kind, "revision": revision}
-    try:  # no dry run of the download: where the Hub cannot be reached, that tries for 23 s
-        with ThreadPool(1) as pool:  # a thread that can be left behind where a name server or a proxy hangs
-            info: Any = pool.apply_async(HfApi().repo_info, [name], {"files_metadata": True, **which}).get(PATIENCE)
-        files = list(filter_repo_objects(info.siblings, allow_patterns=patterns, key=lambda file: file.rfilename))
-        if not files:
-            raise errors.HFValidationError(f"it has no {patterns[0]}")
-        cached = {"revision": info.sha, "repo_type": kind}
-        if new := [file for file in files if not try_to_load_from_cache(name, file.rfilename, **cached)]:
-            size, names = readable_size(sum(file.size or 0 for file in new)), ", ".join(file.rfilename for file in new)
-            print(f"Downloading {name} from the Hub, {size}, once: {names}", flush=True)
-        folder = Path(snapshot_download(name, allow_patterns=patterns, **which))
-        if not all((folder / file.rfilename).exists() for file in files):  # the library returns what is there
-            raise ConnectionError("not all files came")
-    except Exception as error:  # the library's exceptions differ from release to release
-        raise _explained(error, name, revision, kind) from error
+    waits = iter(WAITS)
+    while True:
+        try:
+            return _download(name, patterns, repo_type=kind, revision=revision)
+        except Exception as error:  # the library's exceptions differ from release to release
+            status = getattr(getattr(error, "response", None), "status_code", 0)
+            if not (wait := next(waits, 0) if status in (429, 500, 502, 503, 504) else 0):
+                raise _explained(error, name, revision, kind) from error
+        print(f"The Hub is busy ({status}): again in {wait} s", flush=True)
+        time.sleep(wait)
+
+
+def _download(name: str, patterns: list[str], **which) -> Path:
+    with ThreadPool(1) as pool:  # a thread that can be left behind where a name server or a proxy hangs
+        # no dry run of the download: where the Hub cannot be reached, that tries for 23 s
+        info: Any = pool.apply_async(HfApi().repo_info, [name], {"files_metadata": True, **which}).get(PATIENCE)
+    files = list(filter_repo_objects(info.siblings, allow_patterns=patterns, key=lambda file: file.rfilename))
+    if not files:
+        raise errors.HFValidationError(f"it has no {patterns[0]}")
+    cached = {"revision": info.sha, "repo_type": which["repo_type"]}
+    if new := [file for file in files if not try_to_load_from_cache(name, file.rfilename, **cached)]:
+        size, names = readable_size(sum(file.size or 0 for file in new)), ", ".join(file.rfilename for file in new)
+        print(f"Downloading {name} from the Hub, {size}, once: {names}", flush=True)
+    folder = Path(snapshot_download(name, allow_patterns=patterns, **which))
+    if not all((folder / file.rfilename).exists() for file in files):  # the library returns what is there
+        raise ConnectionError("not all files came")
     return folder
 
 

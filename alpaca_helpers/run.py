@@ -5,6 +5,7 @@
 Notebooks hand over to one another only by these files.
 """
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from . import AlpacaError, project_folder
+from . import PACKAGE, AlpacaError, project_folder
 from .files import CHECKSUMS, check_disk_space, content_hash, read_json, verify_checksums, write_json
 
 PRODUCERS = {  # the notebook that makes each artifact
@@ -61,8 +62,11 @@ class Run:
         is_path = {"/", os.sep} & set(name) or name in (".", "..", "~")
         folder = Path(name).expanduser().resolve() if is_path else project_folder() / "runs" / name
         if make and not (folder / MARK).is_file():
-            if foreign := sorted(folder.iterdir()) if folder.is_dir() else []:
-                what = f"The folder {folder} is not marked as a run's ({MARK}) and holds {foreign[0].name}"
+            if any(part.name == PACKAGE.name and (part / "__init__.py").is_file() for part in folder.parents):
+                raise AlpacaError(f"The folder {folder} lies in {PACKAGE.name}: take another `run`.", "not-a-run")
+            files = sorted(folder.iterdir()) if folder.is_dir() else []
+            if foreign := [path.name for path in files if not _is_executed(path)]:
+                what = f"The folder {folder} is not marked as a run's ({MARK}) and holds {foreign[0]}"
                 raise AlpacaError(f"{what}: take another `run`, or move its files away.", "not-a-run")
             with check_disk_space(folder, needed=RUN_BYTES):
                 (folder / "pictures").mkdir(parents=True, exist_ok=True)
@@ -150,3 +154,12 @@ class Run:
         if any(not isinstance(metrics.get(side), dict) for side in ("base", "tuned", "change", "base_bare")):
             raise AlpacaError(f"{path} is of another version: {remedy}.", "manifest-version")
         return metrics
+
+
+def _is_executed(path: Path) -> bool:
+    """Return whether papermill wrote a notebook with these helpers to `path`, as it does before a cell runs."""
+    try:
+        content = path.read_bytes() if path.suffix == ".ipynb" else b""
+        return PACKAGE.name.encode() in content and "papermill" in json.loads(content)["metadata"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

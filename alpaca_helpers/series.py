@@ -17,7 +17,7 @@ from .cells import FURTHER, NAMES, NOTEBOOKS, notebook_parameters, read_cells, r
 from .config import PROFILES, add_parameters, check_parameters, choose_profile, parse_parameters
 from .console import ignore_known_warnings, run_command
 from .files import check_disk_space, content_hash
-from .lora import choose_targets
+from .lora import BASE, choose_targets
 from .models import check_length, empty_model, fetch_model
 from .report import comparison, conclusion
 from .run import PRODUCERS, RUN_BYTES, Run
@@ -33,7 +33,7 @@ class ProgressFile:
 
     def write(self, text: str) -> None:
         for line in text.splitlines():
-            if line.startswith(("step ", "Downloading ", "Note: ", "The training ")):
+            if line.startswith(("step ", "Downloading ", "The Hub is busy", "Note: ", "The training ")):
                 tqdm.write(f"    {line}")
 
     def flush(self) -> None:
@@ -69,6 +69,9 @@ def open_run(notebook: str, values: Mapping[str, object]) -> tuple[SimpleNamespa
     if given.get("other_run"):
         other = Run.named(given["other_run"], make=False)
         other.record("adapter")
+        if content_hash(other.folder / "adapter" / BASE) != content_hash(run.folder / "adapter" / BASE):
+            what = f"The run {other.folder} was trained on another base model than {run.folder}"
+            raise AlpacaError(f"{what}: take another `other_run`.", "other-base")
         settings.other_run = other.folder
     elif (settings.model, settings.heldout) == (POCKET.model, POCKET.heldout):
         settings.other_run = pocket.DOCUMENT
@@ -112,7 +115,7 @@ def run_series(parameters: Mapping[str, object], notebooks: Sequence[Path] | Non
 def _execute_changed(notebooks: Sequence[Path], parameters: dict[str, object], run: Run, inputs: str) -> None:
     """Execute the notebooks that are not done; `inputs` is the hash of all that the first one is made from."""
     done = run.manifest().get("notebooks")
-    done = dict(done) if isinstance(done, dict) else {}
+    done = {name: mark for name, mark in done.items() if isinstance(mark, list)} if isinstance(done, dict) else {}
     for number, notebook in enumerate(notebooks, 1):
         name, known = notebook.stem, notebook_parameters(notebook)
         chosen = {key: value for key, value in parameters.items() if key in known}
@@ -122,13 +125,18 @@ def _execute_changed(notebooks: Sequence[Path], parameters: dict[str, object], r
         if other := chosen.get("other_run"):
             inputs = _hash(inputs, Run.named(str(other), make=False).artifact_hash("adapter"))
         executed = run.folder / notebook.name
-        unchanged = done.get(name) == _mark(inputs, name, run) and len(_code(executed)) >= len(_code(notebook))
+        made, pictures = done.get(name, ("", {}))
+        unchanged = made == _mark(inputs, name, run) and len(_code(executed)) >= len(_code(notebook))
+        unchanged = unchanged and all(content_hash(run.folder / name) == value for name, value in pictures.items())
         print(f"[{number}/{len(notebooks)}] {name}{': unchanged' if unchanged else ''}", flush=True)
         if not unchanged:  # until it is through, this notebook and those after it are not done
             done = {each: mark for each, mark in done.items() if each != name and (each < name or notebook in FURTHER)}
             run.write_record("notebooks", done)
+            before = {path: path.stat().st_mtime_ns for path in run.folder.glob("pictures/*")}
             _execute(notebook, executed, chosen)
-            run.write_record("notebooks", done := done | {name: _mark(inputs, name, run)})
+            drawn = [path for path in run.folder.glob("pictures/*") if path.stat().st_mtime_ns != before.get(path)]
+            pictures = {f"pictures/{path.name}": content_hash(path) for path in drawn}
+            run.write_record("notebooks", done := done | {name: (_mark(inputs, name, run), pictures)})
 
 
 def _mark(inputs: str, notebook: str, run: Run) -> str:
@@ -156,7 +164,9 @@ def _execute(notebook: Path, executed: Path, parameters: dict[str, object]) -> N
         what = f"The kernel of {executed} was killed, most likely for want of memory"
         remedy = "free some, or take a smaller `micro_batch_size` or model, and run this again"
         raise AlpacaError(f"{what}: {remedy}.", "kernel-killed") from error
-    print(f"    {made.metadata.papermill.duration:.0f} s", flush=True)
+    took = [(cell.metadata.papermill.duration or 0, cell.source) for cell in made.cells if cell.source.strip()]
+    longest = [f"{seconds:.0f} s {code.splitlines()[-1].strip():.40}" for seconds, code in sorted(took)[:-4:-1]]
+    print(f"    {made.metadata.papermill.duration:.0f} s; the longest cells: {'; '.join(longest)}", flush=True)
 
 
 def _code(notebook: Path) -> list[str]:

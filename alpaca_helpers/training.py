@@ -43,13 +43,18 @@ class AnswerTrainer(Trainer):
 
     def __init__(self, args: TrainingArguments, data_collator: Callable, **kwargs):
         args._n_gpu = min(args.n_gpu, 1)  # one process uses one GPU; torchrun starts one for each
+        rows, asked = len(kwargs["train_dataset"]), args.train_batch_size * args.gradient_accumulation_steps
+        self.batch_size = min(asked * args.world_size, rows)
+        if rows < asked * args.world_size:  # a batch is what there is
+            share = math.ceil(rows / args.world_size)
+            args.gradient_accumulation_steps = math.ceil(share / args.train_batch_size)
+            args.per_device_train_batch_size = math.ceil(share / args.gradient_accumulation_steps)
         cuda = args.device.type == "cuda"
         args.dataloader_pin_memory = args.accelerator_config.non_blocking = cuda  # Python goes on while rows are sent
         args.logging_nan_inf_filter = False  # NaN is shown as such, and no step waits to be looked at
         super().__init__(args=args, data_collator=partial(add_learned, data_collator), **kwargs)
         check_trained(self.model)
         self.model_accepts_loss_kwargs = True  # the loss is divided by what `get_batch_samples` says, by nothing else
-        self.batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
         learned = sum(label != IGNORED for labels in self.train_dataset["labels"] for label in labels[1:])
         self.labels_per_batch = self.batch_size * learned / len(self.lengths)
@@ -166,7 +171,7 @@ class AnswerTrainer(Trainer):
             self.since_log.zero_()
             self.begun = time.monotonic()
             # An evaluation before it marks the model as prepared, and accelerate would not have devices share gradients
-            vars(self.model).pop("_is_accelerate_prepared", None)
+            self.model.__dict__.pop("_is_accelerate_prepared", None)
             return super().train(str(checkpoint) if checkpoint else None, **kwargs)
 
     def announce(self) -> None:
@@ -178,6 +183,10 @@ class AnswerTrainer(Trainer):
         args, first, cuda = self.args, self.first_step, self.args.device.type == "cuda"
         epoch = math.ceil(len(self.lengths) / self.batch_size)
         steps = args.max_steps if args.max_steps > 0 else math.ceil(epoch * args.num_train_epochs)
+        if first == steps:
+            return print(f"This training is finished, all {steps} steps of it: `resume = False` would start it over.")
+        if first:
+            print(f"Going on after step {first} of {steps}.")
         longest = sorted(range(len(self.lengths)), key=self.lengths.__getitem__)[-args.train_batch_size :]
         batch = self.data_collator(list(self._remove_unused_columns(self.train_dataset.select(longest))))
         if cuda:
@@ -189,8 +198,6 @@ class AnswerTrainer(Trainer):
         self.model.zero_grad()
         seconds *= sum(self.lengths) / len(self.lengths) / max(self.lengths)
         memory = f"{readable_size(torch.cuda.max_memory_allocated())} of the GPU's memory, " if cuda else ""
-        if first:
-            print(f"Going on after step {first} of {steps}; `resume = False` would start over.")
         takes = f"about {(steps - first) * seconds / 60:.1f} minutes: {steps - first} steps of {seconds:.2f} s"
         print(f"The training takes {takes}, and the evaluations")
         print(f"The training needs {memory}at most {readable_size(self.disk_bytes)} on disk")
@@ -236,7 +243,7 @@ def save_adapter(trainer: AnswerTrainer) -> Iterator[Path]:
 def finetune(folder: Path, **parameters) -> None:
     """Train and save the adapter of the run in `folder` by the cells of notebook 03, on all of torchrun's devices."""
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # before anything is put on a GPU
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # before anything is put on a GPU
     with redirect_stdout(sys.stdout if is_main_process() else None):
         run_cells(NOTEBOOKS[2], "training", parameters | {"run": str(folder.resolve()), "run_earlier": False})
 

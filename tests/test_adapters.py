@@ -271,10 +271,10 @@ PART = {"config.json": "config", "tokenizer.json": "tokenizer", "model.safetenso
 
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "bit-flipped"])
 def test_a_broken_base_is_one_sentence(fault, base_folder, base):
-    for name in PART:
+    for name, part in PART.items():
         whole = (base_folder / name).read_bytes()
         FAULTS[fault](base_folder / name)
-        refused_base(base_folder, "model-broken", f"The {PART[name]} of the model .* cannot be used")
+        refused_base(base_folder, "model-broken", f"The {part} of the model .* cannot be used")
         (base_folder / name).write_bytes(whole)
     (base_folder / "model.safetensors").unlink()
     base.save_pretrained(base_folder, max_shard_size="50KB")

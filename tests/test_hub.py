@@ -187,13 +187,18 @@ def test_what_is_not_on_the_hub_is_named(server, tmp_path, monkeypatch):
     sentence(lambda: fetch_model("some/bert"), "model-unsuited", "bert")  # from the cache too
 
 
-@pytest.mark.parametrize("name, path", [(NAME, "api/*/revision/*"), (ALPACA, "api/*/revision/*"), (NAME, "cdn/*")])
-@pytest.mark.parametrize("status", [429, 503])
-def test_a_busy_hub_is_one_sentence_and_the_next_run_works(name, path, status, server):
-    server.faults = [Fault(f"GET {path}", status=status)]
-    sentence(LOADERS[name], "hub-unreachable", name, str(status), "try again later")
-    server.faults = []
+@pytest.mark.parametrize("name, file", [(NAME, "*cdn/*"), (ALPACA, "*cdn/*"), (NAME, "*config.json")])
+def test_busy_for_a_while_is_waited_for(name, file, server, capsys):
+    faults = (("api/*/revision/*", 2, 503), ("api/*/revision/*", 1, 429), (file, 2, 503))
+    server.faults += [Fault(f"GET {path}", times=times, status=status) for path, times, status in faults]
     LOADERS[name]()
+    assert "The Hub is busy (503)" in capsys.readouterr().out
+    assert [sum(f" {status} " in line for line in server.log) for status in (503, 429)] == [4, 1]
+
+
+def test_busy_for_good_is_one_sentence(server):
+    server.faults = [Fault("GET api/*/revision/*", status=503)]
+    sentence(LOADERS[NAME], "hub-unreachable", NAME, "503", "try again later")
 
 
 def test_cut_short_is_taken_up_where_it_broke_off(server, monkeypatch):

@@ -71,7 +71,7 @@ def test_what_spells_a_value_is_that_value():
 @pytest.mark.parametrize(
     "name, values",
     {
-        "max_train_rows": [0, -5, 1.5, "many"],
+        "max_train_rows": [0, -5, 1.5, "many", True],
         "heldout_rows": [0, -1],
         "max_heldout_rows": [0, None],
         "max_words": [0, None],
@@ -81,7 +81,7 @@ def test_what_spells_a_value_is_that_value():
         "micro_batch_size": [0],
         "num_train_epochs": [0, math.nan, math.inf],
         "learning_rate": [0, -1, math.nan, "fast"],
-        "lora_rank": [0, 8.5],
+        "lora_rank": [0, True, 8.5],
         "lora_alpha": [0],
         "lora_dropout": [1.0, -0.1, math.nan],
         "target_modules": [[], "", [""], ["a", 1], 3],

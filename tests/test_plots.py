@@ -131,7 +131,7 @@ def test_shades_darken_in_their_order_and_words_stay_readable(draw):
     (axes,) = figure.axes
     fills = [lightness(box.get_facecolor()[:3]) for box in axes.patches]
     assert fills == sorted(fills, reverse=True) and fills[0] - fills[1] > 0.2 and fills[1] - fills[2] > 0.2
-    title, *words = axes.texts
+    _, *words = axes.texts
     assert [word.get_text() for word in words] == ["a·b↵", "$x$", "c"]
     assert all(abs(lightness(word.get_color()) - fill) > 0.3 for word, fill in zip(words, fills))
 
@@ -151,7 +151,7 @@ def test_losses_begin_at_step_zero_with_the_base(draw):
 def test_answer_lengths_show_a_single_answer_beside_300(draw):
     many = pd.concat([ANSWERS.iloc[:1]] * 300 + [ANSWERS.iloc[1:]])
     figure, _ = draw(pictures.answer_lengths, many, 80)
-    base, tuned, expected = figure.axes
+    base, _, expected = figure.axes
     single = [bar for bar in expected.patches if bar.get_height() == 1]
     assert single and single[0].get_facecolor()[:3] != (1, 1, 1) and single[0].get_linewidth() > 0.5
     assert not expected.get_shared_y_axes().joined(base, expected)

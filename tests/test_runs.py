@@ -175,7 +175,7 @@ def test_a_run_is_a_name_or_a_path_to_a_new_folder_or_its_own(tmp_path, monkeypa
             (tmp_path / path / "notes.txt").write_text("mine")
 
 
-def test_a_folder_with_files_that_is_not_marked_is_no_run_and_stays_as_it_is(tmp_path, monkeypatch):
+def test_a_folder_that_is_not_marked_or_lies_in_the_package_is_no_run_and_stays_as_it_is(tmp_path, monkeypatch):
     foreign = {
         "papers/thesis.txt": "mine",
         **{f"site{n}/manifest.json": text for n, text in enumerate(FOREIGN_MANIFESTS)},
@@ -187,12 +187,15 @@ def test_a_folder_with_files_that_is_not_marked_is_no_run_and_stays_as_it_is(tmp
     for path, content in foreign.items():
         (tmp_path / path).parent.mkdir(parents=True)
         (tmp_path / path).write_text(content)
+    copied = Path(shutil.copytree(pocket.DOCUMENT, tmp_path / "alpaca_helpers" / "document")).parent
+    (copied / "__init__.py").write_text("")  # as where it is installed
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(PROJECT)
     own = ("notebooks/", "./notebooks/fr", str(PROJECT / "alpaca_helpers"), ".", "runs/../tests", str(pocket.DOCUMENT))
+    own += ("./alpaca_helpers/new", f"{copied}/new", f"{copied}/document")
     for run in (*(f"{tmp_path}/{path.partition('/')[0]}" for path in foreign), *own):
         assert refusal(Run.named, run).code == "not-a-run", run
-    assert sorted(tmp_path.rglob("*")) == before
+    assert sorted(tmp_path.rglob("*")) == before and not (PROJECT / "alpaca_helpers" / "new").exists()
 
 
 @pytest.mark.parametrize("name", ["data", "adapter", "merged"])
@@ -316,12 +319,12 @@ def test_a_run_folder_that_cannot_be_written_is_one_sentence(read_only):
 def test_an_interrupt_in_mid_training_leaves_a_run_that_goes_on(tmp_path, monkeypatch):
     steps, settings = [], prepare_run(tmp_path, rows=16, num_train_epochs=5)
 
-    def step(trainer, *given, take=training.AnswerTrainer.training_step, **named):
+    def step(trainer, *args, take=training.AnswerTrainer.training_step, **kwargs):
         if trainer.is_in_train:  # not in the step that is measured before
             steps.append(trainer.state.global_step)
-        if steps == list(range(8)):
-            raise KeyboardInterrupt
-        return take(trainer, *given, **named)
+            if steps == list(range(8)):
+                raise KeyboardInterrupt
+        return take(trainer, *args, **kwargs)
 
     monkeypatch.setattr(training.AnswerTrainer, "training_step", step)
     with pytest.raises(KeyboardInterrupt):

@@ -83,7 +83,7 @@ def test_in_a_real_kernel_it_writes_under_its_lock_and_fails_with_a_sentence(not
         series.run_series({"run": str(tmp_path / "r"), "push_to": "o/b", "merged": True}, notebooks)
     assert failed.value.code == "cell-failed" and seen(tmp_path / "r") == "bb"
     told = capsys.readouterr().out
-    assert told.count("\n    Note: at it\n") == 1
+    assert told.count("\n    Note: at it\n") == 1 == told.count("the longest cells: ") and " s print('Note" in told
     assert list(Run(tmp_path / "r").manifest()["notebooks"]) == ["01_one"]
     assert "the bread is burnt" in (tmp_path / "r" / "02_two.ipynb").read_text()
 
@@ -142,6 +142,8 @@ with atomic_folder(folder / "adapter") as part:
 (folder / "adapter" / "README.md").write_text("a card")
 with atomic_folder(folder / "merged") as part:
     (part / "model").write_text("whole")
+(folder / "pictures").mkdir(exist_ok=True)
+(folder / "pictures" / "losses.png").write_text("picture")
 Run(folder).write_record("adapter", {"seed": 0})
 """
 MEASURES = """
@@ -183,8 +185,10 @@ def test_whatever_a_notebook_left_and_rests_on_is_looked_at(notebooks, tmp_path,
         "the other run": (lambda: parameters.update(other_run=str(other)), 2),
         "its adapter": (lambda: train_the_other(0.2), 2),
         "the card, emptied": (lambda: card.write_text(""), 1),
-        "the metrics": (lambda: (folder / "metrics.json").unlink(), 1),
+        "the metrics": ((folder / "metrics.json").unlink, 1),
         "the merged model": (lambda: shutil.rmtree(folder / "merged"), 2),
+        "the pictures": (lambda: shutil.rmtree(folder / "pictures"), 2),
+        "a picture, emptied": (lambda: (folder / "pictures" / "losses.png").write_text(""), 2),
         "the merged model, cut": (lambda: (folder / "merged" / "model").write_text("w"), 2),
         "a weight": (lambda: (folder / "adapter" / "adapter_model.safetensors").write_text("rwos"), 2),
         "the manifest's record": (forget_the_adapter, 2),
@@ -222,22 +226,21 @@ def opened(run, **values):
     return series.open_run("04_comparison_and_chat", given | values)[0]
 
 
-def finish(folder, model=None):
+def finish(folder, model=None, **changes):
     """Make a finished run on a tiny base model."""
     prepare_run(folder)
-    save_adapter(with_lora(tiny_gpt2()), byte_tokenizer(), folder / "adapter")
+    save_adapter(with_lora(tiny_gpt2(**changes)), byte_tokenizer(), folder / "adapter")
     made = Run(folder).record("data")
     record_adapter(folder, model=model or made["model"], fingerprint=made["fingerprint"])
 
 
 def test_the_other_run_is_looked_at_before_anything_is_computed(tmp_path):
-    for name in ("a", "b", "c"):
-        finish(tmp_path / name)
-    (tmp_path / "c" / "adapter" / "adapter_model.safetensors").write_bytes(b"")
-    for other in ("c", "nowhere"):
+    for name, changes in (("a", {}), ("b", {}), ("c", {"initializer_range": 0.3})):
+        finish(tmp_path / name, **changes)
+    for other, code in (("c", "other-base"), ("nowhere", "no-artifact")):
         with pytest.raises(AlpacaError, match=str(tmp_path / other)) as refused:
             opened(tmp_path / "a", other_run=str(tmp_path / other))
-        assert refused.value.code == "no-artifact"
+        assert refused.value.code == code
     with pytest.raises(AlpacaError) as refused:
         series.run_series({"run": str(tmp_path / "new"), "other_run": str(tmp_path / "nowhere")})
     assert refused.value.code == "no-artifact" and not list((tmp_path / "new").glob("*.ipynb"))

@@ -143,7 +143,7 @@ def test_a_step_asks_the_device_for_no_value_but_for_packed_rows(tmp_path, monke
     batch = trainer.data_collator(list(rows))
     with speedups.lora_in_base_precision(model), NoValues():
         trainer.training_step(model, batch, num_items_in_batch=10.0)
-        for wanted in (lambda: batch["input_ids"].sum().item(), lambda: batch["input_ids"].nonzero()):
+        for wanted in (lambda: batch["input_ids"].sum().item(), batch["input_ids"].nonzero):
             with pytest.raises(AssertionError):
                 wanted()
     assert all(value.grad is not None for value in model.parameters() if value.requires_grad)
@@ -223,7 +223,7 @@ def test_a_training_over_either_precision_learns_and_is_recorded(dtype, tmp_path
     assert {value.dtype for name, value in trained.named_parameters() if "lora_" in name} == {torch.float32}
 
     before = (tmp_path / "adapter" / WEIGHTS).read_bytes()
-    for said in ("Going on after step 24 of 24", "Going on after step 21 of 24"):
+    for said in ("This training is finished, all 24 steps of it", "Going on after step 21 of 24"):
         capsys.readouterr()
         training.finetune(tmp_path, **settings)
         assert said in capsys.readouterr().out and (tmp_path / "adapter" / WEIGHTS).read_bytes() == before
@@ -284,6 +284,33 @@ def test_every_row_comes_once_an_epoch_in_batches_of_like_length_and_another_ord
     assert sum(8 * max(lengths[row] for row in batch) for batch in batches) < 1.1 * sum(lengths)
     rows = list(LengthGroups([5, 6, 7], 8, 0, lambda: 0))  # the last batch is filled up, even by fewer rows than one
     assert sorted(rows.count(row) for row in range(3)) == [2, 3, 3]
+
+
+class Gradients(TrainerCallback):
+    """Notes the gradients of the step."""
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        self.seen = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+
+
+@pytest.mark.parametrize("micro, split", [(4, (3, 2)), (1024, (5, 1))])
+def test_a_batch_larger_than_the_data_is_the_data_once(micro, split, tmp_path):
+    """Five rows: one step an epoch, with the gradient of these rows, none of them twice."""
+    rows = random_rows(5).map(tokenize, batched=True, fn_kwargs={"tokenizer": byte_tokenizer()})
+    model, seen = with_lora(tiny_gpt2(**NO_DROPOUT), 0.3, lora_dropout=0.0).train(), Gradients()
+    wanted = gradients(model, model(**PadToLongest(256)(list(rows))).loss)
+    model.zero_grad()
+    settings = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": 1 + 1024 // micro}
+    settings |= {"save_strategy": "no", "report_to": [], "num_train_epochs": 1, "max_grad_norm": 0}
+    args = Arguments(output_dir=str(tmp_path / "checkpoints"), **settings)
+    trainer = training.AnswerTrainer(args=args, model=model, train_dataset=rows, data_collator=PadToLongest(256))
+    trainer.add_callback(seen)
+    asked = [micro, settings["gradient_accumulation_steps"]]
+    assert (args.train_batch_size, args.gradient_accumulation_steps) == split != asked
+    assert sorted(trainer._get_train_sampler()) == list(range(5))
+    trainer.train()
+    assert trainer.state.global_step == 1
+    assert_same(seen.seen, wanted)
 
 
 def test_a_batch_is_split_evenly_or_refused(monkeypatch):
