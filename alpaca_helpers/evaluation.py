@@ -20,25 +20,18 @@ RESAMPLES = 2000  # of the bootstrap
 def evaluate(
     model, tokenizer, rows: Iterable[dict], max_new_tokens: int = 80, seed: int = 0
 ) -> tuple[dict, pd.DataFrame]:
-    """Return the metrics of base and tuned model on the same rows, and a table of their answers.
+    """Return the metrics of base and tuned model on the same held-out rows, and a table of their answers.
 
-    The prompt is `format_prompt(instruction, input)` on both sides and for every recipe, so that numbers compare. The
-    base is asked the bare question as well, without the template (`base_bare`). The answers are greedy.
+    The prompt is `format_prompt(instruction, input)` for every recipe, so that numbers compare; `base_bare` is the base
+    asked without the template. The answers are greedy, and cut at `max_new_tokens`; `seed` is the bootstrap's.
 
-    Args:
-        rows: held-out rows with the columns `instruction`, `input`, `output`, `fact`.
-        max_new_tokens: where an answer that does not stop is cut.
-        seed: of the bootstrap.
+    The metrics are `n` (rows), `questions` (different ones), `max_new_tokens`, and the sides `base`, `tuned`,
+    `base_bare` and `change` (tuned minus base). Each has the keys of `METRICS`, None where no row has anything to
+    check, and under `intervals` a 95% bootstrap interval for each. Shares are of 1; `answer_loss` is in nats per answer
+    token, the end-of-text token left out; `base_bare` has no loss.
 
-    Returns:
-        metrics: `n` (rows), `questions` (different ones), `max_new_tokens`, the sides `base`, `tuned`, `base_bare` and
-            `change` (tuned minus base). Each has the keys of `METRICS`, None where no row has anything to check, and
-            under `intervals` a 95% bootstrap interval for each. Shares are of 1; `answer_loss` is in nats per answer
-            token, the end-of-text token left out; `base_bare` has no loss.
-        answers: a row for each held-out row: its text; each side's answer, token ids and their number, whether it
-            stopped and whether it is right; and the loss of the expected answer.
-
-    Raises AlpacaError if there are no rows.
+    The table has for each row its text; each side's answer, token ids and their number, whether it stopped and whether
+    it is right; and the loss of the expected answer. AlpacaError is raised if there are no rows.
     """
     rows = list(rows)
     if not rows:
@@ -55,8 +48,7 @@ def evaluate(
         if prompts is templated:
             losses = pd.DataFrame(answer_losses(model, tokenizer, rows, side), columns=["nats", "right", "tokens"])
             table["output_tokens"] = losses["tokens"].astype(int)
-            scores["answer_loss"] = losses["nats"] / losses["tokens"]
-            scores["token_accuracy"] = losses["right"] / losses["tokens"]
+            scores[["answer_loss", "token_accuracy"]] = losses[["nats", "right"]].div(losses["tokens"], axis=0)
         estimates[name] = _estimate(scores, table["output_tokens"], questions, seed)
         table[name] = [answer.text for answer in answers]
         for part in ("ids", "tokens", "stopped"):

@@ -184,7 +184,7 @@ def only_forward(model, adapters: Sequence[dict], sides: Sequence[str], one_thre
 
 
 def _next_tokens(logits: torch.Tensor, draws: torch.Tensor, settings: Mapping) -> list[int]:
-    """Return each row's next token id, from its logits, (rows, vocabulary), and its draw from [0, 1), (rows or 1, 1)."""
+    """Return each row's next token id, from logits, (rows, vocabulary), and a draw from [0, 1), (rows or 1, 1)."""
     if settings["temperature"] < 1e-6:  # 0, or so little that the likeliest token is certain
         return logits.argmax(-1).tolist()
     warpers = [TemperatureLogitsWarper(float(settings["temperature"])), TopPLogitsWarper(float(settings["top_p"]))]

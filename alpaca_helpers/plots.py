@@ -11,14 +11,12 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pandas as pd
-import torch
 from IPython.display import HTML, Image
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from .files import check_disk_space, replace_file
-from .prompts import format_prompt
 
 INK, PALE, BLUE, ORANGE = "#222222", "#e4e4e4", "#0072b2", "#e69f00"
 BASE = {"facecolor": PALE, "edgecolor": INK, "hatch": "///", "linewidth": 0.8}
@@ -77,32 +75,6 @@ def losses(log_history: Sequence[Mapping[str, float]], base_loss: float, path: P
     lines = {"training": train, "held-out": heldout}
     said = [f"{name} from {line.iloc[0]:.3g} to {line.iloc[-1]:.3g}" for name, line in lines.items() if len(line)]
     return save_picture(figure, path, f"Loss over the steps: {', '.join(said)}")
-
-
-@in_style
-def next_tokens(tokenizer, answer_ids: Sequence[int], probabilities: Mapping[str, torch.Tensor], path: Path) -> Image:
-    """Draw each side's likeliest tokens after a prompt, and how likely it finds the end along a right answer.
-
-    Return the picture saved to `path`. `probabilities` holds for each side (`base`, `tuned`) those of the next token
-    after the prompt and after each token of the answer, (answer's tokens + 1, vocabulary).
-    """
-    figure, end = Figure(figsize=(7.5, 5.5), layout="constrained"), tokenizer.eos_token_id
-    panels = figure.subplot_mosaic([list(probabilities), ["end"] * len(probabilities)])
-    looks, markers = {"base": BASE, "tuned": TUNED}, {"base": "o-", "tuned": "s-"}
-    for side, after in probabilities.items():
-        top = after[0].topk(10)
-        panels[side].barh(range(10), top.values.tolist(), **looks[side])
-        panels[side].set_yticks(range(10), [repr(tokenizer.decode(id)) for id in top.indices], parse_math=False)
-        panels[side].set(title=f"{side} model", xlabel="probability of being next", xlim=(0, 1), ylim=(9.6, -0.6))
-        line = {"color": looks[side]["facecolor"], "markeredgecolor": INK, "linewidth": 1.6}
-        panels["end"].plot(after[:, end], markers[side], label=f"{side} model", **line)
-    tokens = [format_prompt("").splitlines()[-1], *(repr(tokenizer.decode(id)) for id in answer_ids)]
-    panels["end"].set_xticks(range(len(tokens)), tokens, parse_math=False)
-    panels["end"].set(xlabel="after this token of a right answer", ylabel="probability of the end", ylim=(-0.05, 1.05))
-    panels["end"].legend()
-    ends = {side: f"{after[-1, end]:.2f}" for side, after in probabilities.items()}
-    alt = f"The likeliest tokens after the prompt, by side; the end after the whole answer: {ends}"
-    return save_picture(figure, path, alt)
 
 
 def answers_table(answers: pd.DataFrame, rows: int = 8, letters: int = 160) -> HTML:

@@ -73,7 +73,7 @@ PICTURES = {  # how each is made, from the tokenizer; and some of what it says
     "losses": (lambda _: (plots.losses, LOG, 4.25), "training from 3 to 1, held-out from 4.25 to 1.5"),
     "no losses": (lambda _: (plots.losses, [], 4.25), "held-out from 4.25 to 4.25"),
     "no loss left": (lambda _: (plots.losses, [{"loss": 0.0, "step": 1}, {"eval_loss": math.nan}], 4.25), "from 0"),
-    "next_tokens": (lambda words: (plots.next_tokens, words, [5, 6], NEXT), "'base': '0.00', 'tuned': '1.00'"),
+    "next_tokens": (lambda words: (pictures.next_tokens, words, [5, 6], NEXT), "'base': '0.00', 'tuned': '1.00'"),
     "before_after": (lambda _: (pictures.before_after, metrics()), "answer holds the fact 20% to 80%"),
     "no facts": (
         lambda _: (pictures.before_after, metrics(contains=None, exact_match=None)),
