@@ -1,11 +1,10 @@
-"""The one style of the pictures, how they are saved and shown, and those of the training and the comparison.
+"""The one style of the pictures, how one is saved and shown, and answers side by side in a table.
 
 Colours differ in lightness and come with a hatch, a marker or a word, so that each picture reads in black and white and
 by the colour-blind (Okabe and Ito's palette).
 """
 
 import io
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -14,7 +13,6 @@ import pandas as pd
 from IPython.display import HTML, Image
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
 
 from .files import check_disk_space, replace_file
 
@@ -47,34 +45,6 @@ def save_picture(figure: Figure, path: Path, alt: str) -> Image:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, png.getvalue())
     return Image(png.getvalue(), format="png", metadata={"alt": alt})
-
-
-@in_style
-def losses(log_history: Sequence[Mapping[str, float]], base_loss: float, path: Path) -> Image:
-    """Draw train and held-out loss over the steps, on a logarithmic axis; return the picture saved to `path`.
-
-    The `loss` in `trainer.state.log_history` is the mean over the steps since the last line of the log, so it is drawn
-    as a level over these steps. `base_loss` is the `eval_loss` before training, in nats per learned token.
-    """
-    log = pd.DataFrame(log_history, columns=["step", "loss", "eval_loss"], dtype=float).set_index("step")
-    train = log["loss"].dropna()
-    heldout = pd.concat([pd.Series({0: base_loss}), log["eval_loss"].dropna()])  # a new adapter changes nothing
-    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
-    axes = figure.subplots()
-    axes.axhline(base_loss, color=INK, linestyle="--", label=f"base model, held-out rows: {base_loss:.2f}")
-    label = "training rows, mean since the previous log line"
-    axes.stairs(train, [0, *train.index], baseline=None, color=BLUE, linewidth=1.6, label=label)
-    axes.plot(heldout, "s-", color=ORANGE, markeredgecolor=INK, clip_on=False, label="held-out rows, at that step")
-    axes.set(title="Loss while training", xlabel="optimizer steps", ylabel="loss (nats per token)", yscale="log")
-    axes.set_xlim(0, max([1, *log.index]))
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.grid(axis="y")
-    figure.legend(loc="outside lower center", ncols=2)
-    lines = {"training": train, "held-out": heldout}
-    said = [f"{name} from {line.iloc[0]:.3g} to {line.iloc[-1]:.3g}" for name, line in lines.items() if len(line)]
-    return save_picture(figure, path, f"Loss over the steps: {', '.join(said)}")
 
 
 def answers_table(answers: pd.DataFrame, rows: int = 8, letters: int = 160) -> HTML:

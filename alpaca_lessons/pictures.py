@@ -1,4 +1,4 @@
-"""Pictures of the comparison: of notebook 04, and of the notebooks that go further."""
+"""Pictures of the training and of the comparison."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,15 +8,43 @@ import pandas as pd
 import torch
 from IPython.display import Image
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from alpaca_helpers.metrics import METRICS
-from alpaca_helpers.plots import BASE, BLUE, INK, PALE, TUNED, in_style, save_picture
+from alpaca_helpers.plots import BASE, BLUE, INK, ORANGE, PALE, TUNED, in_style, save_picture
 from alpaca_helpers.prompts import format_prompt
 from alpaca_helpers.report import main_metrics, shown
 
 BARE = {"facecolor": "white", "edgecolor": INK, "hatch": "...", "linewidth": 0.8}
 SIDES = {"base_bare": ("base, bare question", BARE), "base": ("base", BASE), "tuned": ("tuned", TUNED)}
+
+
+@in_style
+def losses(log_history: Sequence[Mapping[str, float]], base_loss: float, path: Path) -> Image:
+    """Draw train and held-out loss over the steps, on a logarithmic axis; return the picture saved to `path`.
+
+    The `loss` in `trainer.state.log_history` is the mean over the steps since the last line of the log, so it is drawn
+    as a level over these steps. `base_loss` is the `eval_loss` before training, in nats per learned token.
+    """
+    log = pd.DataFrame(log_history, columns=["step", "loss", "eval_loss"], dtype=float).set_index("step")
+    train = log["loss"].dropna()
+    heldout = pd.concat([pd.Series({0: base_loss}), log["eval_loss"].dropna()])  # a new adapter changes nothing
+    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(base_loss, color=INK, linestyle="--", label=f"base model, held-out rows: {base_loss:.2f}")
+    label = "training rows, mean since the previous log line"
+    axes.stairs(train, [0, *train.index], baseline=None, color=BLUE, linewidth=1.6, label=label)
+    axes.plot(heldout, "s-", color=ORANGE, markeredgecolor=INK, clip_on=False, label="held-out rows, at that step")
+    axes.set(title="Loss while training", xlabel="optimizer steps", ylabel="loss (nats per token)", yscale="log")
+    axes.set_xlim(0, max([1, *log.index]))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.grid(axis="y")
+    figure.legend(loc="outside lower center", ncols=2)
+    lines = {"training": train, "held-out": heldout}
+    said = [f"{name} from {line.iloc[0]:.3g} to {line.iloc[-1]:.3g}" for name, line in lines.items() if len(line)]
+    return save_picture(figure, path, f"Loss over the steps: {', '.join(said)}")
 
 
 @in_style
