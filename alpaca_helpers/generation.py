@@ -118,7 +118,7 @@ def stream(
     yield answers(final=True)
 
 
-def check_settings(model, settings: Mapping) -> dict:
+def check_settings(model, settings: dict) -> dict:
     """Return the settings of `stream` with its defaults; AlpacaError for one unknown, or out of the model's range."""
     ranges = {
         "max_new_tokens": (1, positions(model.config) - 1),
