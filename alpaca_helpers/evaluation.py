@@ -20,26 +20,18 @@ RESAMPLES = 2000  # of the bootstrap
 def evaluate(
     model, tokenizer, rows: Iterable[dict], max_new_tokens: int = 80, seed: int = 0
 ) -> tuple[dict, pd.DataFrame]:
-    """Return the metrics of base and tuned model on the same rows, and a table of their answers.
+    """Return the metrics of base and tuned model on the same held-out rows, and a table of their answers.
 
-    The prompt is `format_prompt(instruction, input)` on both sides and for every recipe, so that numbers compare. The
-    base is asked the bare question as well, without the template (`base_bare`).
+    The prompt is `format_prompt(instruction, input)` for every recipe, so that numbers compare; `base_bare` is the base
+    asked without the template. The answers are greedy, and cut at `max_new_tokens`; `seed` is the bootstrap's.
 
-    Args:
-        rows: held-out rows with the columns `instruction`, `input`, `output`, `fact`.
-        max_new_tokens: where an answer that does not stop is cut.
-        seed: of the bootstrap; the answers are greedy.
+    The metrics are `n` (rows), `questions` (different ones), `max_new_tokens`, and the sides `base`, `tuned`,
+    `base_bare` and `change` (tuned minus base). Each has the keys of `METRICS`, None where no row has anything to
+    check, and under `intervals` a 95% bootstrap interval for each. Shares are of 1; `answer_loss` is in nats per answer
+    token, the end-of-text token left out; `base_bare` has no loss.
 
-    Returns:
-        metrics: `n` (rows), `questions` (different ones), `max_new_tokens`, the sides `base`, `tuned`, `base_bare` and
-            `change` (tuned minus base, row by row). Each has the keys of `METRICS`, None where no row has anything to
-            check, and under `intervals` a 95% bootstrap interval for each. It resamples questions, since rows that ask
-            the same one tell less than different ones. Shares are of 1; `answer_loss` is in nats per answer token, the
-            end-of-text token left out; `base_bare` has no loss.
-        answers: a row for each held-out row: its text; each side's answer, token ids and their number, whether it
-            stopped and whether it is right; and the loss of the expected answer.
-
-    Raises AlpacaError if there are no rows.
+    The table has for each row its text; each side's answer, token ids and their number, whether it stopped and whether
+    it is right; and the loss of the expected answer. AlpacaError is raised if there are no rows.
     """
     rows = list(rows)
     if not rows:
@@ -47,25 +39,24 @@ def evaluate(
     templated = [format_prompt(row["instruction"], row["input"]) for row in rows]
     bare = [" ".join(filter(None, (row["instruction"], row["input"]))) for row in rows]
     asked = {"base": ("base", templated), "tuned": ("tuned", templated), "base_bare": ("base", bare)}
-    questions = [question_key(row) for row in rows]
-    weights = _resampling(questions, seed)
+    questions = pd.Series([question_key(row) for row in rows])
     table = pd.DataFrame(rows, columns=["instruction", "input", "output", "fact"])
     estimates = {}
     for name, (side, prompts) in tqdm(asked.items(), desc="evaluating", unit="side"):
         answers = generate(model, tokenizer, prompts, side=side, max_new_tokens=max_new_tokens)
-        losses = np.zeros((len(rows), 3))
+        scores = pd.DataFrame(map(_scores, answers, rows), columns=list(METRICS), dtype=float)
         if prompts is templated:
-            losses = answer_losses(model, tokenizer, rows, side)
-            table["output_tokens"] = losses[:, 2].astype(int)
-        scores = _score(answers, rows, losses)
-        estimates[name] = _estimate(scores, losses[:, 2], weights)
+            losses = pd.DataFrame(answer_losses(model, tokenizer, rows, side), columns=["nats", "right", "tokens"])
+            table["output_tokens"] = losses["tokens"].astype(int)
+            scores[["answer_loss", "token_accuracy"]] = losses[["nats", "right"]].div(losses["tokens"], axis=0)
+        estimates[name] = _estimate(scores, table["output_tokens"], questions, seed)
         table[name] = [answer.text for answer in answers]
         for part in ("ids", "tokens", "stopped"):
             table[f"{name}_{part}"] = [getattr(answer, part) for answer in answers]
         table[f"{name}_right"] = [bool(score) if row["fact"] else None for score, row in zip(scores["contains"], rows)]
         table[f"{name}_loss"] = scores["answer_loss"]
     estimates["change"] = estimates["tuned"] - estimates["base"]
-    metrics = {"n": len(rows), "questions": len(set(questions)), "max_new_tokens": max_new_tokens}
+    metrics = {"n": len(rows), "questions": questions.nunique(), "max_new_tokens": max_new_tokens}
     return metrics | {name: _side(estimate) for name, estimate in estimates.items()}, table
 
 
@@ -96,46 +87,42 @@ def answer_losses(model, tokenizer, rows: Sequence[dict], side: str = "tuned", b
     return result
 
 
-def _score(answers: Sequence[Answer], rows: Sequence[dict], losses: np.ndarray) -> pd.DataFrame:
-    """Return each row's score on each of `METRICS`; NaN where there is nothing to check."""
-    scores = [
-        {
-            "contains": contains(answer.text, row["fact"]) if row["fact"] else None,
-            "exact_match": exact_match(answer.text, row["output"]) if row["fact"] else None,
-            "stop_rate": answer.stopped,
-            "rouge_l": rouge_l(answer.text, row["output"]),
-            "chrf": chrf(answer.text, row["output"]),
-            "repetition": repetition(answer.text),
-            "echo_rate": echoes(answer.text, row["instruction"]),
-            "token_accuracy": right / tokens if tokens else None,
-            "answer_loss": loss / tokens if tokens else None,
-            "mean_answer_tokens": answer.tokens,
-        }
-        for answer, row, (loss, right, tokens) in zip(answers, rows, losses)
-    ]
-    return pd.DataFrame(scores, columns=list(METRICS), dtype=float)
+def _scores(answer: Answer, row: dict) -> dict:
+    """Return the answer's scores; those of `METRICS` that are missing are the loss's."""
+    scores = {
+        "stop_rate": answer.stopped,
+        "rouge_l": rouge_l(answer.text, row["output"]),
+        "chrf": chrf(answer.text, row["output"]),
+        "repetition": repetition(answer.text),
+        "echo_rate": echoes(answer.text, row["instruction"]),
+        "mean_answer_tokens": answer.tokens,
+    }
+    if row["fact"]:
+        scores["contains"] = contains(answer.text, row["fact"])
+        scores["exact_match"] = exact_match(answer.text, row["output"])
+    return scores
 
 
-def _resampling(questions: Sequence[str], seed: int) -> np.ndarray:
-    """Return each row's weight in each resample of the questions, (RESAMPLES + 1, rows); first, all rows once."""
-    _, question = np.unique(np.array(questions), return_inverse=True)
-    different = int(question.max()) + 1
-    drawn = np.random.default_rng(seed).multinomial(different, [1 / different] * different, size=RESAMPLES)
-    return np.vstack([np.ones(len(questions)), drawn[:, question]])
+def _estimate(scores: pd.DataFrame, tokens: pd.Series, questions: pd.Series, seed: int) -> pd.DataFrame:
+    """Return the metrics on all rows (the first line) and on each resample of the questions; NaN where no row counts.
 
-
-def _estimate(scores: pd.DataFrame, tokens: np.ndarray, weights: np.ndarray) -> pd.DataFrame:
-    """Return each metric on the rows and on each resample, (RESAMPLES + 1, metrics); NaN where no row counts."""
-    counts = scores.notna().astype(float)
-    counts[["token_accuracy", "answer_loss"]] *= tokens[:, None]  # a mean over tokens, not over rows
-    estimates = (weights @ (scores.fillna(0) * counts)) / (weights @ counts)
+    It is questions that are resampled, since rows that ask the same one tell less than different ones.
+    """
+    weights = scores.notna().astype(float)
+    for name in ("token_accuracy", "answer_loss"):
+        weights[name] *= tokens  # a mean over tokens, not over rows
+    sums, weights = (part.groupby(questions).sum() for part in (scores.fillna(0) * weights, weights))
+    count = len(sums)
+    drawn = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=RESAMPLES)
+    drawn = np.vstack([np.ones(count), drawn])
+    estimates = (drawn @ sums) / (drawn @ weights)
     estimates["perplexity"] = np.exp(estimates["answer_loss"])
     return estimates
 
 
 def _side(estimates: pd.DataFrame) -> dict:
     """Return values and intervals as `metrics.json` holds them."""
-    values, ends = estimates.iloc[0].round(6), estimates.iloc[1:].quantile([0.025, 0.975]).round(6)
-    measured = values.notna()
-    intervals = {name: ends[name].tolist() if measured[name] else None for name in METRICS}
-    return {name: float(values[name]) if measured[name] else None for name in METRICS} | {"intervals": intervals}
+    ends = estimates.iloc[1:].quantile([0.025, 0.975]).round(6)
+    values = {name: None if pd.isna(value) else round(value, 6) for name, value in estimates.iloc[0].to_dict().items()}
+    intervals = {name: None if value is None else ends[name].tolist() for name, value in values.items()}
+    return values | {"intervals": intervals}

@@ -1,28 +1,22 @@
 """Answers from a model: a batch at once or token by token, base or tuned, with one decoding loop for all."""
 
-import math
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from threading import Event, Lock
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
-from transformers import (
-    DynamicCache,
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from . import AlpacaError
 from .models import positions
-from .prompts import encode, parse_answer
+from .prompts import encode
 
-_FORWARD = threading.Lock()  # while a forward switches adapters off, no other thread may use the model
-_SMALL = 4_000_000  # parameters times rows: to share less than this among threads takes longer than to do it
+_FORWARD = Lock()  # while a forward switches adapters off, no other thread may use the model
+_SMALL = 4_000_000  # parameters times rows: below this, one thread is faster than several
+DEFAULTS = {"max_new_tokens": 80, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
 
 
 @dataclass(frozen=True)
@@ -43,97 +37,110 @@ class Answer:
 def generate(
     model, tokenizer, prompts: Sequence[str], *, side: str = "tuned", batch_size: int = 64, **settings
 ) -> list[Answer]:
-    """Return one answer a prompt, in order.
+    """Return one answer a prompt, in order; prompts come from `prompts.format_prompt`.
 
-    Args:
-        prompts: made by `prompts.format_prompt`.
-        side: `tuned` uses the model as it is, `base` switches its adapter off.
-        batch_size: prompts decoded together; it changes the speed, not the answers.
-        settings: those of `stream`.
-
-    Raises AlpacaError for a setting out of range.
+    `tuned` is the model as it is, `base` the model with its adapter switched off. `batch_size` prompts are decoded
+    together, which changes the speed, not the answers. `settings` are those of `stream`, and so are the errors.
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # like lengths pad little
     answers: dict[int, Answer] = {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        *_, rows = _decode(model, tokenizer, [prompts[i] for i in chosen], [side] * len(chosen), **settings)
-        answers.update(zip(chosen, _answers(tokenizer, rows)))
+        asked, sides = [prompts[index] for index in chosen], [side] * len(chosen)
+        (final,) = stream(model, tokenizer, asked, sides=sides, each_step=False, **settings)
+        answers.update(zip(chosen, final))
     return [answers[index] for index in range(len(prompts))]
 
 
-def end_tokens(model, tokenizer) -> list[int]:
-    """Return the ids that end an answer, for any `eos_token_id`: the tokenizer's end of text, and the model's own."""
-    named = model.generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None})
-
-
 def stream(
-    model, tokenizer, prompts: Sequence[str], *, sides: Sequence[str], stop: threading.Event | None = None, **settings
+    model,
+    tokenizer,
+    prompts: Sequence[str],
+    sides: Sequence[str],
+    stop: Event | None = None,
+    each_step=True,
+    **settings,
 ) -> Iterator[list[Answer]]:
-    """Yield the answers so far, one a prompt, after each step; the last yield is the final one.
+    """Yield the answers so far, one a prompt, after `each_step`; the last yield is the final one.
 
     Args:
         sides: `base` or `tuned`, one a prompt; all are decoded in one batch.
         stop: set it to end the answers where they are.
-        settings: `max_new_tokens` (80); `temperature` (0: greedy); `top_k` (0: all) and `top_p` (1: all), what a
-            sample is drawn from; `seed` (the same prompt, settings and seed give the same answer, in any batch).
+        settings: where they differ from `DEFAULTS`. `temperature` 0 is greedy decoding; `top_k` 0 and `top_p` 1 draw
+            from all tokens; the same prompt, settings and `seed` give the same answer, in any batch.
 
     Raises AlpacaError for a setting out of range.
     """
-    for rows in _decode(model, tokenizer, prompts, sides, **settings):
-        if stop is not None and stop.is_set():
-            break
-        yield _answers(tokenizer, rows, final=False)
-    yield _answers(tokenizer, rows)
-
-
-@dataclass
-class _Row:
-    """A prompt being answered."""
-
-    side: str
-    prompt_cut: int
-    random: torch.Generator  # on the CPU, one a row: a draw depends neither on the batch nor on the device
-    written: list[int] = field(default_factory=list)
-    stopped: bool = False
-
-
-def _decode(
-    model, tokenizer, prompts, sides, *, max_new_tokens=80, seed=0, temperature=0.0, top_k=0, top_p=1.0
-) -> Iterator[list[_Row]]:
-    """Yield all rows after each step, in which every unfinished one gets a token."""
-    eos, ends, device = tokenizer.eos_token_id, end_tokens(model, tokenizer), model.device
-    check_settings(model, max_new_tokens, seed, temperature, top_k, top_p)
+    settings = check_settings(model, settings)
     if unknown := set(sides) - {"base", "tuned"}:
         raise AlpacaError(f"There is no side {sorted(unknown)[0]!r} of a model: choose base or tuned.", "bad-setting")
-    ids, room = encode(list(prompts), tokenizer), positions(model.config) - max_new_tokens
-    cuts = [max(0, len(row) - room) for row in ids]
-    rows = [_Row(side, cut, torch.Generator().manual_seed(seed)) for side, cut in zip(sides, cuts, strict=True)]
-    batch = padded_left([row[-room:] or [eos] for row in ids], eos, device)
-    adapters, one_thread = adapter_scalings(model), model.num_parameters() * len(rows) < _SMALL
-    cache, left = DynamicCache(config=model.config), rows
-    for _ in range(max_new_tokens):
-        with only_forward(model, adapters, [row.side for row in left], one_thread):
+    ids, room = encode(list(prompts), tokenizer), positions(model.config) - settings["max_new_tokens"]
+    written: list[list[int]] = [[] for _ in ids]
+    stopped = [False] * len(ids)
+
+    def answers(final: bool) -> list[Answer]:
+        texts = tokenizer.batch_decode(written)
+        if not final:  # a character may span two tokens: show it when it is whole
+            texts = [text.rstrip("\ufffd") for text in texts]
+        cuts = [max(0, len(prompt) - room) for prompt in ids]
+        return [Answer(text.strip(), [*said], end, cut) for text, said, end, cut in zip(texts, written, stopped, cuts)]
+
+    eos, ends, device = tokenizer.eos_token_id, end_tokens(model, tokenizer), model.device
+    batch = padded_left([prompt[-room:] or [eos] for prompt in ids], eos, device)
+    random = torch.Generator().manual_seed(settings["seed"])  # on the CPU: the same draws on every device
+    adapters, one_thread = adapter_scalings(model), model.num_parameters() * len(ids) < _SMALL
+    cache, left = DynamicCache(config=model.config), list(range(len(ids)))
+    for _ in range(settings["max_new_tokens"]):
+        if stop is not None and stop.is_set():
+            break
+        with only_forward(model, adapters, [sides[row] for row in left], one_thread):
             output = model(**batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits = output.logits[:, -1].float()
         if logits.isnan().any():
             raise AlpacaError("The model's output is not a number: load it in float32, or train its adapter again.")
-        for row, token in zip(left, _next_tokens(logits, [row.random for row in left], temperature, top_k, top_p)):
-            row.stopped = token in ends
-            if not row.stopped:
-                row.written.append(token)
-        yield rows
-        going = [index for index, row in enumerate(left) if not row.stopped]
+        draw = torch.rand(1, 1, generator=random)  # one for all rows: an answer does not depend on its batch
+        for row, token in zip(left, _next_tokens(logits, draw, settings)):
+            stopped[row] = token in ends
+            if not stopped[row]:
+                written[row].append(token)
+        if each_step:
+            yield answers(final=False)
+        going = [place for place, row in enumerate(left) if not stopped[row]]
         if not going:
-            return
-        if len(going) < len(left):  # finished rows leave the batch
+            break
+        if len(going) < len(left):  # finished answers leave the batch
             chosen = torch.tensor(going, device=device)
             cache.batch_select_indices(chosen)
-            left, batch = [left[index] for index in going], {name: value[chosen] for name, value in batch.items()}
-        batch["input_ids"] = torch.tensor([row.written[-1:] for row in left], device=device)
+            left, batch = [left[place] for place in going], {name: value[chosen] for name, value in batch.items()}
+        batch["input_ids"] = torch.tensor([written[row][-1:] for row in left], device=device)
         batch["attention_mask"] = F.pad(batch["attention_mask"], (0, 1), value=1)
         batch["position_ids"] = batch["position_ids"][:, -1:] + 1
+    yield answers(final=True)
+
+
+def check_settings(model, settings: dict) -> dict:
+    """Return the settings of `stream` with its defaults; AlpacaError for one unknown, or out of the model's range."""
+    ranges = {
+        "max_new_tokens": (1, positions(model.config) - 1),
+        "temperature": (0.0, 1e30),
+        "top_k": (0, 2**63 - 1),
+        "top_p": (0.0, 1.0),
+        "seed": (0, 2**63 - 1),
+    }
+    for name, value in settings.items():
+        if name not in ranges:
+            raise AlpacaError(f"There is no setting {name!r}: choose among {', '.join(ranges)}.", "bad-setting")
+        low, high = ranges[name]
+        if type(value) not in (int, type(low)) or not low <= value <= high:
+            kind = "a whole number" if isinstance(low, int) else "a number"
+            raise AlpacaError(f"{name} is {value!r}: choose {kind} from {low} to {high}.", "bad-setting")
+    return DEFAULTS | settings
+
+
+def end_tokens(model, tokenizer) -> list[int]:
+    """Return the ids that end an answer, for any `eos_token_id`: the tokenizer's end of text, and the model's own."""
+    own = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
 
 
 def padded_left(rows: Sequence[list[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -142,30 +149,6 @@ def padded_left(rows: Sequence[list[int]], pad: int, device: torch.device) -> di
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-
-
-def check_settings(model, max_new_tokens, seed, temperature, top_k, top_p) -> None:
-    """Raise AlpacaError for a setting of `stream` that is out of range for the model, or no number."""
-    large, lengths = range(2**63), range(1, positions(model.config))
-    whole = {"max_new_tokens": (max_new_tokens, lengths), "top_k": (top_k, large), "seed": (seed, large)}
-    for name, (value, allowed) in whole.items():
-        if type(value) is not int or value not in allowed:
-            words = f"a whole number from {allowed[0]} to {allowed[-1]}"
-            raise AlpacaError(f"{name} is {value}: choose {words}.", "bad-setting")
-    for name, value in (("temperature", temperature), ("top_p", top_p)):
-        if type(value) not in (int, float):
-            raise AlpacaError(f"{name} is {value!r}: choose a number.", "bad-setting")
-    if not (temperature == 0 or 0.01 <= temperature < math.inf):  # logits over less would overflow
-        raise AlpacaError(f"temperature is {temperature}: choose 0 (greedy), or 0.01 or more.", "bad-setting")
-    if not 0 < top_p <= 1:
-        raise AlpacaError(f"top_p is {top_p}: choose more than 0, up to 1 (all).", "bad-setting")
-
-
-def _answers(tokenizer, rows: Sequence[_Row], final: bool = True) -> list[Answer]:
-    texts = [parse_answer(text) for text in tokenizer.batch_decode([row.written for row in rows])]
-    if not final:  # a character may span two tokens: show it when it is whole
-        texts = [text.rstrip("\ufffd") for text in texts]
-    return [Answer(t.strip(), [*row.written], row.stopped, row.prompt_cut) for t, row in zip(texts, rows)]
 
 
 def adapter_scalings(model) -> list[dict[str, float]]:
@@ -177,16 +160,16 @@ def adapter_scalings(model) -> list[dict[str, float]]:
 def only_forward(model, adapters: Sequence[dict], sides: Sequence[str], one_thread: bool = False) -> Iterator[None]:
     """Run a forward of `model` in the block on rows of these `sides`, in evaluation mode, while no other thread does.
 
-    In the rows of the base what an adapter adds is scaled by zero: `adapters` are the model's `adapter_scalings`, found
-    once and not at each token. A model without adapter is the base on both sides. With `one_thread` torch shares
-    nothing among threads. However the block ends, by Ctrl-C too, the model is left as it was.
+    In the base's rows the adapter is scaled by zero: `adapters` are the model's `adapter_scalings`, found once and not
+    at each token. However the block ends, by Ctrl-C too, the model is left as it was.
     """
     with _FORWARD, torch.inference_mode():
-        training, scalings, threads = model.training, [dict(scaling) for scaling in adapters], torch.get_num_threads()
+        training, scalings, threads = model.training, [{**scaling} for scaling in adapters], torch.get_num_threads()
         try:
             if training:
                 model.eval()
-            torch.set_num_threads(1 if one_thread else threads)
+            if one_thread:
+                torch.set_num_threads(1)
             if "base" in sides:
                 tuned = torch.tensor([[[float(side == "tuned")]] for side in sides], device=model.device)
                 for scaling in adapters:
@@ -200,15 +183,13 @@ def only_forward(model, adapters: Sequence[dict], sides: Sequence[str], one_thre
                 model.train()
 
 
-def _next_tokens(logits: torch.Tensor, generators, temperature, top_k, top_p) -> list[int]:
-    """Return each row's next token id, from its logits, (rows, vocabulary)."""
-    if temperature == 0:
+def _next_tokens(logits: torch.Tensor, draws: torch.Tensor, settings: Mapping) -> list[int]:
+    """Return each row's next token id, from logits, (rows, vocabulary), and a draw from [0, 1), (rows or 1, 1)."""
+    if settings["temperature"] < 1e-6:  # 0, or so little that the likeliest token is certain
         return logits.argmax(-1).tolist()
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
-    if top_k:
-        warpers.append(TopKLogitsWarper(top_k))
-    if top_p < 1:
-        warpers.append(TopPLogitsWarper(float(top_p)))
-    up_to = warpers(None, logits).softmax(-1).cpu().double().cumsum(-1)  # on the CPU: Apple's MPS has no float64
-    draws = torch.stack([1 - torch.rand(1, generator=random) for random in generators])  # above 0, up to 1
-    return torch.searchsorted(up_to, draws * up_to[:, -1:])[:, 0].tolist()
+    warpers = [TemperatureLogitsWarper(float(settings["temperature"])), TopPLogitsWarper(float(settings["top_p"]))]
+    if settings["top_k"]:
+        warpers.insert(1, TopKLogitsWarper(settings["top_k"]))
+    probabilities = LogitsProcessorList(warpers)(None, logits).softmax(-1)
+    up_to = probabilities.cpu().double().cumsum(-1)  # on the CPU: Apple's MPS has no float64
+    return torch.searchsorted(up_to, (1 - draws) * up_to[:, -1:])[:, 0].tolist()  # 1 - draws is above 0

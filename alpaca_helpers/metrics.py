@@ -24,23 +24,17 @@ class Metric:
         return self.label + (f", {self.unit}" if len(self.unit) > 1 else "")
 
     def show(self, value: float | None, signed: bool = False, change: float = 0.0) -> str:
-        """Return the value as text, with the decimals that a `change` beside it needs.
+        """Return the value as text: a share to one digit, others to two, or as exactly as a `change` beside it needs.
 
         A signed share is in percentage points, without a sign for percent.
         """
         if value is None:
             return "–"
-        share, sign = self.unit == "%", "+" if signed else ""
-        value, change = (100 * value, 100 * change) if share else (value, change)
-        if abs(value) >= 1e5:  # a perplexity of 487421515.5 claims too much
-            return f"{value:{sign}.2g}"
-        if share:
-            decimals = int(0 < abs(value) < 1)  # else a small share would read as none
-        else:
-            decimals = 1 if abs(value) >= 10 or self.unit in ("tokens", "seconds") else 2
-        if change:
-            decimals = max(decimals, min(4, (0 if share else 1) - math.floor(math.log10(abs(change)))))
-        return f"{value:{sign}z.{decimals}f}" + ("%" if share and not signed else "")
+        scale, digits = (100, 1) if self.unit == "%" else (1, 2)
+        sizes = [math.floor(math.log10(abs(scale * number))) + 1 for number in (value, change) if number]
+        decimals = min(4, max([0, *(digits - size for size in sizes)]))
+        number = f"{scale * value:{'+' if signed else ''}z.{decimals}f}"
+        return number + "%" if self.unit == "%" and not signed else number
 
 
 METRICS = {
@@ -69,7 +63,7 @@ def contains(answer: str, fact: str) -> bool:
 
 
 def _list_words(text: str) -> list[str]:
-    """Return words and marks, with one "," for whatever stands between two items of a list: ", and", "et", ";"."""
+    """Return words and marks, with one "," for whatever stands between two items of a list, such as ", and" or "et"."""
     said = ["," if word in {",", ";", "&", "and", "et"} else word for word in words_and_marks(text)]
     return [word for word, before in zip(said, ["", *said]) if (word, before) != (",", ",")]
 

@@ -1,24 +1,20 @@
-"""The one style of the pictures, how they are saved and shown, and those of the training and the comparison.
+"""The one style of the pictures, how one is saved and shown, and answers side by side in a table.
 
 Colours differ in lightness and come with a hatch, a marker or a word, so that each picture reads in black and white and
 by the colour-blind (Okabe and Ito's palette).
 """
 
 import io
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pandas as pd
-import torch
 from IPython.display import HTML, Image
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
 
 from .files import check_disk_space, replace_file
-from .prompts import format_prompt
 
 INK, PALE, BLUE, ORANGE = "#222222", "#e4e4e4", "#0072b2", "#e69f00"
 BASE = {"facecolor": PALE, "edgecolor": INK, "hatch": "///", "linewidth": 0.8}
@@ -49,60 +45,6 @@ def save_picture(figure: Figure, path: Path, alt: str) -> Image:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, png.getvalue())
     return Image(png.getvalue(), format="png", metadata={"alt": alt})
-
-
-@in_style
-def losses(log_history: Sequence[Mapping[str, float]], base_loss: float, path: Path) -> Image:
-    """Draw train and held-out loss over the steps, on a logarithmic axis; return the picture saved to `path`.
-
-    The `loss` in `trainer.state.log_history` is the mean over the steps since the last line of the log, so it is drawn
-    as a level over these steps. `base_loss` is the `eval_loss` before training, in nats per learned token.
-    """
-    log = pd.DataFrame(log_history, columns=["step", "loss", "eval_loss"], dtype=float).set_index("step")
-    train = log["loss"].dropna()
-    heldout = pd.concat([pd.Series({0: base_loss}), log["eval_loss"].dropna()])  # a new adapter changes nothing
-    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
-    axes = figure.subplots()
-    axes.axhline(base_loss, color=INK, linestyle="--", label=f"base model, held-out rows: {base_loss:.2f}")
-    label = "training rows, mean since the previous log line"
-    axes.stairs(train, [0, *train.index], baseline=None, color=BLUE, linewidth=1.6, label=label)
-    axes.plot(heldout, "s-", color=ORANGE, markeredgecolor=INK, clip_on=False, label="held-out rows, at that step")
-    axes.set(title="Loss while training", xlabel="optimizer steps", ylabel="loss (nats per token)", yscale="log")
-    axes.set_xlim(0, max([1, *log.index]))
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.grid(axis="y")
-    figure.legend(loc="outside lower center", ncols=2)
-    lines = {"training": train, "held-out": heldout}
-    said = [f"{name} from {line.iloc[0]:.3g} to {line.iloc[-1]:.3g}" for name, line in lines.items() if len(line)]
-    return save_picture(figure, path, f"Loss over the steps: {', '.join(said)}")
-
-
-@in_style
-def next_tokens(tokenizer, answer_ids: Sequence[int], probabilities: Mapping[str, torch.Tensor], path: Path) -> Image:
-    """Draw each side's likeliest tokens after a prompt, and how likely it finds the end along a right answer.
-
-    Return the picture saved to `path`. `probabilities` holds for each side (`base`, `tuned`) those of the next token
-    after the prompt and after each token of the answer, (answer's tokens + 1, vocabulary).
-    """
-    figure, end = Figure(figsize=(7.5, 5.5), layout="constrained"), tokenizer.eos_token_id
-    panels = figure.subplot_mosaic([list(probabilities), ["end"] * len(probabilities)])
-    looks, markers = {"base": BASE, "tuned": TUNED}, {"base": "o-", "tuned": "s-"}
-    for side, after in probabilities.items():
-        top = after[0].topk(10)
-        panels[side].barh(range(10), top.values.tolist(), **looks[side])
-        panels[side].set_yticks(range(10), [repr(tokenizer.decode(id)) for id in top.indices], parse_math=False)
-        panels[side].set(title=f"{side} model", xlabel="probability of being next", xlim=(0, 1), ylim=(9.6, -0.6))
-        line = {"color": looks[side]["facecolor"], "markeredgecolor": INK, "linewidth": 1.6}
-        panels["end"].plot(after[:, end], markers[side], label=f"{side} model", **line)
-    tokens = [format_prompt("").splitlines()[-1], *(repr(tokenizer.decode(id)) for id in answer_ids)]
-    panels["end"].set_xticks(range(len(tokens)), tokens, parse_math=False)
-    panels["end"].set(xlabel="after this token of a right answer", ylabel="probability of the end", ylim=(-0.05, 1.05))
-    panels["end"].legend()
-    ends = {side: f"{after[-1, end]:.2f}" for side, after in probabilities.items()}
-    alt = f"The likeliest tokens after the prompt, by side; the end after the whole answer: {ends}"
-    return save_picture(figure, path, alt)
 
 
 def answers_table(answers: pd.DataFrame, rows: int = 8, letters: int = 160) -> HTML:

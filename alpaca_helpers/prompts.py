@@ -1,7 +1,6 @@
-"""The prompt format, its inverse, and text to token ids: the one place where the template is spelled.
+"""The prompt format and text to token ids: the one place where the template is spelled.
 
-Training, generation, evaluation and the chat box all come through here, so that the prompt a user types into can never
-drift from the one the adapter was trained on. It also goes with the saved tokenizer, as its chat template.
+Training, generation, evaluation and the chat all ask through it; the saved tokenizer carries it as its chat template.
 """
 
 import json
@@ -23,23 +22,13 @@ def format_answer(output: str) -> str:
     return " " + output
 
 
-def parse_answer(continuation: str) -> str:
-    """Return the answer in what follows a prompt: the inverse of `format_answer`.
-
-    A prompt is cut off by its length, never searched for: a user may type the template's own words.
-    """
-    return continuation.removeprefix(" ")
-
-
 def encode(texts: list[str], tokenizer, add_special_tokens: bool = True) -> list[list[int]]:
     """Return the ids of each text; special tokens typed in a text stay plain text.
 
     Without `add_special_tokens` a text has no BOS token before it: it goes on after another, as an answer does.
     """
-    # not verbose: that a text is longer than the model's positions is seen to by whoever cuts it
-    quiet = {"return_attention_mask": False, "verbose": False}
-    ids = tokenizer(texts, split_special_tokens=True, add_special_tokens=add_special_tokens, **quiet)
-    return ids["input_ids"]
+    options = {"split_special_tokens": True, "add_special_tokens": add_special_tokens, "return_attention_mask": False}
+    return tokenizer(texts, verbose=False, **options)["input_ids"]  # no warning of long texts: the caller cuts them
 
 
 def add_template(tokenizer) -> None:

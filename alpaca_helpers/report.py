@@ -1,7 +1,7 @@
 """What the metrics of an evaluation say: the before/after table, and a conclusion in words."""
 
-import textwrap
 from collections.abc import Mapping
+from functools import partial
 
 import pandas as pd
 
@@ -12,7 +12,7 @@ FEWEST_QUESTIONS = 20  # with fewer no difference is called clear: a bootstrap o
 JUDGED = ("contains", "exact_match", "rouge_l", "stop_rate", "repetition", "echo_rate", "answer_loss")
 
 
-def verdict(metrics: dict, name: str) -> int:
+def verdict(metrics: Mapping, name: str) -> int:
     """Return 1 if tuning clearly made the metric better, -1 clearly worse, 0 if neither is clear.
 
     Clear: on at least `FEWEST_QUESTIONS` different questions the 95% interval of the change leaves out zero.
@@ -28,70 +28,48 @@ def main_metrics(metrics: Mapping) -> list[str]:
     return [*content, "stop_rate", "answer_loss", "mean_answer_tokens"]
 
 
-def shown(metrics: Mapping, side: str, name: str) -> list[str]:
-    """Return a side's value of a metric and the ends of its interval as text, with the decimals its change needs."""
-    values = metrics[side][name], *metrics[side]["intervals"][name]
+def shown(metrics: Mapping, side: str, name: str, interval: bool = True) -> str:
+    """Return a side's value of a metric as text, with its interval in parentheses if that has any width."""
+    numbers = [metrics[side][name], *(metrics[side]["intervals"][name] or ())]
     change = metrics["change"][name]
-    return [METRICS[name].show(value, signed=side == "change", change=change) for value in values]
+    value, *ends = (METRICS[name].show(number, signed=side == "change", change=change) for number in numbers)
+    return f"{value} ({' to '.join(ends)})" if interval and {*ends} - {value} else value
 
 
-def with_interval(metrics: Mapping, side: str, name: str) -> str:
-    """Return a side's value of a metric with its interval in parentheses if that has any width; "–" if not measured."""
-    if metrics[side][name] is None:
-        return METRICS[name].show(None)
-    value, low, high = shown(metrics, side, name)
-    return value if value == low == high else f"{value} ({low} to {high})"
-
-
-def comparison(metrics: dict, every: bool = False) -> pd.DataFrame:
+def comparison(metrics: Mapping, every: bool = False) -> pd.DataFrame:
     """Return a table of base, tuned and change of `main_metrics`, or of `every` metric, with 95% intervals."""
-    lines: dict[str, dict[str, str]] = {}
-    for name in METRICS if every else main_metrics(metrics):
-        if metrics["change"][name] is not None:
-            line = {side: with_interval(metrics, side, name) for side in ("base", "tuned", "change")}
-            lines[METRICS[name].heading] = line | {"": ("", "better", "worse")[verdict(metrics, name)]}
-    return pd.DataFrame.from_dict(lines, orient="index")
+    names = [name for name in (METRICS if every else main_metrics(metrics)) if metrics["change"][name] is not None]
+    columns = {side: [shown(metrics, side, name) for name in names] for side in ("base", "tuned", "change")}
+    columns[""] = [("", "better", "worse")[verdict(metrics, name)] for name in names]
+    return pd.DataFrame(columns, index=[METRICS[name].heading for name in names])
 
 
-def conclusion(metrics: dict) -> str:
-    """Return in a few lines of at most 100 characters what the numbers say, better or worse; first the verdict."""
-    verdicts = {name: verdict(metrics, name) for name in JUDGED if metrics["change"][name] is not None}
-    better, worse, same = ([name for name in verdicts if verdicts[name] == way] for way in (1, -1, 0))
+def conclusion(metrics: Mapping) -> str:
+    """Return in a few lines what the numbers say, better or worse; the first is the verdict."""
+    said = partial(shown, metrics, interval=False)
+    judged = [name for name in JUDGED if metrics["change"][name] is not None]
+    better, worse, same = ([name for name in judged if verdict(metrics, name) == way] for way in (1, -1, 0))
+    opening = {
+        (False, False): "Tuning made no clear difference.",
+        (True, False): "Tuning helped.",
+        (False, True): "Tuning made the model worse.",
+        (True, True): "Tuning helped in some ways and hurt in others.",
+    }[bool(better), bool(worse)]
+    if better and not worse and not {"contains", "exact_match", "rouge_l"} & set(better):
+        opening = "Tuning helped, but what the answers say is not clearly better."
     questions = metrics.get("questions", metrics["n"])
     if questions < FEWEST_QUESTIONS:
-        lines = ["Too few held-out questions to tell."]
-        lines.append(f"There are {questions}, and a verdict takes at least {FEWEST_QUESTIONS}.")
-    else:
-        counts = f"{len(better)} of {len(verdicts)} measures got clearly better, {len(worse)} clearly worse"
-        lines = [_opening(better, worse), f"On {questions} held-out questions {counts}."]
-    for heading, names in (("Better:", better), ("Worse:", worse)):
-        lines += [heading] if names else []
-        for name in names:
-            before, after = (shown(metrics, side, name)[0] for side in ("base", "tuned"))
-            lines.append(f"  {METRICS[name].label}: {before} → {after}")
-    if same and (better or worse):
-        lines.append(f"No clear change: {', '.join(METRICS[name].label for name in same)}.")
-    stop_rate = metrics["tuned"]["stop_rate"]
-    if stop_rate < 0.5:
-        share, others = shown(metrics, "tuned", "stop_rate")[0], "the others are" if stop_rate else "all are"
-        cut = f"{others} cut at {metrics['max_new_tokens']} tokens"
-        lines.append(f"The tuned model stops by itself in {share} of its answers; {cut}.")
+        opening = f"Too few held-out questions to tell: a verdict takes at least {FEWEST_QUESTIONS}."
+    counts = f"{len(better)} of {len(judged)} measures got clearly better, {len(worse)} clearly worse"
+    lines = [opening, f"On {questions} held-out questions {counts}."]
+    for heading, names in {"Better:": better, "Worse:": worse, "No clear change:": same}.items():
+        if names:
+            changes = [f"  {METRICS[name].label}: {said('base', name)} → {said('tuned', name)}" for name in names]
+            lines += [heading, *changes]
+    if metrics["tuned"]["stop_rate"] < 0.5:
+        cut = f"the others are cut at {metrics['max_new_tokens']} tokens"
+        lines.append(f"The tuned model stops by itself in {said('tuned', 'stop_rate')} of its answers; {cut}.")
     if metrics["base_bare"]["contains"] is not None:
-        bare, templated = (shown(metrics, side, "contains")[0] for side in ("base_bare", "base"))
+        bare, templated = said("base_bare", "contains"), said("base", "contains")
         lines.append(f"The template alone: the base holds the fact in {bare} without it, in {templated} with it.")
-    return "\n".join(textwrap.fill(line, 100, break_on_hyphens=False) for line in lines)
-
-
-def _opening(better: list[str], worse: list[str]) -> str:
-    """Return the verdict on tuning, from the metrics that got clearly better and worse."""
-    if better and worse:
-        return "Tuning helped in some ways and hurt in others."
-    if worse:
-        return "Tuning made the model worse."
-    if not better:
-        return "Tuning made no clear difference."
-    if better == ["answer_loss"]:
-        return "Tuning lowered the loss alone, the answers themselves are not clearly better."
-    if not {"contains", "exact_match", "rouge_l"} & set(better):
-        return "Tuning changed how the answers are written, but not clearly what they say."
-    return "Tuning helped."
+    return "\n".join(lines)

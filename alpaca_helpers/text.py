@@ -15,17 +15,14 @@ _WORD = regex.compile(
     r"|[\p{L}\p{M}\p{N}]+"
 )
 _WORD_OR_MARK = regex.compile(_WORD.pattern + r"|\S")
-# Not all punctuation: C# is not C, 50% is not 50. Searched from the end, (?r): a run of marks takes linear time.
+# C# is not C, 50% is not 50. Searched from the end, (?r): a run of marks takes linear time.
 _QUOTES = str.maketrans(dict.fromkeys("‘’‚‛ʼ", "'") | dict.fromkeys("“”„‟", '"'))
 _THOUSANDS = regex.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9])")
 _FINAL_MARKS = regex.compile(r"(?r)[\p{Terminal_Punctuation}…‥\s]+$")
 
 
 def plain(text: str) -> str:
-    """Return the text as it is compared: two texts are the same where this is.
-
-    It is composed and case folded, quotes are ' and ", 1,000 is 1000, each run of spaces is one, none is at the ends.
-    """
+    """Return the text as it is compared; each run of spaces is one, and none is at the ends."""
     plainer = unicodedata.normalize("NFC", text).casefold().translate(_QUOTES)
     return " ".join(_THOUSANDS.sub(lambda number: number[0].replace(",", ""), plainer).split())
 

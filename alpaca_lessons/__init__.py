@@ -1,4 +1,4 @@
-"""What one notebook alone uses: the checks of the exercises, and pictures of the notebooks that go further.
+"""What one notebook alone uses: its pictures, and the checks of its exercises.
 
 It imports `alpaca_helpers`, which never imports it.
 """

@@ -14,7 +14,7 @@ from alpaca_helpers import AlpacaError
 from alpaca_helpers.evaluation import evaluate
 from alpaca_helpers.lora import load_adapter
 from alpaca_helpers.models import load_base, load_tokenizer
-from alpaca_helpers.prompts import encode, format_prompt, parse_answer
+from alpaca_helpers.prompts import encode, format_prompt
 from alpaca_helpers.run import Run
 
 
@@ -47,7 +47,7 @@ def measure(run: str = "pocket", rows: int = 200, max_new_tokens: int = 80) -> d
             (made,) = answering(prompt, max_new_tokens=max_new_tokens, do_sample=False, return_tensors=True)
             ids = made["generated_token_ids"][len(encode([prompt], tokenizer)[0]) :]
             written = [token for token in ids if token != tokenizer.eos_token_id]
-            equal += (parse_answer(tokenizer.decode(written)).strip(), len(written)) == (text, tokens)
+            equal += (tokenizer.decode(written).strip(), len(written)) == (text, tokens)
     singly = time.perf_counter() - started
     return {
         "rows": len(heldout),

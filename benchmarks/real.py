@@ -25,7 +25,7 @@ from alpaca_helpers.lora import load_adapter
 from alpaca_helpers.metrics import METRICS
 from alpaca_helpers.models import load_base, load_tokenizer
 from alpaca_helpers.prompts import format_prompt
-from alpaca_helpers.report import verdict, with_interval
+from alpaca_helpers.report import shown, verdict
 from alpaca_helpers.run import Run
 from alpaca_helpers.series import run_series
 
@@ -98,10 +98,10 @@ def table(results: Mapping[str, Mapping]) -> str:
     asked = {"held-out rows": (HELD_OUT, runs), "questions": (CHECKABLE, checked)}
     for of, (names, measured) in asked.items():
         for name in names:
-            line = [f"{METRICS[name].heading} ({measured[0]['n']} {of})", with_interval(measured[0], "base", name)]
+            line = [f"{METRICS[name].heading} ({measured[0]['n']} {of})", shown(measured[0], "base", name)]
             for metrics in measured:
                 sign = {1: " +", -1: " -", 0: ""}[verdict(metrics, name)]
-                line.append(with_interval(metrics, "tuned", name) + sign)
+                line.append(shown(metrics, "tuned", name) + sign)
             lines.append(line)
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

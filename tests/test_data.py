@@ -10,7 +10,7 @@ from support import PROJECT
 
 from alpaca_helpers import AlpacaError, data
 from alpaca_helpers.data import IGNORED, RECIPES, tokenize
-from alpaca_helpers.prompts import encode, format_answer, format_example, format_prompt, parse_answer
+from alpaca_helpers.prompts import encode, format_answer, format_example, format_prompt
 from alpaca_helpers.rows import load_rows
 from alpaca_helpers.run import Run
 
@@ -29,13 +29,6 @@ def test_prompt_and_example_are_the_documents():
     assert format_prompt("What is the capital of France?") == "Instruction: What is the capital of France?\nRéponse:"
     assert format_prompt("Give the opposite.", "hot") == "Instruction: Give the opposite.\nhot\nRéponse:"
     assert format_example("Hi", "Hello!", "you") == "Instruction: Hi\nyou\nRéponse: Hello!"
-
-
-def test_parse_answer_is_the_inverse_also_for_answers_that_look_like_the_template():
-    for answer in ["", " ", "Paris", " two spaces", "a\nRéponse: b", "Instruction: x\nRéponse: y", "\u200f\u05d0\n"]:
-        prompt = format_prompt("Q\nRéponse: no")
-        assert parse_answer(format_example("Q\nRéponse: no", answer)[len(prompt) :]) == answer
-        assert parse_answer(format_answer(answer)) == answer
 
 
 @pytest.mark.parametrize("input", ["", "Berlin"])

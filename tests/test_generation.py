@@ -11,7 +11,7 @@ import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from alpaca_helpers import AlpacaError, generation
-from alpaca_helpers.chat.conversation import Conversation, Ending
+from alpaca_helpers.chat.conversation import Conversation
 from alpaca_helpers.evaluation import answer_losses
 from alpaca_helpers.generation import generate, stream
 from alpaca_helpers.prompts import encode, format_prompt
@@ -44,13 +44,13 @@ def test_a_seed_gives_the_same_sample_in_any_batch(ask):
     "size, top_k, top_p",
     [(50, 0, 1.0), (50, 5, 1.0), (50, 0, 0.6), (50, 20, 0.8), (50, 1, 0.01), (50, 99, 0.9), (2000, 0, 0.95)],
 )
-def test_samples_are_drawn_as_transformers_odds_have_it(size, top_k, top_p, monkeypatch):
+def test_samples_are_drawn_as_transformers_odds_have_it(size, top_k, top_p):
     """Each of 2000 equal parts of what may be drawn once: a token's share is its odds, but for a part at either end."""
+    draws, settings = (torch.arange(2000)[:, None] + 0.5) / 2000, {"temperature": 0.7, "top_k": top_k, "top_p": top_p}
     logits = 2 * torch.randn(3, size, generator=torch.Generator().manual_seed(0))
     warpers = [TemperatureLogitsWarper(0.7), TopKLogitsWarper(top_k or size), TopPLogitsWarper(top_p)]
     for row, odds in zip(logits, LogitsProcessorList(warpers)(None, logits).softmax(-1)):
-        monkeypatch.setattr(torch, "rand", lambda *_, generator: (torch.tensor([generator]) + 0.5) / 2000)
-        drawn = torch.tensor(generation._next_tokens(row.expand(2000, -1), range(2000), 0.7, top_k, top_p))
+        drawn = torch.tensor(generation._next_tokens(row.expand(2000, -1), draws, settings))
         shares = drawn.bincount(minlength=size) / 2000
         assert not shares[odds == 0].any()
         torch.testing.assert_close(shares, odds, atol=1 / 2000 + 1e-6, rtol=0)
@@ -63,7 +63,7 @@ def test_float64_is_made_on_the_cpu_alone(monkeypatch):
         monkeypatch.setattr(
             torch.Tensor, name, lambda value, name=name, method=method: done.append(name) or method(value)
         )
-    generation._next_tokens(torch.randn(2, 50), [torch.Generator()] * 2, 0.7, 5, 0.9)
+    generation._next_tokens(torch.randn(2, 50), torch.rand(1, 1), {"temperature": 0.7, "top_k": 5, "top_p": 0.9})
     assert done == ["cpu", "double"]
 
 
@@ -102,6 +102,9 @@ def test_stop_ends_a_stream_where_it_is(tiny_model, pocket_tokenizer):
         if answer.tokens == 3:
             stop.set()
     assert seen[:3] == [1, 2, 3] and seen[-1] <= 4
+    tiny_model.register_forward_hook(lambda *_: pytest.fail("a forward after the stop"))
+    ((answer,),) = stream(tiny_model, pocket_tokenizer, PROMPTS[:1], sides=["tuned"], stop=stop)
+    assert answer.tokens == 0
 
 
 def test_two_threads_answer_as_one_after_the_other_and_training_mode_stays(tiny_model, ask):
@@ -125,8 +128,8 @@ OUT_OF_RANGE = {
     "max_new_tokens": [-1, 0, 128, *NO_NUMBER],
     "top_k": [-1, *NO_NUMBER],
     "seed": [-1, *NO_NUMBER],
-    "temperature": [-1.0, -0.1, 0.009, float("nan"), float("inf"), "1", None],
-    "top_p": [0.0, -1.0, 1.5, float("nan"), "1", None],
+    "temperature": [-1.0, -0.1, float("nan"), float("inf"), "1", None],
+    "top_p": [-0.1, -1.0, 1.5, float("nan"), "1", None],
 }
 
 
@@ -135,12 +138,15 @@ def test_a_setting_out_of_range_is_one_sentence_and_one_at_its_end_gives_an_answ
         with pytest.raises(AlpacaError, match=f"^{setting} is .*: choose") as raised:
             ask(**{"temperature": 1.0, setting: value})
         assert raised.value.code == "bad-setting", value
-    with pytest.raises(AlpacaError, match="'tune'"):
-        ask(side="tune")
-    extreme = [{"temperature": 0.01}, {"temperature": 1e30}, {"temperature": 1.0, "top_p": 1e-9}, {"seed": 2**62}]
+    for wrong, named in (({"side": "tune"}, "'tune'"), ({"temprature": 1.0}, "'temprature'")):
+        with pytest.raises(AlpacaError, match=named):
+            ask(**wrong)
+    extreme = [{"temperature": 1e-6}, {"temperature": 1e30}, {"seed": 2**62}]
     for settings in extreme:  # within their range
         (answer,) = ask(PROMPTS[:1], max_new_tokens=3, **settings)
         assert answer.tokens or answer.stopped
+    for almost in ({"temperature": 1e-30}, {"temperature": 1e-6}, {"temperature": 1.0, "top_p": 0.0}):  # greedy
+        assert ask(max_new_tokens=8, **almost) == ask(max_new_tokens=8), almost
 
 
 @pytest.fixture
@@ -196,7 +202,7 @@ def test_a_conversation_goes_on_after_an_interrupt(tiny_model, pocket_tokenizer,
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         fail_at(patched, tiny_model, 3)
         list(talk.answer(talk.add("Hi")))
-    assert [(reply.answer.tokens, reply.ending) for reply in talk.exchanges[0].replies] == [(2, Ending.INTERRUPTED)] * 2
+    assert [(reply.answer.tokens, reply.ending) for reply in talk.exchanges[0].replies] == [(2, "stopped")] * 2
     list(talk.answer(talk.add("Hi")))
     whole = [ask(PROMPTS[:1], side=side, max_new_tokens=6)[0].text for side in SIDES]
     assert [reply.answer.text for reply in talk.exchanges[1].replies] == whole

@@ -70,10 +70,10 @@ def draw(tmp_path, monkeypatch):
 PICTURES = {  # how each is made, from the tokenizer; and some of what it says
     "tokens": (lambda words: (token_boxes.tokens, ROW, words, 128), "Recipe document: "),
     "shaded": (lambda _: (token_boxes.shaded, SHADED, ["sure", "unsure"], "how sure"), "tuned: sure 2, unsure 0"),
-    "losses": (lambda _: (plots.losses, LOG, 4.25), "training from 3 to 1, held-out from 4.25 to 1.5"),
-    "no losses": (lambda _: (plots.losses, [], 4.25), "held-out from 4.25 to 4.25"),
-    "no loss left": (lambda _: (plots.losses, [{"loss": 0.0, "step": 1}, {"eval_loss": math.nan}], 4.25), "from 0"),
-    "next_tokens": (lambda words: (plots.next_tokens, words, [5, 6], NEXT), "'base': '0.00', 'tuned': '1.00'"),
+    "losses": (lambda _: (pictures.losses, LOG, 4.25), "training from 3 to 1, held-out from 4.25 to 1.5"),
+    "no losses": (lambda _: (pictures.losses, [], 4.25), "held-out from 4.25 to 4.25"),
+    "no loss left": (lambda _: (pictures.losses, [{"loss": 0.0, "step": 1}, {"eval_loss": math.nan}], 4.25), "from 0"),
+    "next_tokens": (lambda words: (pictures.next_tokens, words, [5, 6], NEXT), "'base': '0.00', 'tuned': '1.00'"),
     "before_after": (lambda _: (pictures.before_after, metrics()), "answer holds the fact 20% to 80%"),
     "no facts": (
         lambda _: (pictures.before_after, metrics(contains=None, exact_match=None)),
@@ -137,7 +137,7 @@ def test_shades_darken_in_their_order_and_words_stay_readable(draw):
 
 
 def test_losses_begin_at_step_zero_with_the_base(draw):
-    figure, _ = draw(plots.losses, LOG, 4.25)
+    figure, _ = draw(pictures.losses, LOG, 4.25)
     (upper,) = figure.axes
     training, (base, heldout) = upper.patches[0], upper.lines
     assert upper.get_yscale() == "log" and upper.get_xlim() == (0, 20)

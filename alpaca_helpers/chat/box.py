@@ -9,25 +9,21 @@ import ipywidgets as widgets
 from IPython.display import HTML, display
 
 from .. import AlpacaError
-from .conversation import DEFAULTS, Conversation, Exchange, is_exit, well_formed
+from .conversation import Conversation, Exchange, is_exit, well_formed
 from .rendering import STYLE, as_html
 
-SLIDERS = {"temperature": (0.0, 2.0), "top_p": (0.05, 1.0)}  # the settings with two ends
+SLIDERS = {"temperature": (0.0, 2.0), "top_p": (0.0, 1.0)}  # the settings with two ends
 TICK = 0.05  # seconds between two looks at what the model has written
 PLAYING = "playing" if widgets.Play.class_traits().get("playing") else "_playing"  # ipywidgets 8, 7
+WIDE = {"width": "100%"}
 
 
-class _WellFormed:
-    """Replaces half a character in what a front end sends: ipywidgets' echo of it would fail, and lose all."""
-
-    def set_state(self, sync_data: dict) -> None:
-        super().set_state({key: well_formed(v) if isinstance(v, str) else v for key, v in sync_data.items()})  # type: ignore[misc]
-
-
-class _Text(_WellFormed, widgets.Text): ...
-
-
-class _Textarea(_WellFormed, widgets.Textarea): ...
+def _text(kind, **options) -> widgets.Widget:
+    """Return a field that replaces half a character in what it is sent, since ipywidgets could not echo it."""
+    field = kind(continuous_update=False, **options)
+    take = field.set_state
+    field.set_state = lambda sent: take({key: well_formed(v) if isinstance(v, str) else v for key, v in sent.items()})
+    return field
 
 
 class ChatBox:
@@ -73,55 +69,49 @@ class ChatBox:
         self._keep()
 
     def _build(self) -> widgets.VBox:
-        wide, stretch = {"width": "100%"}, {"flex": "1 1 auto", "width": "auto"}
-        fit = {"layout": {"width": "auto"}}
+        stretch, fit = {"flex": "1 1 auto", "width": "auto"}, {"width": "auto"}
         line = {"style": {"description_width": "120px"}, "layout": stretch}
-        self.field = _Text(continuous_update=False, layout=stretch)
-        self.field.placeholder = "Type an instruction, Enter sends it; exit closes the chat"
-        self.send = widgets.Button(description="Send", button_style="primary", **fit)
-        self.stop = widgets.Button(description="Stop", disabled=True, tooltip="End this answer here", **fit)
-        self.compare = widgets.ToggleButton(description="Compare with base", **fit)
-        self.compare.value = self.conversation.settings["compare"]
+        asks = "Type an instruction, Enter sends it; exit closes the chat"
+        self.field = _text(widgets.Text, placeholder=asks, layout=stretch)
+        about = "Optional input: the text that the instruction is about"
+        self.input = _text(widgets.Textarea, placeholder=about, rows=3, layout=WIDE)
+        self.path = _text(widgets.Text, value="chat.md", description="save as", **line)
+        buttons = [widgets.Button(description=name, layout=fit) for name in ("Send", "Stop", "Clear", "Save")]
+        self.send, self.stop, self.clear, self.save = buttons
+        self.send.button_style, self.stop.disabled = "primary", True
+        names = ("Compare with base", "Input", "Settings")
+        switches = [widgets.ToggleButton(description=name, layout=fit) for name in names]
+        self.compare, self.with_input, self.with_settings = switches
+        self.compare.value = self.conversation.compare
         self.compare.disabled = not hasattr(self.conversation.model, "peft_config")
-        self.with_input = widgets.ToggleButton(description="Input", **fit)
-        self.with_settings = widgets.ToggleButton(description="Settings", **fit)
-        self.clear = widgets.Button(description="Clear", tooltip="Forget the conversation", **fit)
-        self.input = _Textarea(continuous_update=False, rows=3, layout=wide)
-        self.input.placeholder = "Optional input: the text that the instruction is about"
         self.settings: dict[str, widgets.Widget] = {}
-        for name in DEFAULTS:
-            value = self.conversation.settings[name]
+        for name, value in self.conversation.settings.items():
+            self.settings[name] = widgets.IntText(value, description=name, **line)
             if name in SLIDERS:  # which would change a value beyond its ends in silence
                 low, high = SLIDERS[name]
-                ends = {"min": min(low, value), "max": max(high, value), "step": 0.05}
+                ends = {"min": low, "max": max(high, value), "step": 0.05}
                 self.settings[name] = widgets.FloatSlider(value, description=name, **ends, **line)
-            else:
-                self.settings[name] = widgets.IntText(value, description=name, **line)
-        self.path = _Text(value="chat.md", description="save as", **line)
-        self.save = widgets.Button(description="Save", **fit)
         self.play = widgets.Play(min=0, max=2**31 - 1, interval=int(TICK * 1000), layout={"display": "none"})
 
         self.field.on_msg(lambda *_: self._do(self._enter))  # the only one that it sends
         self.field.observe(lambda _: self._do(self._submit) if self._entered else None, "value")
         self.play.observe(lambda _: self._do(self._tick), "value")
-        actions = {self.send: self._submit, self.stop: self._stop, self.clear: self._clear, self.save: self._save}
-        for button, action in actions.items():
+        for button, action in zip(buttons, (self._submit, self._stop, self._clear, self._save)):
             button.on_click(lambda _, action=action: self._do(action))
-        panel = widgets.VBox([*self.settings.values(), widgets.HBox([self.path, self.save])], layout=wide)
+        panel = widgets.VBox([*self.settings.values(), widgets.HBox([self.path, self.save])], layout=WIDE)
         for switch, part in ((self.with_input, self.input), (self.with_settings, panel)):
             widgets.dlink((switch, "value"), (part.layout, "display"), lambda on: "" if on else "none")
 
         # the front end keeps a reversed column at its end, so the newest message stays in sight without a script
-        scroll = {"flex_flow": "column-reverse", "overflow": "auto", "height": "420px", **wide}
+        scroll = {"flex_flow": "column-reverse", "overflow": "auto", "height": "420px", **WIDE}
         self.messages = widgets.VBox(layout={"flex": "0 0 auto", "overflow": "visible"})
         self.status = widgets.HTML()
-        entry = widgets.HBox([self.field, self.send, self.stop], layout=wide)
-        buttons = widgets.HBox([self.compare, self.with_input, self.with_settings, self.clear])
-        buttons.layout = {"flex_flow": "row wrap", **wide}
-        self.composer = widgets.VBox([self.input, entry, buttons, panel])
+        entry = widgets.HBox([self.field, self.send, self.stop], layout=WIDE)
+        row = widgets.HBox([*switches, self.clear], layout={"flex_flow": "row wrap", **WIDE})
+        self.composer = widgets.VBox([self.input, entry, row, panel])
         said = widgets.Box([self.messages], layout=scroll)
         parts = [widgets.HTML(STYLE), said, self.status, self.composer, self.play]
-        return widgets.VBox(parts, layout={"max_width": "1000px", **wide}).add_class("alpaca-box")
+        return widgets.VBox(parts, layout={"max_width": "1000px", **WIDE}).add_class("alpaca-box")
 
     def _enter(self) -> None:
         """Take Enter, which comes just before the text, or without it where the text came when the field lost focus."""
@@ -140,17 +130,17 @@ class ChatBox:
         self._entered = 0
         text, input = self.field.value, self.input.value if self.with_input.value else ""
         if is_exit(text):
-            self.field.value = ""
             self._stop(waiting=True)
             self.composer.layout.display = "none"
-            return self._say("The chat is closed: run its cell again to open it.")
-        settings = {name: field.value for name, field in self.settings.items()}
-        self.conversation.add(text, input, compare=self.compare.value, **settings)
+            self._say("The chat is closed: run its cell again to open it.")
+        else:
+            settings = {name: field.value for name, field in self.settings.items()}
+            self.conversation.add(text, input, compare=self.compare.value, **settings)
+            self._say("")
+            threading.Thread(target=self._answer, daemon=True).start()
+            self._play()
+            self._show()
         self.field.value = ""
-        self._say("")
-        threading.Thread(target=self._answer, daemon=True).start()
-        self._play()
-        self._show()
 
     def _answer(self) -> None:
         for exchange in list(self.conversation.exchanges):  # in order: what another thread answers is waited for
@@ -205,9 +195,7 @@ class ChatBox:
     def _clear(self) -> None:
         self._stop(waiting=True)
         self.conversation.exchanges = []
-        views, self.messages.children = self.messages.children, ()
-        for view in views:
-            view.close()
+        self.messages.children = ()
         self._say("")
         self._keep()
 

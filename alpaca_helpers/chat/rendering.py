@@ -33,12 +33,11 @@ def visible(text: str) -> str:
 def notes(reply, speed: bool = True) -> str:
     """Return the line under a reply: how it ended, how long it is, how fast it came, what was cut."""
     tokens, cut = reply.answer.tokens, reply.answer.prompt_cut
-    parts = [
-        reply.ending.value if reply.ending else "",
-        f"{tokens} token{'s' * (tokens != 1)}",
-        f"{tokens / reply.seconds:.0f} tokens/s" if speed and reply.seconds else "",
-        f"the question was too long: its first {cut} tokens were not read" if cut else "",
-    ]
+    parts = [reply.ending, f"{tokens} token{'s' * (tokens != 1)}"]
+    if speed and reply.seconds:
+        parts.append(f"{tokens / reply.seconds:.0f} tokens/s")
+    if cut:
+        parts.append(f"the question was too long: its first {cut} tokens were not read")
     return " · ".join(filter(None, parts))
 
 
@@ -48,11 +47,9 @@ def as_markdown(exchanges) -> str:
     for number, exchange in enumerate(exchanges, 1):
         parts += [f"## {number} ({', '.join(f'{name} {value}' for name, value in exchange.settings.items())})"]
         said = [("**You**", exchange.instruction)]
-        if exchange.input:
-            said.append(("**Input**", exchange.input))
+        said += [("**Input**", exchange.input)] * bool(exchange.input)
         said += [(f"**{reply.side}** ({notes(reply)})", reply.answer.text) for reply in exchange.replies]
-        if exchange.error:
-            said.append(("**Error**", exchange.error))
+        said += [("**Error**", exchange.error)] * bool(exchange.error)
         for who, text in said:
             fence = "`" * max([2, *map(len, re.findall("`+", text))]) + "`"
             parts += [who, f"{fence}text\n{text}\n{fence}"]
@@ -68,8 +65,9 @@ def as_html(exchange, speed: bool = True) -> str:
         bubble = _bubble(reply.answer.text, "" if reply.ending else "going")
         if reply.answer.text or not exchange.error:
             parts += [f'<div class="reply {reply.side}"><b>{reply.side}</b>{bubble}<small>{note}</small></div>']
-    parts += ["</div>"]
-    parts += [f'<div class="error" role="alert">{html.escape(visible(exchange.error))}</div>'] if exchange.error else []
+    parts.append("</div>")
+    if exchange.error:
+        parts.append(f'<div class="error" role="alert">{html.escape(visible(exchange.error))}</div>')
     return f'<div class="alpaca-chat">{"".join(parts)}</div>'
 
 

@@ -43,8 +43,8 @@ def print_answer(conversation: Conversation, exchange: Exchange, with_notes: boo
     finally:
         signal.signal(signal.SIGINT, before)
     for number, reply in enumerate(exchange.replies):
-        print(f"\n{reply.side}: {visible(reply.answer.text)}" if number else "", end="")
-        print(f"\n  [{notes(reply)}]" if with_notes else "", end="")
+        other = f"\n{reply.side}: {visible(reply.answer.text)}" if number else ""
+        print(other + (f"\n  [{notes(reply)}]" if with_notes else ""), end="")
     print(flush=True)
     if exchange.error:
         raise AlpacaError(visible(exchange.error), "no-answer")
@@ -52,10 +52,8 @@ def print_answer(conversation: Conversation, exchange: Exchange, with_notes: boo
 
 def main() -> None:
     """Talk as the command line says; raise AlpacaError where there is no run, or no answer to `--once`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m alpaca_helpers.chat",
-        description="Talk to the assistant of a run. Ctrl-C ends an answer; exit, quit or Ctrl-D ends the program.",
-    )
+    keys = "Ctrl-C ends an answer; exit, quit or Ctrl-D ends the program."
+    parser = argparse.ArgumentParser("python -m alpaca_helpers.chat", description=f"Talk to a run's assistant. {keys}")
     parser.add_argument("--run", default="pocket", help="name of the run, or a path to its folder (pocket)")
     parser.add_argument("--compare", action="store_true", help="base and tuned on the same question")
     parser.add_argument("--once", metavar="QUESTION", help="print one answer and leave, for scripts")
@@ -66,10 +64,9 @@ def main() -> None:
     run, once, text = (settings.pop(key) for key in ("run", "once", "input"))
     tuned = Run.named(check_parameters({"run": run})["run"], make=False)
     adapter, made = tuned.artifact("adapter"), tuned.record("adapter")
-    name, revision = made["model"], made["model_revision"]
-    print(f"Loading {name} and {adapter} …", file=sys.stderr, flush=True)
-    model = load_adapter(load_base(name, revision), adapter)
-    conversation = Conversation(model, load_tokenizer(name, revision), **settings)
+    source = made["model"], made["model_revision"]
+    print(f"Loading {source[0]} and {adapter} …", file=sys.stderr, flush=True)
+    conversation = Conversation(load_adapter(load_base(*source), adapter), load_tokenizer(*source), **settings)
     if once is not None:
         exchange = conversation.add(once, text)
         print_answer(conversation, exchange, with_notes=False)
