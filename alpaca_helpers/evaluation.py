@@ -79,9 +79,9 @@ def answer_losses(model, tokenizer, rows: Sequence[dict], side: str = "tuned", b
         longest = max(len(answers[i]) for i in chosen)  # and only their logits are made
         with only_forward(model, adapter_scalings(model), [side] * len(chosen)):
             output = model(**batch, use_cache=False, logits_to_keep=longest + 1)
-        for i, row, logits in zip(chosen, batch["input_ids"], output.logits):
+        for i, row, scores in zip(chosen, batch["input_ids"], output.logits):
             length = len(answers[i])
-            logits, target = logits[-length - 1 : -1].float(), row[len(row) - length :]
+            logits, target = scores[-length - 1 : -1].float(), row[len(row) - length :]
             loss = torch.nn.functional.cross_entropy(logits, target, reduction="sum")
             result[i] = float(loss), int((logits.argmax(-1) == target).sum()), length
     return result

@@ -21,7 +21,7 @@ class Reply:
     """What one side has answered, in the end or so far."""
 
     side: str  # base or tuned
-    answer: Answer = Answer("", [], False, 0)
+    answer: Answer = field(default_factory=lambda: Answer("", [], False, 0))
     ending: str = ""  # how it ended, for users; empty while it goes on
     seconds: float = field(default=0.0, repr=False)  # from the prompt to the last token
 
