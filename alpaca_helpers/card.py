@@ -1,16 +1,19 @@
 """The adapter's model card, and the adapter on the Hub."""
 
+import shutil
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 from huggingface_hub import create_repo, upload_folder
+from peft import PeftConfig
 
-from . import AlpacaError, locate
+from . import AlpacaError, portable
 from .data import RECIPES
-from .files import write_json, write_text
+from .files import CARD, write_checksums, write_json, write_text
 from .hub import first_line
-from .lora import save_merged
+from .lora import name_base, save_merged
 from .models import load_base, load_tokenizer
 from .profiles import PROFILES
 from .prompts import format_prompt
@@ -29,19 +32,44 @@ LICENCES = {  # of the data, by dataset: the card's tag, and the sentence
 }
 UNKNOWN_LICENCE = (None, "Not known here: the licence of the dataset holds for the adapter too.")
 
+LOADING = (
+    "from peft import AutoPeftModelForCausalLM",
+    "from transformers import AutoTokenizer",
+    "",
+    'adapter = "this folder"',
+    'model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype="float32").eval()',
+    "tokenizer = AutoTokenizer.from_pretrained(adapter)",
+)
+FOLDER_BASE = (
+    "The base model `{}` is a folder: where it lies, `base_model_name_or_path` in adapter_config.json says; "
+    "on another machine, write its path there."
+)
+
 
 def push_adapter(adapter: Path, repository: str) -> str:
     """Upload the adapter's folder to the Hub and return its address; a new repository is private.
 
-    Raises AlpacaError where the Hub refuses, or is out of reach.
+    A base that is a folder of this machine is named there without its path. Raises AlpacaError where the Hub refuses,
+    or is out of reach.
     """
     try:
         name = create_repo(repository, private=True, exist_ok=True).repo_id
-        return str(upload_folder(repo_id=name, folder_path=adapter, commit_message="LoRA adapter and model card"))
+        with TemporaryDirectory() as temporary:
+            copy = shutil.copytree(adapter, Path(temporary) / "adapter", ignore=shutil.ignore_patterns(CARD))
+            config = PeftConfig.from_pretrained(copy)
+            name_base(copy, published(config.base_model_name_or_path), config.revision)
+            write_checksums(copy)
+            shutil.copy(adapter / CARD, copy)
+            return str(upload_folder(repo_id=name, folder_path=copy, commit_message="LoRA adapter and model card"))
     except Exception as error:  # the library's exceptions differ from release to release
         what = f"The adapter was not pushed to {repository} ({first_line(error)}): it is whole on disk"
         remedy = "log in with `hf auth login` and check the name (owner/name) and the network"
         raise AlpacaError(f"{what}; {remedy}.", "push-refused") from error
+
+
+def published(path: str) -> str:
+    """Return the name of a model or dataset for others to read: of a folder of this machine its name alone."""
+    return Path(portable(path)).name if Path(portable(path)).is_absolute() else portable(path)
 
 
 def export(folder: Path, settings: SimpleNamespace) -> None:
@@ -75,8 +103,7 @@ def write_card(folder: Path) -> None:
 
 def model_card(training: dict, metrics: dict) -> str:
     """Return the model card in Markdown, made of the manifest's record of the adapter and of its metrics, if any."""
-    loading, places = _loading(training["model"], training["model_revision"]), ("model", "dataset")
-    training = training | {key: Path(training[key]).name for key in places if Path(training[key]).is_absolute()}
+    training = training | {key: published(training[key]) for key in ("model", "dataset")}
     tag, licence = LICENCES.get(training["dataset"], UNKNOWN_LICENCE)
     features = RECIPES[training["recipe"]]
     end = ", and ends with the end-of-text token." if "eos" in features else "."
@@ -97,27 +124,13 @@ def model_card(training: dict, metrics: dict) -> str:
         ["---", *head, "---", "", f"# {training['model']} with LoRA, answering instructions", "", "## Prompt", ""]
         + ["```", format_prompt("{instruction}", "{input, or no such line}" if "input" in features else ""), "```", ""]
         + [f"The answer follows after a space{end}", ""]
-        + ["## Load it", "", "```python", *loading, "```", ""]
+        + ["## Load it", ""]
+        + [FOLDER_BASE.format(training["model"]), ""] * (not training["model_revision"])
+        + ["```python", *LOADING, "```", ""]
         + ["## What made it", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
         + ["## What it reached on held-out rows", "", *_table(metrics), ""]
         + ["## Licence of the data", "", licence, ""]
     )
-
-
-def _loading(model: str, revision: str | None) -> list[str]:
-    """Return the lines of Python that load the adapter on its base, from any working folder."""
-    here = not revision and locate(model).exists()  # AutoPeftModelForCausalLM would look from the working folder
-    arguments = f'locate("{model}")' if here else f'"{model}"' + (f', revision="{revision}"' if revision else "")
-    return [
-        *["from alpaca_helpers import locate"] * here,
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'adapter = "this folder"',
-        f'base = AutoModelForCausalLM.from_pretrained({arguments}, dtype="float32")',
-        "model = PeftModel.from_pretrained(base, adapter).eval()",
-        "tokenizer = AutoTokenizer.from_pretrained(adapter)",
-    ]
 
 
 def _table(metrics: dict) -> list[str]:

@@ -192,9 +192,9 @@ def save_adapter(trainer: "AnswerTrainer") -> Iterator[Path]:
     All of it or nothing: the earlier adapter stays where the block fails, and where the new one is of no use. The
     manifest then notes what made it. Errors as in `lora.adapter_folder`.
     """
-    folder, base = trainer.run_folder(), read_record(trainer.run_folder(), "data")["model"]
+    folder, made = trainer.run_folder(), read_record(trainer.run_folder(), "data")
     with lock_run(folder):
-        with adapter_folder(folder / "adapter", trainer.model, base) as part:
+        with adapter_folder(folder / "adapter", trainer.model, made["model"], made["model_revision"]) as part:
             yield part
         record_result(folder, trainer)
 
