@@ -4,7 +4,6 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 
 from huggingface_hub import create_repo, upload_folder
 from peft import PeftConfig
@@ -13,8 +12,7 @@ from . import AlpacaError, portable
 from .data import RECIPES
 from .files import CARD, write_checksums, write_json, write_text
 from .hub import first_line
-from .lora import name_base, save_merged
-from .models import load_base, load_tokenizer
+from .lora import name_base
 from .profiles import PROFILES
 from .prompts import format_prompt
 from .runs import lock_run, read_metrics, read_record
@@ -70,16 +68,6 @@ def push_adapter(adapter: Path, repository: str) -> str:
 def published(path: str) -> str:
     """Return the name of a model or dataset for others to read: of a folder of this machine its name alone."""
     return Path(portable(path)).name if Path(portable(path)).is_absolute() else portable(path)
-
-
-def export(folder: Path, settings: SimpleNamespace) -> None:
-    """Do what the parameters `merged` and `push_to` ask for: write the run's whole model, upload its adapter."""
-    if settings.merged:
-        base, tokenizer = (load(settings.model, settings.model_revision) for load in (load_base, load_tokenizer))
-        with lock_run(folder):
-            save_merged(base, tokenizer, folder / "adapter", folder / "merged")
-    if settings.push_to:
-        print(push_adapter(folder / "adapter", settings.push_to))
 
 
 def save_metrics(folder: Path, metrics: dict) -> None:

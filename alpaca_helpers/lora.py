@@ -1,4 +1,4 @@
-"""LoRA: its configuration, and adapters saved, loaded and merged so that a wrong one is noticed."""
+"""LoRA: its configuration, and adapters saved and loaded so that a wrong one is noticed."""
 
 import hashlib
 import json
@@ -12,12 +12,13 @@ from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN_TARGETS
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from . import AlpacaError, locate
 from .files import atomic_folder, verify_checksums, write_json
 from .hub import first_line
-from .outside import finish_config, finish_tokenizer, generation_settings
+from .prompts import add_template
 
 WEIGHTS, PICKLE, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 TOKENIZER_BYTES = 5_000_000  # room that a tokenizer takes on disk; GPT-2's is 3.6 MB
@@ -56,7 +57,7 @@ def lora_config(
 def adapter_folder(folder: Path, model: PeftModel, base_name: str, revision: str | None = None) -> Iterator[Path]:
     """Give a folder to save adapter and tokenizer to, which takes the place of `folder` if all of it was written.
 
-    When the block ends, the saved tokenizer is finished (`outside.finish_tokenizer`), the adapter gets its base's name
+    When the block ends, the saved tokenizer is finished (`finish_tokenizer`), the adapter gets its base's name
     and `revision`, and the folder the hash of the base's weights and the checksums of its files. A base that is a
     folder is named by its absolute path, so that peft finds it from anywhere. Raises AlpacaError if there is no room
     on the disk, or if the new adapter has no effect or holds NaN; the earlier adapter then stays.
@@ -70,6 +71,32 @@ def adapter_folder(folder: Path, model: PeftModel, base_name: str, revision: str
         place = locate(base_name)
         name_base(part, str(place.resolve()) if place.is_dir() else base_name, revision)
         write_json(part / BASE, {"sha256": base_hash(model)})
+
+
+def finish_tokenizer(folder: Path) -> None:
+    """Give the tokenizer saved in `folder` the prompt as its chat template, and padding on the left, as batches need.
+
+    It becomes one that transformers 4 loads too; the tokenizer in memory stays as it is.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    add_template(tokenizer)
+    tokenizer.save_pretrained(folder)
+    name_for_older(folder)
+
+
+def name_for_older(folder: Path) -> None:
+    """Write the configuration of the tokenizer in `folder` in the words of transformers 4, which 5 reads as well.
+
+    Its class is the one that takes all from tokenizer.json: others build some of it anew, by rules of their version.
+    """
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    for name in ("backend", "is_local", "local_files_only"):  # how this one was loaded
+        config.pop(name, None)
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config["model_input_names"] = ["input_ids", "attention_mask"]  # in 4 also segments, which GPT-2 would add up
+    if "extra_special_tokens" in config:
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def name_base(folder: Path, base_name: str, revision: str | None = None) -> None:
@@ -175,19 +202,3 @@ def _shapes(base, config: PeftConfig, what: str) -> dict[str, tuple[int, ...]]:
         check_trained(model := get_peft_model(twin, config), what)
     named = ((name.replace(".default.", "."), value) for name, value in model.named_parameters())
     return {name: tuple(value.shape) for name, value in named if "lora_" in name}
-
-
-def save_merged(base, tokenizer, adapter: Path, folder: Path) -> None:
-    """Write `base` with the adapter's correction added to its weights: a plain model that needs no peft.
-
-    The fresh `base` is changed; in float32 the merged logits equal the adapter's to 1e-4. Generation settings and
-    tokenizer are those of `outside`: without the base's sampling, with the prompt as chat template.
-    """
-    merged = load_adapter(base, adapter).merge_and_unload()
-    merged.generation_config = generation_settings(base, tokenizer)
-    size = sum(value.numel() * value.element_size() for value in merged.parameters())
-    with atomic_folder(folder, needed=size + TOKENIZER_BYTES) as part:
-        merged.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        finish_tokenizer(part)
-        finish_config(part)

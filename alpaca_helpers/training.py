@@ -226,6 +226,7 @@ def make_trainer(
     num_train_epochs: float | None = None,
     batch_size: int = 16,
     micro_batch_size: int = 16,
+    report_to: str = "none",
     seed: int = 0,
 ) -> AnswerTrainer:
     """Return the trainer of the run's prepared data, as notebook 03's cells make it.
@@ -252,6 +253,7 @@ def make_trainer(
         logging_steps=0.1,  # of the training; evaluations come as often
         save_steps=0.1,
         save_total_limit=2,  # the newest, and one to go back to should it be broken
+        report_to=report_to,
         seed=seed,
     )
     transposed = any(isinstance(layer, Conv1D) for layer in base.modules())

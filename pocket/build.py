@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from alpaca_helpers.files import atomic_folder
 from alpaca_helpers.generation import generate
-from alpaca_helpers.outside import name_for_older
+from alpaca_helpers.lora import name_for_older
 from alpaca_helpers.pocket import HELDOUT, MODEL, TRAIN
 
 from . import corpus
