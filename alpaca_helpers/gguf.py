@@ -50,7 +50,9 @@ def write_gguf(merged: Path, path: Path) -> None:
                 value = value.T
             elif writer.arch == "llama" and layer in heads:  # llama.cpp rotates neighbours, transformers two halves
                 value = value.unflatten(0, (heads[layer], 2, -1)).transpose(1, 2).flatten(0, 2)
-            writer.add_tensor(names.get_name(key, (".weight", ".bias")), value.float().contiguous().numpy())
+            if not (place := names.get_name(key, (".weight", ".bias"))):
+                raise _unknown(merged, f"its weight {key}")
+            writer.add_tensor(place, value.float().contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -106,7 +108,7 @@ def _write_tokenizer(writer: gguf.GGUFWriter, config, merged: Path) -> None:
     elif content["model"].get("byte_fallback"):  # as SentencePiece has it: what is merged first has the highest score
         scores = {"".join(merge): -float(rank) for rank, merge in reversed(list(enumerate(merges)))}
         writer.add_tokenizer_model("llama")
-        writer.add_token_scores([scores.get(texts.get(id), -1e6) for id in ids])
+        writer.add_token_scores([scores.get(texts.get(id, ""), -1e6) for id in ids])
         writer.add_add_space_prefix(True)
         writer.add_chat_template(chat_template(tokenizer.bos_token if begins else ""))  # without a space after BOS
     else:
@@ -115,11 +117,12 @@ def _write_tokenizer(writer: gguf.GGUFWriter, config, merged: Path) -> None:
 
 def _split_rule(pre_tokenizer: dict | None) -> str | None:
     """Return llama.cpp's name for how a byte-level tokenizer cuts a text; None for an unknown or another kind."""
-    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
-    kinds = [step.get("type") for step in steps]
-    if kinds == ["ByteLevel"]:
-        return "gpt-2"
-    return SPLITS.get(steps[0]["pattern"].get("Regex")) if kinds == ["Split", "ByteLevel"] else None
+    match (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer]):
+        case [{"type": "ByteLevel"}]:
+            return "gpt-2"
+        case [{"type": "Split", "pattern": {"Regex": regex}}, {"type": "ByteLevel"}]:
+            return SPLITS.get(regex)
+    return None
 
 
 def _token_type(text: str | None, special: bool | None) -> gguf.TokenType:
