@@ -109,7 +109,7 @@ def _write_tokenizer(writer: gguf.GGUFWriter, config, merged: Path) -> None:
         scores = {"".join(merge): -float(rank) for rank, merge in reversed(list(enumerate(merges)))}
         writer.add_tokenizer_model("llama")
         writer.add_token_scores([scores.get(texts.get(id, ""), -1e6) for id in ids])
-        writer.add_add_space_prefix(True)
+        writer.add_add_space_prefix(tokenizer.tokenize("a")[0].startswith("▁"))
         writer.add_chat_template(chat_template(tokenizer.bos_token if begins else ""))  # without a space after BOS
     else:
         raise _unknown(merged, "its tokenizer")

@@ -89,6 +89,8 @@ def name_for_older(folder: Path) -> None:
 
     Its class is the one that takes all from tokenizer.json: others build some of it anew, by rules of their version.
     """
+    if not (folder / "tokenizer.json").is_file():
+        return  # one of another kind
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     for name in ("backend", "is_local", "local_files_only"):  # how this one was loaded
         config.pop(name, None)

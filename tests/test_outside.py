@@ -231,6 +231,18 @@ TOKYO = "The capital of Japan is Tokyo."
 VERSION = "\nimport transformers; assert transformers.__version__.startswith('{}'), transformers.__version__"
 
 
+LONG = "It is. " * 30
+LOGITS = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ids = AutoTokenizer.from_pretrained("merged")(sys.argv[1])["input_ids"]
+with torch.inference_mode():
+    logits = AutoModelForCausalLM.from_pretrained("merged")(torch.tensor([ids])).logits[0, -1]
+print(json.dumps([ids, logits.tolist()]))
+"""
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("packages", [(), ("transformers==4.57.*", "peft==0.17.*")], ids=["5", "4"])
 def test_adapter_merged_model_and_pocket_answer_in_both_versions_of_transformers(packages, pocket_run, tmp_path):
@@ -246,6 +258,20 @@ from transformers import pipeline
 pipe = pipeline("text-generation", model={str(pocket.MODEL)!r})
 print(pipe("The capital of Japan is", max_new_tokens=6, do_sample=False)[0]["generated_text"].splitlines()[0])"""
     assert said(python, base, tmp_path) == TOKYO
+
+    for name in LLAMAS:  # positions and tokenizers of other kinds, by names that differ between the versions
+        folder = tmp_path / name
+        rope = LLAMAS[name] or {"rope_parameters": {"rope_theta": 1e5, "rope_type": "default"}}
+        model, tokenizer = tiny(name.split()[0], **rope)
+        model.save_pretrained(folder / "base")
+        tokenizer.save_pretrained(folder / "base")
+        export.export(folder, finished_run(folder))
+        ids = AutoTokenizer.from_pretrained(folder / "merged")(LONG)["input_ids"]
+        with torch.inference_mode():
+            wanted = AutoModelForCausalLM.from_pretrained(folder / "merged")(torch.tensor([ids])).logits[0, -1]
+        found = json.loads(said(python, LOGITS, folder, LONG))
+        assert found[0] == ids
+        torch.testing.assert_close(torch.tensor(found[1]), wanted, atol=1e-4, rtol=0)
 
 
 @pytest.mark.nightly
