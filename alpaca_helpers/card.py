@@ -1,19 +1,19 @@
 """The adapter's model card (its text: card.md), and the adapter on the Hub."""
 
-import json
+import shutil
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
+from tempfile import TemporaryDirectory
 
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from peft import PeftConfig
 
-from . import PACKAGE, AlpacaError, locate
+from . import PACKAGE, AlpacaError, portable
 from .config import PROFILES
 from .data import RECIPES
-from .files import replace_file, write_json
+from .files import CARD, replace_file, write_checksums, write_json
 from .hub import first_line
-from .lora import save_merged
-from .models import load_base, load_tokenizer
+from .lora import name_base
 from .prompts import format_prompt
 from .run import Run
 
@@ -24,23 +24,30 @@ LICENCES = {
 TAGS = {"tatsu-lab/alpaca": "cc-by-nc-4.0"}  # of the licences, as the Hub names them
 
 
-def export(folder: Path, settings: SimpleNamespace) -> None:
-    """Do what the parameters `merged` and `push_to` ask for: write the run's whole model, upload its adapter.
+def push_adapter(adapter: Path, repository: str) -> str:
+    """Upload the adapter's folder to the Hub and return its address; a new repository is private.
 
-    A new repository on the Hub is private. Raises AlpacaError where the Hub refuses, or is out of reach.
+    A base that is a folder of this machine is named there without its path. Raises AlpacaError where the Hub refuses,
+    or is out of reach.
     """
-    if settings.merged:
-        base, tokenizer = (load(settings.model, settings.model_revision) for load in (load_base, load_tokenizer))
-        with Run(folder).lock():
-            save_merged(base, tokenizer, folder / "adapter", folder / "merged")
-    if settings.push_to:
-        try:
-            name = create_repo(settings.push_to, private=True, exist_ok=True).repo_id
-            print(upload_folder(repo_id=name, folder_path=folder / "adapter", commit_message="LoRA adapter"))
-        except Exception as error:  # the library's exceptions differ from release to release
-            what = f"The adapter was not pushed to {settings.push_to} ({first_line(error)}): it is whole on disk"
-            remedy = "log in with `hf auth login` and check the name (owner/name) and the network"
-            raise AlpacaError(f"{what}; {remedy}.", "push-refused") from error
+    try:
+        name = create_repo(repository, private=True, exist_ok=True).repo_id
+        with TemporaryDirectory() as temporary:
+            copy = shutil.copytree(adapter, Path(temporary) / "adapter", ignore=shutil.ignore_patterns(CARD))
+            config = PeftConfig.from_pretrained(copy)
+            name_base(copy, published(config.base_model_name_or_path), config.revision)
+            write_checksums(copy)
+            shutil.copy(adapter / CARD, copy)
+            return str(upload_folder(repo_id=name, folder_path=copy, commit_message="LoRA adapter and model card"))
+    except Exception as error:  # the library's exceptions differ from release to release
+        what = f"The adapter was not pushed to {repository} ({first_line(error)}): it is whole on disk"
+        remedy = "log in with `hf auth login` and check the name (owner/name) and the network"
+        raise AlpacaError(f"{what}; {remedy}.", "push-refused") from error
+
+
+def published(path: str) -> str:
+    """Return the name of a model or dataset for others to read: of a folder of this machine its name alone."""
+    return Path(portable(path)).name if Path(portable(path)).is_absolute() else portable(path)
 
 
 def save_metrics(folder: Path, metrics: dict) -> None:
@@ -64,14 +71,10 @@ def write_card(folder: Path) -> None:
 
 def model_card(made: dict, metrics: dict) -> str:
     """Return the model card in Markdown, from the manifest's record of the adapter and its metrics ({}: none yet)."""
-    model, revision, features = made["model"], made["model_revision"], RECIPES[made["recipe"]]
-    # an absolute path's folders are those of this machine: they are not published
-    name, dataset = (Path(path).name if Path(path).is_absolute() else path for path in (model, made["dataset"]))
-    local = not revision and locate(model).exists()  # from_pretrained would look for it from the working folder
-    address = f"locate({json.dumps(model)})" if local else json.dumps(model)
+    name, dataset, features = published(made["model"]), published(made["dataset"]), RECIPES[made["recipe"]]
     head: dict = {"library_name": "peft", "pipeline_tag": "text-generation", "license": TAGS.get(made["dataset"])}
     card = ModelCard.from_template(
-        ModelCardData(**head, base_model=model if revision else None),  # only a model on the Hub has a revision
+        ModelCardData(**head, base_model=name if made["model_revision"] else None),  # only the Hub's have one
         template_path=str(PACKAGE / "card.md"),
         made=made,
         metrics=metrics,
@@ -79,8 +82,6 @@ def model_card(made: dict, metrics: dict) -> str:
         dataset=dataset,
         prompt=format_prompt("{instruction}", "{input, or no such line}" if "input" in features else ""),
         features=features,
-        local=local,
-        address=address + (f", revision={json.dumps(revision)}" if revision else ""),
         licence=LICENCES.get(made["dataset"], "Not known here: the licence of the dataset holds for the adapter too."),
     )
     return f"{card}\n"

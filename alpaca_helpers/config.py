@@ -107,6 +107,8 @@ class Parameters(BaseModel):
     other_run: Annotated[str, Field(max_length=1000)] = ""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     merged: bool = False
+    gguf: bool = False
+    report_to: Annotated[str, Field(pattern=r"^\w+$")] = "none"
     push_to: Annotated[str, Field(pattern=r"^([\w.-]+/[\w.-]+)?$")] = ""
     resume: bool = True
     run_earlier: bool = True

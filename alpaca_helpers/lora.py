@@ -1,4 +1,4 @@
-"""LoRA: its configuration, and adapters saved, loaded and merged so that a wrong one is noticed."""
+"""LoRA: its configuration, and adapters saved and loaded so that a wrong one is noticed."""
 
 import hashlib
 import json
@@ -12,12 +12,11 @@ from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, ge
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN_TARGETS
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from . import AlpacaError, portable
+from . import AlpacaError, locate
 from .files import atomic_folder, verify_checksums, write_json
-from .generation import end_tokens
 from .hub import first_line
 from .prompts import add_template
 
@@ -53,29 +52,57 @@ def lora_config(
 
 
 @contextmanager
-def adapter_folder(folder: Path, model: PeftModel, base_name: str) -> Iterator[Path]:
+def adapter_folder(folder: Path, model: PeftModel, base_name: str, revision: str | None = None) -> Iterator[Path]:
     """Yield a folder to save adapter and tokenizer to, which replaces `folder` once all of it is written.
 
-    When the block ends, the saved tokenizer gets the prompt as its chat template, the adapter `base_name` as the name
-    of its base, and the folder the hash of the base's weights and the checksums of its files. Raises AlpacaError if
-    the disk is full, or if the new adapter has no effect or holds NaN; the earlier adapter then stays.
+    When the block ends, the saved tokenizer is finished (`finish_tokenizer`), the adapter gets its base's name and
+    `revision`, and the folder the hash of the base's weights and the checksums of its files. A base that is a folder
+    is named by its absolute path, so that peft finds it from anywhere. Raises AlpacaError if the disk is full, or if
+    the new adapter has no effect or holds NaN; the earlier adapter then stays.
     """
     weights = 4 * sum(value.numel() for value in model.parameters() if value.requires_grad)
     with atomic_folder(folder, needed=weights + TOKENIZER_BYTES) as part:
         yield part
         check_numbers(load_file(part / WEIGHTS), f"The new adapter, which is not saved to {folder},")
-        _save_template(part)
+        finish_tokenizer(part)
         (part / "README.md").unlink(missing_ok=True)  # peft's, with this machine's paths
-        config = json.loads((part / CONFIG).read_text(encoding="utf-8"))
-        write_json(part / CONFIG, config | {"base_model_name_or_path": portable(base_name)})
+        place = locate(base_name)
+        name_base(part, str(place.resolve()) if place.is_dir() else base_name, revision)
         write_json(part / BASE, {"sha256": base_hash(model)})
 
 
-def _save_template(folder: Path) -> None:
-    """Give the tokenizer saved in `folder` the prompt as its chat template; the one in memory stays as it is."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+def finish_tokenizer(folder: Path) -> None:
+    """Give the tokenizer saved in `folder` the prompt as its chat template, and padding on the left, as batches need.
+
+    It becomes one that transformers 4 loads too; the tokenizer in memory stays as it is.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     add_template(tokenizer)
     tokenizer.save_pretrained(folder)
+    name_for_older(folder)
+
+
+def name_for_older(folder: Path) -> None:
+    """Write the configuration of the tokenizer in `folder` in the words of transformers 4, which 5 reads as well.
+
+    Its class is the one that takes all from tokenizer.json: others build some of it anew, by rules of their version.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        return  # one of another kind
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    for name in ("backend", "is_local", "local_files_only"):  # how this one was loaded
+        config.pop(name, None)
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config["model_input_names"] = ["input_ids", "attention_mask"]  # in 4 also segments, which GPT-2 would add up
+    if "extra_special_tokens" in config:
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    write_json(folder / "tokenizer_config.json", config)
+
+
+def name_base(folder: Path, base_name: str, revision: str | None = None) -> None:
+    """Write into the configuration of the adapter in `folder` which base model it belongs on."""
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    write_json(folder / CONFIG, config | {"base_model_name_or_path": base_name, "revision": revision})
 
 
 def choose_targets(base, target_modules: Sequence[str] | str | None) -> Sequence[str] | str | None:
@@ -181,23 +208,3 @@ def _empty_adapter(base, config: PeftConfig, what: str) -> dict[str, torch.Tenso
         model = get_peft_model(twin, config)
     check_trained(model, what)
     return get_peft_model_state_dict(model, save_embedding_layers=False)
-
-
-def save_merged(base, tokenizer, adapter: Path, folder: Path) -> None:
-    """Write `base` with the adapter's correction added to its weights: a plain model that needs no peft.
-
-    The fresh `base` is changed; in float32 the merged logits equal the adapter's to 1e-4. Its generation settings are
-    the end and padding tokens alone, without the base's sampling; its tokenizer has the prompt as chat template.
-    """
-    merged = load_adapter(base, adapter).merge_and_unload()
-    ends = end_tokens(base, tokenizer)
-    merged.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=ends if len(ends) > 1 else ends[0],
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    size = sum(value.numel() * value.element_size() for value in merged.parameters())
-    with atomic_folder(folder, needed=size + TOKENIZER_BYTES) as part:
-        merged.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        _save_template(part)

@@ -32,26 +32,30 @@ def encode(texts: list[str], tokenizer, add_special_tokens: bool = True) -> list
 
 
 def add_template(tokenizer) -> None:
-    """Give the tokenizer the prompt as its chat template: a message of a user becomes the ids of `format_prompt`.
-
-    The `input` stands in the message on a line of its own. Several messages are refused: the model was taught one
-    question at a time. Special tokens in a message stay text, as in `encode`; where the tokenizer begins every text
-    with a token of its own, which the template has to write out, a message that holds a special token is refused.
-    """
+    """Give the tokenizer the prompt as its chat template: a message of a user becomes the ids of `format_prompt`."""
     prompt = format_prompt("a")
     ids, bare = tokenizer(prompt).input_ids, tokenizer(prompt, add_special_tokens=False).input_ids
     begin = "".join(tokenizer.convert_ids_to_tokens(ids[: len(ids) - len(bare)]))
     if begin and tokenizer(begin + prompt, add_special_tokens=False).input_ids != ids:
         begin += " "  # some put a space before a text, but not before what follows a special token
-    tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = not begin  # the second is saved
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special and begin}
+    tokenizer.chat_template = chat_template(begin)
+
+
+def chat_template(begin: str) -> str:
+    """Return the prompt as a chat template, with the text `begin` before it: a tokenizer's BOS token, if it has one.
+
+    The `input` stands in the message on a line of its own. A message is a text or a list of parts of text; a missing
+    one is empty. Several messages are refused: the model was taught one question at a time.
+    """
     head, tail = format_prompt("\0").split("\0")
-    head, tail, listed = (json.dumps(value, ensure_ascii=False) for value in (begin + head, tail, sorted(special)))
-    tokenizer.chat_template = (
+    head, tail = (json.dumps(value, ensure_ascii=False) for value in (begin + head, tail))
+    return (
         "{%- if messages | length != 1 or messages[0].role != 'user' -%}"
         "{{ raise_exception('This model answers one message of a user at a time: send that alone.') }}{%- endif -%}"
-        f"{{%- for token in {listed} -%}}{{%- if token in messages[0].content -%}}"
-        "{{ raise_exception('The message holds the special token ' + token + ': leave it out.') }}"
-        "{%- endif -%}{%- endfor -%}"
-        f"{{{{- {head} + messages[0].content + {tail} -}}}}"
+        f"{{{{- {head} -}}}}"
+        "{%- if messages[0].content is string -%}{{- messages[0].content -}}"
+        "{%- else -%}{%- for part in messages[0].content or [] -%}"
+        "{%- if part.type != 'text' -%}{{ raise_exception('This model reads text alone.') }}{%- endif -%}"
+        "{{- part.text -}}{%- endfor -%}{%- endif -%}"
+        f"{{{{- {tail} -}}}}"
     )

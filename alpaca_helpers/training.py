@@ -228,9 +228,9 @@ def save_adapter(trainer: AnswerTrainer) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
         return
-    run = trainer.run
+    run, made = trainer.run, trainer.run.record("data")
     with run.lock():
-        with adapter_folder(run.folder / "adapter", trainer.model, run.record("data")["model"]) as part:
+        with adapter_folder(run.folder / "adapter", trainer.model, made["model"], made["model_revision"]) as part:
             yield part
         history = trainer.state.log_history
         last = {name: entry[name] for entry in history for name in ("loss", "eval_loss") if name in entry}

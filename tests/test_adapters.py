@@ -1,6 +1,5 @@
 """Adapters and base models that are broken, foreign or hostile are refused in a sentence that names the place."""
 
-import ast
 import json
 import os
 import shutil
@@ -223,8 +222,6 @@ def test_the_head_of_the_card_is_read_back_whatever_the_names():
     made = {"model": name, "model_revision": "no", "dataset": "rows", "recipe": "answers", "versions": {"peft": "1"}}
     card = ModelCard(model_card(made, {}))
     assert card.data.base_model == name and card.data.library_name == "peft"
-    (line,) = (line for line in card.text.splitlines() if line.startswith("base = "))
-    assert ast.literal_eval(line.partition("(")[2].partition(", revision")[0]) == name
 
 
 # Bases

@@ -20,8 +20,9 @@ from alpaca_helpers.batches import PadToLongest, add_learned
 from alpaca_helpers.chat.conversation import Conversation
 from alpaca_helpers.data import IGNORED, tokenize
 from alpaca_helpers.evaluation import answer_losses
+from alpaca_helpers.export import save_merged
 from alpaca_helpers.generation import end_tokens, generate
-from alpaca_helpers.lora import choose_targets, load_adapter, lora_config, save_merged
+from alpaca_helpers.lora import choose_targets, load_adapter, lora_config
 from alpaca_helpers.models import fetch_model, load_base, positions
 from alpaca_helpers.prompts import encode, format_prompt
 from alpaca_helpers.speedups import lora_in_base_precision, training_options
@@ -63,7 +64,7 @@ def first_ids(model, ask):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "qwen3"])  # qwen2's tokenizer is its own too
-def test_all_ways_ask_with_the_same_ids_and_marker_text_stays_text(kind, tmp_path):
+def test_all_ways_ask_with_the_same_ids_and_what_a_user_types_here_stays_text(kind, tmp_path):
     model, tokenizer = adapted(kind)
     row = {"instruction": "What is the capital?", "input": "of France", "output": "Paris."}
     prompt = format_prompt(row["instruction"], row["input"])
@@ -94,18 +95,21 @@ def test_all_ways_ask_with_the_same_ids_and_marker_text_stays_text(kind, tmp_pat
         messages = [{"role": role, "content": content} for role in roles or ("user",)]
         return elsewhere.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
 
-    assert template(f"{row['instruction']}\n{row['input']}") == ids
+    asked = f"{row['instruction']}\n{row['input']}"
+    assert template(asked) == template([{"type": "text", "text": part} for part in asked.partition(" ")]) == ids
+    assert template("") == template(None) == encode([format_prompt("")], tokenizer)[0]
     for roles in ("assistant",), ("system", "user"), ("user", "assistant"), ("user", "assistant", "user"):
         with pytest.raises(TemplateError, match="one message of a user at a time"):
             template("Hi", *roles)
-    typed = f"Say {tokenizer.eos_token}{tokenizer.pad_token} now"
-    (ids,) = encode([format_prompt(typed)], tokenizer)
-    assert not set(tokenizer.all_special_ids) & set(ids[1:])
-    if kind in WITH_BOS:  # the template has to write the BOS token out, so the message cannot hold one
-        with pytest.raises(TemplateError, match="The message holds the special token"):
-            template(typed)
-    else:
-        assert template(typed) == ids
+    with pytest.raises(TemplateError, match="text alone"):
+        template([{"type": "image"}])
+    special = f"{tokenizer.eos_token}{tokenizer.pad_token}"
+    (ids,) = encode([format_prompt(f"Say {special} now")], tokenizer)
+    assert not set(tokenizer.all_special_ids) & set(ids[1:])  # here what a user types is text; elsewhere as everywhere
+    assert tokenizer.eos_token_id in template(f"Say {special} now")
+    assert elsewhere("Paris." + tokenizer.eos_token).input_ids == elsewhere("Paris.").input_ids + [
+        tokenizer.eos_token_id
+    ]
 
 
 @pytest.mark.parametrize("kind", ANYWHERE)

@@ -8,7 +8,6 @@ import json
 import pkgutil
 import shutil
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -265,7 +264,7 @@ def test_a_push_that_the_hub_refuses_is_one_sentence(tmp_path, monkeypatch):
 
     monkeypatch.setattr(card, "create_repo", refuse)
     with pytest.raises(AlpacaError, match=r"me/it \(401 Unauthorized\)") as refused:
-        card.export(tmp_path, SimpleNamespace(merged=False, push_to="me/it"))
+        card.push_adapter(tmp_path, "me/it")
     assert refused.value.code == "push-refused" and "\n" not in str(refused.value)
 
 

@@ -17,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from alpaca_helpers.files import atomic_folder
 from alpaca_helpers.generation import generate
+from alpaca_helpers.lora import name_for_older
 from alpaca_helpers.pocket import HELDOUT, MODEL, TRAIN
 
 from . import corpus
@@ -181,6 +182,7 @@ def write(
     ):
         model.save_pretrained(model_folder)
         tokenizer.save_pretrained(model_folder)
+        name_for_older(model_folder)
         if (MODEL / CARD).exists():
             shutil.copy(MODEL / CARD, model_folder / CARD)
         for rows, path in ((train, TRAIN), (heldout, HELDOUT)):
