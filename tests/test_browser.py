@@ -131,10 +131,14 @@ def test_a_conversation_in_notebook_04(page, notebook, lab):
         )
 
     def set_up(**values):
-        """Type settings into their fields."""
+        """Type settings into their fields, a slider's into the number beside it."""
         button("Settings").click()
         for name, value in values.items():
-            typed = box.locator(f".widget-text:has-text('{name}') input")
+            number, slider = (
+                f".widget-text:has-text('{name}') input",
+                f".widget-slider:has-text('{name}') .widget-readout",
+            )
+            typed = box.locator(f"{number}, {slider}")
             typed.fill(str(value))
             typed.press("Enter")
         button("Settings").click()
