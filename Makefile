@@ -25,7 +25,7 @@ help:  ## list the commands
 
 setup: $(TESTABLE)  ## make the environment alone (.venv), for running and testing
 
-$(READY): requirements.txt $(CONSTRAINTS) pyproject.toml
+$(READY): requirements.txt requirements/*.txt $(CONSTRAINTS) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 	  || { echo "Python 3.11 to 3.13 is needed: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
@@ -106,7 +106,7 @@ audit: $(READY)  ## look up what is installed among known vulnerabilities (asks 
 address:  ## write where you publish the project into its links and notebooks: REPO_URL=https://github.com/owner/name
 	@printf %s "$$REPO_URL" | tr '\n' ' ' | grep -Eqx 'https://github\.com/[A-Za-z0-9_-]+/[A-Za-z0-9_.-]+' \
 	  || { echo "Say where it is published: make address REPO_URL=https://github.com/owner/name"; exit 1; }
-	@for file in *.md docs/*.md notebooks/*.ipynb notebooks/*/*.ipynb notebooks/*/*/*.ipynb; do \
+	@for file in *.md pyproject.toml docs/*.md notebooks/*.ipynb notebooks/*/*.ipynb notebooks/*/*/*.ipynb; do \
 	  sed -e "s|OWNER/REPOSITORY|$${REPO_URL#https://github.com/}|g" \
 	    -e 's|repo_url: str = \\"\\"|repo_url: str = \\"'"$$REPO_URL"'\\"|' "$$file" > "$$file.new" \
 	  && cat "$$file.new" > "$$file" && rm "$$file.new"; done

@@ -24,7 +24,7 @@ class Metric:
         return self.label + (f", {self.unit}" if len(self.unit) > 1 else "")
 
     def show(self, value: float | None, signed: bool = False, change: float = 0.0) -> str:
-        """Return the value as text: a share to one digit, others to two, or as exactly as a `change` beside it needs.
+        """Return the value as text, as exactly as its size and a `change` beside it need.
 
         A signed share is in percentage points, without a sign for percent.
         """
@@ -32,7 +32,8 @@ class Metric:
             return "–"
         scale, digits = (100, 1) if self.unit == "%" else (1, 2)
         sizes = [math.floor(math.log10(abs(scale * number))) + 1 for number in (value, change) if number]
-        decimals = min(4, max([0, *(digits - size for size in sizes)]))
+        least = {"%": 0, "tokens": 1}.get(self.unit, 2) if abs(value) < 1000 else 0
+        decimals = min(4, max([least, *(digits - size for size in sizes)]))
         number = f"{scale * value:{'+' if signed else ''}z.{decimals}f}"
         return number + "%" if self.unit == "%" and not signed else number
 

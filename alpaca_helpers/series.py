@@ -199,5 +199,10 @@ def main() -> None:
     print(f"The executed notebooks are in {folder}.")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run the command line and exit."""
     run_command(main, "Interrupted: what is done is kept, and the same command goes on from there.")
+
+
+if __name__ == "__main__":
+    command()

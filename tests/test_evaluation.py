@@ -110,14 +110,14 @@ def test_a_word_is_one_in_each_script():
     "name, value, change, text",  # a text with a sign is a difference's
     [
         ("answer_loss", -1e-9, -1e-9, "+0.0000"),  # no negative zero
-        ("answer_loss", 11.929, 0.0, "12"),
+        ("answer_loss", 11.929, 0.0, "11.93"),
         ("answer_loss", 3.1, -1e-9, "3.1000"),
         ("contains", 0.07, 0.89, "7%"),
         ("contains", 0.004, 0.0, "0.4%"),
         ("contains", 0.502, 0.004, "50.2%"),
         ("contains", None, 0.0, "–"),
         ("perplexity", 487421515.5, -487421513.0, "487421516"),
-        ("perplexity", 2.41, -487421513.0, "2.4"),
+        ("perplexity", 2.41, -487421513.0, "2.41"),
     ],
 )
 def test_a_value_has_the_decimals_that_its_difference_needs(name, value, change, text):

@@ -10,5 +10,10 @@ def main() -> None:
     main()
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run the command line and exit."""
     run_command(main)
+
+
+if __name__ == "__main__":
+    command()
