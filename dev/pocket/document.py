@@ -2,10 +2,12 @@
 
 import shutil
 
+from alpaca_helpers import portable
 from alpaca_helpers.cells import NOTEBOOKS
 from alpaca_helpers.console import run_command
 from alpaca_helpers.files import atomic_folder, write_checksums, write_json
-from alpaca_helpers.pocket import DOCUMENT
+from alpaca_helpers.lora import name_base
+from alpaca_helpers.pocket import DOCUMENT, MODEL
 from alpaca_helpers.run import Run
 from alpaca_helpers.series import run_series
 
@@ -20,6 +22,7 @@ def main() -> None:
         (part / "adapter").mkdir()
         for name in SHIPPED:
             shutil.copy(adapter / name, part / "adapter" / name)
+        name_base(part / "adapter", portable(str(MODEL)))  # without this machine's path
         write_checksums(part / "adapter")
         write_json(part / "manifest.json", {"adapter": record})
     print(f"The adapter is in {DOCUMENT}.")
