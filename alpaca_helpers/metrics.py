@@ -32,7 +32,7 @@ class Metric:
             return "–"
         scale, digits = (100, 1) if self.unit == "%" else (1, 2)
         sizes = [math.floor(math.log10(abs(scale * number))) + 1 for number in (value, change) if number]
-        least = {"%": 0, "tokens": 1}.get(self.unit, 2) if abs(value) < 1000 else 0
+        least = {"%": 0, "tokens": 1, "seconds": 1}.get(self.unit, 2) if abs(value) < 1000 else 0
         decimals = min(4, max([least, *(digits - size for size in sizes)]))
         number = f"{scale * value:{'+' if signed else ''}z.{decimals}f}"
         return number + "%" if self.unit == "%" and not signed else number

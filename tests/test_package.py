@@ -62,7 +62,8 @@ def test_the_wheel_holds_the_package_the_pocket_and_the_notebooks_and_answers_wh
         path.relative_to(PROJECT) for pattern in ("*.ipynb", "further/*.ipynb") for path in NOTEBOOKS.glob(pattern)
     ]
     notebooks = {f"alpaca_helpers/{path.as_posix()}" for path in paths}
-    assert files == {path.relative_to(PROJECT).as_posix() for path in [*MODULES, *pocket]} | notebooks
+    others = {"alpaca_helpers/card.md", "alpaca_helpers/py.typed"}
+    assert files == {path.relative_to(PROJECT).as_posix() for path in [*MODULES, *pocket]} | notebooks | others
     assert len(notebooks) == 7 and "License-Expression: MIT" in metadata.splitlines()
 
     python, site = fresh_python(tmp_path)
