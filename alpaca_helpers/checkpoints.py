@@ -71,7 +71,7 @@ def resume_point(run: Run, trainer: Trainer, resume: bool = True) -> Path | None
         for removed in (folder / PART, *([] if resume else checkpoints)):
             shutil.rmtree(removed, ignore_errors=True)
         if resume and checkpoints:
-            before = dict(run.manifest().get("training") or {})
+            before = run.manifest().get("training", {})
             changed = [key for key in now if key not in FREE and (before.get(key) or None) != (now[key] or None)]
             if changed:
                 changes = "; ".join(f"{key} {before.get(key)} -> {now[key]}" for key in changed)

@@ -16,8 +16,10 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from support import PROJECT, TRAIN_AND_DIE
+from support.hub import Hub, Repository
 from support.models import with_lora
 from support.runs import byte_tokenizer, notebook_03, prepare_run, save_adapter, tiny_gpt2
+from test_hub import point_to
 
 from alpaca_helpers import AlpacaError, checkpoints, models, training
 from alpaca_helpers.cells import NOTEBOOKS, run_cells
@@ -215,9 +217,24 @@ def test_resuming_with_other_settings_data_or_base_is_refused_and_the_difference
     assert resume_point(run)
     tiny_gpt2(initializer_range=0.3).save_pretrained(run / "base")  # another one at the same place
     refused(run, "base [0-9a-f]+ -> [0-9a-f]+")
-    for record in (None, []):
+    for record in (None, [1], "x", 3):
         Run(run).write_record("training", record)
         refused(run, ".*batch_size None -> 8.*")
+
+
+def test_another_revision_of_a_base_on_the_hub_is_not_gone_on_with(run, tmp_path, monkeypatch):
+    """Nobody named one, notebook 02 ran again, and the Hub's newest is another."""
+    monkeypatch.chdir(tmp_path)
+    place = Repository(run / "base", "1" * 40)
+    change_manifest(run, "data", "training", model="owner/name", model_revision=place.commit)
+    change_manifest(run, "training", base=None)
+    with Hub({"models/owner/name": place}) as hub:
+        point_to(hub.url, tmp_path, monkeypatch)
+        assert resume_point(run).name == "checkpoint-24"
+        tiny_gpt2(initializer_range=0.3).save_pretrained(run / "base")
+        place.commit = "2" * 40
+        change_manifest(run, "data", model_revision=place.commit)
+        refused(run, "model_revision 1{40} -> 2{40}")
 
 
 def test_what_is_edited_in_the_objects_is_what_counts(run):
