@@ -18,10 +18,12 @@ from .files import content_hash, refuse_foreign_files, verify_checksums, write_c
 from .run import Run
 
 PART = ".alpaca-part"  # the folder that a checkpoint is written to, before it takes its place among the checkpoints
-LORA = "bias use_rslora use_dora".split()  # of peft's configuration, besides rank, alpha, dropout and targets
+LORA = (
+    "bias use_rslora use_dora rank_pattern alpha_pattern layers_to_transform".split()
+)  # of peft's configuration, besides rank, alpha, dropout and targets
 ARGUMENTS = (  # of transformers' TrainingArguments: those that change the result
     "learning_rate num_train_epochs max_steps lr_scheduler_type warmup_steps weight_decay max_grad_norm optim "
-    "adam_beta1 adam_beta2 adam_epsilon label_smoothing_factor seed"
+    "adam_beta1 adam_beta2 adam_epsilon label_smoothing_factor seed lr_scheduler_kwargs optim_args neftune_noise_alpha"
 ).split()
 # What may differ when a training goes on: it changes rounding and the draws of dropout at most.
 FREE = {"name", "dataset", "heldout", "micro_batch_size", "versions", "hardware", "dtype", "processes"}
@@ -69,8 +71,8 @@ def resume_point(run: Run, trainer: Trainer, resume: bool = True) -> Path | None
         for removed in (folder / PART, *([] if resume else checkpoints)):
             shutil.rmtree(removed, ignore_errors=True)
         if resume and checkpoints:
-            before = dict(run.manifest().get("training") or {})
-            changed = [key for key in now if key not in FREE and before.get(key) != now[key]]
+            before = run.manifest().get("training", {})
+            changed = [key for key in now if key not in FREE and (before.get(key) or None) != (now[key] or None)]
             if changed:
                 changes = "; ".join(f"{key} {before.get(key)} -> {now[key]}" for key in changed)
                 what = f"This run's checkpoints were made with other settings ({changes})"

@@ -42,6 +42,8 @@ def generate(
     `tuned` is the model as it is, `base` the model with its adapter switched off. `batch_size` prompts are decoded
     together, which changes the speed, not the answers. `settings` are those of `stream`, and so are the errors.
     """
+    if isinstance(prompts, str):  # a list of letters, to Python
+        raise AlpacaError("The prompts are one text: pass a list of texts.", "bad-setting")
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # like lengths pad little
     answers: dict[int, Answer] = {}
     for start in range(0, len(order), batch_size):
@@ -74,6 +76,8 @@ def stream(
     settings = check_settings(model, settings)
     if unknown := set(sides) - {"base", "tuned"}:
         raise AlpacaError(f"There is no side {sorted(unknown)[0]!r} of a model: choose base or tuned.", "bad-setting")
+    if "base" in sides and any(layer.merged for layer in model.modules() if isinstance(layer, LoraLayer)):
+        raise AlpacaError("The adapter is merged into the base: call `model.unmerge_adapter()` first.", "no-base")
     ids, room = encode(list(prompts), tokenizer), positions(model.config) - settings["max_new_tokens"]
     written: list[list[int]] = [[] for _ in ids]
     stopped = [False] * len(ids)
@@ -140,7 +144,8 @@ def check_settings(model, settings: dict) -> dict:
 def end_tokens(model, tokenizer) -> list[int]:
     """Return the ids that end an answer, for any `eos_token_id`: the tokenizer's end of text, and the model's own."""
     own = model.generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
+    ids = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    return sorted(id for id in ids if id < len(tokenizer))  # a default of GPT-2's may lie beyond a small vocabulary
 
 
 def padded_left(rows: Sequence[list[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:

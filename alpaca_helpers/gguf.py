@@ -22,6 +22,13 @@ from .prompts import chat_template
 ARCHITECTURES = {"gpt2": "GPT2", "llama": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
 POSITIONS = ("default", "llama3")  # how rotary positions are computed
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2's are (inputs, outputs)
+ASSUMED = {  # by llama.cpp, of what a configuration may have otherwise
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "hidden_act": ("silu",),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "use_sliding_window": (False,),
+}
 BYTE = re.compile("<0x[0-9A-F]{2}>")
 SPLITS = {  # how byte-level tokenizers other than GPT-2's cut a text before they merge, and llama.cpp's names for it
     PRETOKENIZE_REGEX: "qwen2",
@@ -37,6 +44,9 @@ def write_gguf(merged: Path, path: Path) -> None:
     config = AutoConfig.from_pretrained(merged)
     if config.model_type not in ARCHITECTURES:
         raise _unknown(merged, f"its architecture, {config.model_type},")
+    for name, values in ASSUMED.items():
+        if (value := getattr(config, name, values[0])) not in values:
+            raise _unknown(merged, f"its configuration, {name} {value},")
     architecture = gguf.MODEL_ARCH[ARCHITECTURES[config.model_type]]
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": getattr(config, "num_key_value_heads", 0)}
@@ -118,9 +128,9 @@ def _write_tokenizer(writer: gguf.GGUFWriter, config, merged: Path) -> None:
 def _split_rule(pre_tokenizer: dict | None) -> str | None:
     """Return llama.cpp's name for how a byte-level tokenizer cuts a text; None for an unknown or another kind."""
     match (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer]):
-        case [{"type": "ByteLevel"}]:
+        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
             return "gpt-2"
-        case [{"type": "Split", "pattern": {"Regex": regex}}, {"type": "ByteLevel"}]:
+        case [{"type": "Split", "pattern": {"Regex": regex}}, {"type": "ByteLevel", "add_prefix_space": False}]:
             return SPLITS.get(regex)
     return None
 

@@ -63,6 +63,9 @@ def adapter_folder(folder: Path, model: PeftModel, base_name: str, revision: str
     weights = 4 * sum(value.numel() for value in model.parameters() if value.requires_grad)
     with atomic_folder(folder, needed=weights + TOKENIZER_BYTES) as part:
         yield part
+        if lacks := [name for name in (WEIGHTS, "tokenizer_config.json") if not (part / name).is_file()]:
+            remedy = "`save_pretrained` of both the model and the tokenizer is to write into the folder given"
+            raise AlpacaError(f"The new adapter is not saved to {folder}, without {lacks[0]}: {remedy}.", "half-saved")
         check_numbers(load_file(part / WEIGHTS), f"The new adapter, which is not saved to {folder},")
         finish_tokenizer(part)
         (part / "README.md").unlink(missing_ok=True)  # peft's, with this machine's paths
@@ -137,7 +140,7 @@ def choose_targets(base, target_modules: Sequence[str] | str | None) -> Sequence
 
 def check_trained(model: PeftModel, what: str = "This training") -> None:
     """Raise AlpacaError unless LoRA's two matrices are all that changes: what else does, a loaded adapter lacks."""
-    start = str(model.active_peft_config.init_lora_weights)
+    start = str(getattr(getattr(model, "active_peft_config", None), "init_lora_weights", ""))  # another kind has none
     others = [name for name, value in model.named_parameters() if value.requires_grad and not LORA.search(name)]
     if start.lower().startswith(CHANGES_BASE) or others:
         more = others[0] if others else f"the base, by init_lora_weights={start}"

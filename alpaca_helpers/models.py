@@ -38,7 +38,9 @@ def base_dtype() -> torch.dtype:
 
 def positions(config) -> int:
     """Return how many tokens a model of this configuration can attend to; 2**31 - 1 where it has no limit."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31 - 1
+    config = config.get_text_config()
+    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))  # MPT's
+    return next(filter(None, limits), 2**31 - 1)
 
 
 def fetch_model(name: str, revision: str | None = None) -> Path:

@@ -116,9 +116,13 @@ class Run:
         return content_hash(path)
 
     def manifest(self) -> dict:
-        """Return what made the artifacts, by part (`data`, `training`, …); empty for a new run."""
+        """Return what made the artifacts, by part (`data`, `training`, …); empty for a new run.
+
+        A part that is no record, such as null, is as if it were not there.
+        """
         path = self.folder / "manifest.json"
-        return read_json(path, "delete it and run notebook 02 again") if path.exists() else {}
+        parts = read_json(path, "delete it and run notebook 02 again") if path.exists() else {}
+        return {part: made for part, made in parts.items() if isinstance(made, dict)}
 
     def record(self, part: str) -> dict:
         """Return the manifest's record of what made the run's `data` or its `adapter`.
@@ -133,8 +137,8 @@ class Run:
             lacks = ".".join([part, *map(str, error.errors()[0]["loc"][:1])])
             what = f"The manifest of {self.folder} has no `{lacks}`, or one of another version"
             raise AlpacaError(f"{what}: run notebook {notebook}, with the same `run`.", "no-artifact") from error
-        other, data = "", manifest.get("data")
-        if isinstance(data, dict) and record["fingerprint"] != data.get("fingerprint"):
+        other, data = "", manifest.get("data", record)
+        if record["fingerprint"] != data.get("fingerprint"):
             other = "was trained on other rows than the run now has"
         elif part == "adapter" and record["sha256"] != content_hash(self.artifact(part), "*.safetensors"):
             other = "is not the one that the manifest records"

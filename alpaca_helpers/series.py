@@ -114,8 +114,7 @@ def run_series(parameters: Mapping[str, object], notebooks: Sequence[Path] | Non
 
 def _execute_changed(notebooks: Sequence[Path], parameters: dict[str, object], run: Run, inputs: str) -> None:
     """Execute the notebooks that are not done; `inputs` is the hash of all that the first one is made from."""
-    done = run.manifest().get("notebooks")
-    done = {name: mark for name, mark in done.items() if isinstance(mark, list)} if isinstance(done, dict) else {}
+    done: dict = {name: mark for name, mark in run.manifest().get("notebooks", {}).items() if isinstance(mark, list)}
     for number, notebook in enumerate(notebooks, 1):
         name, known = notebook.stem, notebook_parameters(notebook)
         chosen = {key: value for key, value in parameters.items() if key in known}

@@ -22,7 +22,7 @@ from . import AlpacaError
 from .batches import LengthGroups, add_learned
 from .card import write_card
 from .cells import NOTEBOOKS, refuse_dropped, run_cells
-from .checkpoints import PART, finish_checkpoint, is_main_process, resume_point
+from .checkpoints import PART, finish_checkpoint, is_main_process, resume_point, training_record
 from .config import add_parameters, parse_parameters
 from .console import run_command
 from .data import IGNORED
@@ -61,6 +61,7 @@ class AnswerTrainer(Trainer):
         self.since_log = torch.zeros(2, device=args.device)  # nats, labels
         self.begun, self.first_step = time.monotonic(), 0
         self.run = Run(Path(args.output_dir).parent)
+        self.record: dict = {}  # what makes the run's training, for the manifest
         trained = sum(value.numel() for value in self.model.parameters() if value.requires_grad)
         # three checkpoints, two and one being written: float32 weights, AdamW's two averages, the small files
         self.disk_bytes = 3 * (3 * 4 * trained + 1_000_000)
@@ -90,7 +91,10 @@ class AnswerTrainer(Trainer):
         # index_select, since for the gradient of a boolean mask torch sorts the positions on a GPU.
         with head.register_forward_pre_hook(lambda head, hidden: hidden[0].flatten(0, 1).index_select(0, before)):
             outputs = model(**inputs, use_cache=False)
-        nats = F.cross_entropy(outputs.logits.float(), labels.index_select(0, learned), reduction="none")
+        smooth = self.args.label_smoothing_factor
+        nats = F.cross_entropy(
+            outputs.logits.float(), labels.index_select(0, learned), reduction="none", label_smoothing=smooth
+        )
         if self.model.training:
             self.since_log += torch.stack([nats.detach().sum(), torch.ones_like(nats).sum()])
         else:  # by row: on several devices the last batch is filled up with rows that were there before
@@ -159,8 +163,8 @@ class AnswerTrainer(Trainer):
                 if is_main_process():
                     stack.enter_context(self.run.lock())
                 checkpoint = resume_point(self.run, self, resume_from_checkpoint is True)
-            if checkpoint:
-                self.first_step = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
+            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)) if checkpoint else TrainerState()
+            self.first_step = state.global_step
             stack.enter_context(check_disk_space(Path(self.args.output_dir), needed=self.disk_bytes))
             stack.enter_context(explained_out_of_memory(self.args.train_batch_size))
             stack.enter_context(lora_in_base_precision(self.model))
@@ -229,6 +233,7 @@ def save_adapter(trainer: AnswerTrainer) -> Iterator[Path]:
             yield Path(folder)
         return
     run, made = trainer.run, trainer.run.record("data")
+    record = trainer.record or training_record(run, trainer)  # of a `train()` that was not the run's
     with run.lock():
         with adapter_folder(run.folder / "adapter", trainer.model, made["model"], made["model_revision"]) as part:
             yield part
@@ -236,7 +241,7 @@ def save_adapter(trainer: AnswerTrainer) -> Iterator[Path]:
         last = {name: entry[name] for entry in history for name in ("loss", "eval_loss") if name in entry}
         result = {"steps": trainer.state.global_step, **last}
         sha256 = content_hash(run.artifact("adapter"), "*.safetensors")
-        run.write_record("adapter", trainer.record | {"result": result, "sha256": sha256})
+        run.write_record("adapter", record | {"result": result, "sha256": sha256})
         write_card(run.folder)
 
 
@@ -258,6 +263,10 @@ def main() -> None:
     parser.add_argument("run", metavar="RUN", help="name of the run, or a path to its folder")
     add_parameters(parser)
     options = parser.parse_args()
+    # Up to transformers 5.15, several processes without a GPU resume on the device "cpu:0", unknown to torch.load
+    torch.serialization.register_package(
+        15, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+    )
     try:
         parameters = parse_parameters(options.p, run=options.run)
         folder = Run.named(parameters.pop("run"), make=False).folder

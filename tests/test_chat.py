@@ -417,9 +417,11 @@ def test_save_replaces_no_file(box, tmp_path):
     (tmp_path / "folder.md").mkdir()
     (tmp_path / "talk.md.part").write_text("mine")
     box.ask("One")
-    for taken in (mine, tmp_path / "folder.md"):
+    (tmp_path / "link.md").symlink_to("gone")
+    for taken in (mine, tmp_path / "folder.md", tmp_path / "link.md"):
         said = save(box, taken)
         assert str(taken) in said and "exists" in said
+    (tmp_path / "link.md").unlink()
     assert mine.read_text(encoding="utf-8") == "my own notes"
     assert "Saved to" in save(box, path)
     saved = path.read_text(encoding="utf-8")

@@ -16,10 +16,13 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from support import PROJECT, TRAIN_AND_DIE
+from support.hub import Hub, Repository
 from support.models import with_lora
 from support.runs import byte_tokenizer, notebook_03, prepare_run, save_adapter, tiny_gpt2
+from test_hub import point_to
 
 from alpaca_helpers import AlpacaError, checkpoints, models, training
+from alpaca_helpers.cells import NOTEBOOKS, run_cells
 from alpaca_helpers.files import atomic_folder, check_disk_space, verify_checksums, write_checksums
 from alpaca_helpers.lora import WEIGHTS
 from alpaca_helpers.run import Run
@@ -214,9 +217,24 @@ def test_resuming_with_other_settings_data_or_base_is_refused_and_the_difference
     assert resume_point(run)
     tiny_gpt2(initializer_range=0.3).save_pretrained(run / "base")  # another one at the same place
     refused(run, "base [0-9a-f]+ -> [0-9a-f]+")
-    for record in (None, []):
+    for record in (None, [1], "x", 3):
         Run(run).write_record("training", record)
-        refused(run, ".*seed None -> 0.*")
+        refused(run, ".*batch_size None -> 8.*")
+
+
+def test_another_revision_of_a_base_on_the_hub_is_not_gone_on_with(run, tmp_path, monkeypatch):
+    """Nobody named one, notebook 02 ran again, and the Hub's newest is another."""
+    monkeypatch.chdir(tmp_path)
+    place = Repository(run / "base", "1" * 40)
+    change_manifest(run, "data", "training", model="owner/name", model_revision=place.commit)
+    change_manifest(run, "training", base=None)
+    with Hub({"models/owner/name": place}) as hub:
+        point_to(hub.url, tmp_path, monkeypatch)
+        assert resume_point(run).name == "checkpoint-24"
+        tiny_gpt2(initializer_range=0.3).save_pretrained(run / "base")
+        place.commit = "2" * 40
+        change_manifest(run, "data", model_revision=place.commit)
+        refused(run, "model_revision 1{40} -> 2{40}")
 
 
 def test_what_is_edited_in_the_objects_is_what_counts(run):
@@ -225,6 +243,46 @@ def test_what_is_edited_in_the_objects_is_what_counts(run):
     trainer.args.weight_decay = 0.1
     with pytest.raises(AlpacaError, match=r"\(weight_decay 0.0 -> 0.1\)"):
         checkpoints.resume_point(trainer.run, trainer)
+
+
+@pytest.mark.parametrize(
+    "edited",
+    [{"lr_scheduler_kwargs": {"min_lr": 1e-4}}, {"neftune_noise_alpha": 5.0}]
+    + [{"alpha_pattern": {"c_attn": 64}}, {"rank_pattern": {"c_attn": 2}}, {"layers_to_transform": [0]}],
+    ids=str,
+)
+def test_what_changes_the_result_is_never_gone_on_with(edited, run):
+    trainer, (name, value) = notebook_03(run, "trainer", **settings_of(run)), *edited.items()
+    lora = trainer.model.active_peft_config
+    setattr(lora if hasattr(lora, name) else trainer.args, name, value)
+    with pytest.raises(AlpacaError, match=rf"\({name} (None|{{}}) -> "):
+        checkpoints.resume_point(trainer.run, trainer)
+    change_manifest(run, "training", **{name: None})  # as an earlier version left it
+    setattr(lora if hasattr(lora, name) else trainer.args, name, None)
+    assert checkpoints.resume_point(trainer.run, trainer)
+
+
+def test_a_training_by_hand_is_recorded_and_a_half_saved_adapter_replaces_nothing(run):
+    """Trainer's own `train()`, and a training that starts over after one that went on from a checkpoint."""
+    names = run_cells(NOTEBOOKS[2], "training", settings_of(run) | {"run": str(run), "run_earlier": False}, "trainer")
+    trainer, before = names["trainer"], verify_checksums(run / "adapter")
+    trainer.args.weight_decay = 0.1
+    assert trainer.train().global_step == 24
+    for saved in ((), (trainer.model,)):
+        with (
+            pytest.raises(AlpacaError, match="not saved to .*: `save_pretrained` of both"),
+            training.save_adapter(trainer) as part,
+        ):
+            for thing in saved:
+                thing.save_pretrained(part)
+        assert verify_checksums(run / "adapter") == before == ""
+    with training.save_adapter(trainer) as part:
+        trainer.model.save_pretrained(part)
+        names["tokenizer"].save_pretrained(part)
+    assert Run(run).record("adapter")["weight_decay"] == 0.1
+    trainer.train(run / "checkpoints" / "checkpoint-21")
+    trainer.train()
+    assert trainer.first_step == 0
 
 
 @pytest.mark.parametrize("here, there", [("bfloat16", "float32"), ("float32", "bfloat16")])

@@ -33,6 +33,14 @@ def test_base_and_tuned_in_one_batch_are_each_alone(tiny_model, pocket_tokenizer
     assert base.text != tuned.text
 
 
+def test_a_merged_adapter_has_no_base_side(tiny_model, ask):
+    tuned = ask(max_new_tokens=4)
+    tiny_model.merge_adapter()
+    assert ask(max_new_tokens=4) == tuned
+    with pytest.raises(AlpacaError, match="merged into the base"):
+        ask(side="base")
+
+
 def test_a_seed_gives_the_same_sample_in_any_batch(ask):
     settings = {"temperature": 0.9, "top_p": 0.95, "top_k": 100, "seed": 3, "max_new_tokens": 10}
     together = ask(**settings)
@@ -141,6 +149,9 @@ def test_a_setting_out_of_range_is_one_sentence_and_one_at_its_end_gives_an_answ
     for wrong, named in (({"side": "tune"}, "'tune'"), ({"temprature": 1.0}, "'temprature'")):
         with pytest.raises(AlpacaError, match=named):
             ask(**wrong)
+    for wrong in ("Why?", ""):
+        with pytest.raises(AlpacaError, match="one text: pass a list"):
+            ask(wrong)
     extreme = [{"temperature": 1e-6}, {"temperature": 1e30}, {"seed": 2**62}]
     for settings in extreme:  # within their range
         (answer,) = ask(PROMPTS[:1], max_new_tokens=3, **settings)

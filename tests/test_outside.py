@@ -140,6 +140,18 @@ def test_the_gguf_holds_the_merged_weights_under_llama_cpps_names(tmp_path):
     assert torch.equal(found["blk.1.ffn_down.bias"], block.mlp.c_proj.bias)
 
 
+def test_the_ends_of_a_text_are_tokens_of_the_tokenizer(tmp_path):
+    """GPT-2's default for its end lies beyond a small vocabulary, and would be the word None to Ollama."""
+    model, tokenizer = tiny("gpt2", eos_token_id=50256)
+    assert model.generation_config.eos_token_id == 50256
+    export.generation_settings(model, tokenizer).save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "model")
+    for part in (tmp_path / "model", tmp_path):
+        tokenizer.save_pretrained(part)
+    (tmp_path / "config.json").write_text((tmp_path / "model" / "config.json").read_text())
+    assert "None" not in export.ollama_settings(tmp_path, "x.gguf")
+
+
 def test_what_cannot_be_written_as_gguf_is_one_sentence(tmp_path, monkeypatch):
     refusals = {"gpt_neox": "architecture, gpt_neox,", "llama": "rotary positions, linear,", "qwen3": "tokenizer"}
     for kind, reason in refusals.items():
@@ -155,6 +167,20 @@ def test_what_cannot_be_written_as_gguf_is_one_sentence(tmp_path, monkeypatch):
             export.save_gguf(folder)
         assert refused.value.code == "no-gguf" and "\n" not in str(refused.value)
         assert not list(folder.glob("*.gguf")) and not list(folder.glob(".alpaca-*"))
+    folder = tmp_path / "gpt2"
+    export.export(folder, finished_run(folder, "gpt2"))
+    for file, part, other, reason in (
+        ("config", '"gelu_new"', '"relu"', "configuration, activation_function relu,"),
+        ("config", '"scale_attn_weights": true', '"scale_attn_weights": false', "configuration, scale_attn_weights"),
+        ("tokenizer", '"add_prefix_space": false', '"add_prefix_space": true', "tokenizer"),
+    ):
+        path = folder / "merged" / f"{file}.json"
+        whole = path.read_text()
+        path.write_text(whole.replace(part, other))
+        with pytest.raises(AlpacaError, match=f"merged cannot be written as GGUF: its {reason}"):
+            export.save_gguf(folder)
+        path.write_text(whole)
+    export.save_gguf(folder)
     monkeypatch.setitem(sys.modules, "alpaca_helpers.gguf", None)
     with pytest.raises(AlpacaError, match="gguf is not installed: `pip install") as refused:
         export.save_gguf(folder)

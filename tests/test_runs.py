@@ -138,6 +138,7 @@ def test_no_record_or_one_of_another_version_is_a_sentence(recorded):
         Run(recorded).write_record("data", record)
         refused = refusal(Run(recorded).record, "data")
         assert refused.code == "no-artifact" and "`data" in str(refused), record
+        assert ("data" in Run(recorded).manifest()) == isinstance(record, dict)
 
 
 def test_damaged_data_are_noticed_where_they_are_read(recorded):
@@ -274,14 +275,14 @@ def test_a_folder_is_whole_or_the_earlier_one_also_after_a_cut_between_its_two_r
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full, a disk that is always full")
 def test_a_manifest_on_a_full_disk_stays_the_old_one(tmp_path):
     path = tmp_path / "manifest.json"
-    write_json(path, {"n": 1})
+    write_json(path, {"n": {}})
     with pytest.raises(TypeError):
         write_json(path, {"n": object()})
     (tmp_path / "manifest.json.part").write_text("mine")
     (tmp_path / ".alpaca-manifest.json.part").symlink_to("/dev/full")
     refused = refusal(write_json, path, {"n": 2})
     assert refused.code == "unwritable" and os.strerror(errno.ENOSPC) in str(refused)
-    assert Run(tmp_path).manifest() == {"n": 1} and (tmp_path / "manifest.json.part").read_text() == "mine"
+    assert Run(tmp_path).manifest() == {"n": {}} and (tmp_path / "manifest.json.part").read_text() == "mine"
 
 
 @pytest.fixture

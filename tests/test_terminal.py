@@ -143,6 +143,7 @@ def test_what_is_wrong_is_one_sentence_and_makes_nothing(run, command, tmp_path)
         (["--once", " "], "The message is blank"),
         (["--once", "Hi", "--temperature", "-1"], "temperature is -1.0"),
         (["--once", "Hi", "--max-new-tokens", "128"], "max_new_tokens is 128"),
+        (["--input", "a cat"], "give that by --once"),
         (["--run", tmp_path / "missing"], "03_lora_finetuning"),
     ):
         left, out, _ = command(terminal.main, "--run", run, *options)

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from support.models import assert_same, gradients, with_lora
 from support.runs import NO_DROPOUT, byte_tokenizer, notebook_03, prepare_run, random_rows, tiny_gpt2
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -99,12 +99,23 @@ def test_the_loss_of_an_evaluation_is_the_mean_over_its_labels_whatever_the_batc
 def test_a_training_that_changes_more_than_lora_is_refused_before_it_begins_and_one_without_evaluation_is_not(tmp_path):
     rows, options = tokens(random_rows(8)), {"args": arguments(tmp_path, eval_strategy="no")}
     options |= {"data_collator": PadToLongest(256), "train_dataset": rows}
-    for more in ({"bias": "lora_only"}, {"lora_bias": True}):
-        model = get_peft_model(tiny_gpt2(), LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, **more))
+    other = [{"bias": "lora_only"}, {"lora_bias": True}]
+    other = [LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, **more) for more in other]
+    for model in (tiny_gpt2(), *(get_peft_model(tiny_gpt2(), config) for config in (IA3Config(), *other))):
         with pytest.raises(AlpacaError) as refused:
             training.AnswerTrainer(model=model, **options)
         assert refused.value.code == "more-than-lora"
     assert training.AnswerTrainer(model=random_lora(), **options).train().global_step == 1
+
+
+def test_a_smoothed_loss_is_the_plain_trainers(tmp_path):
+    rows, model = tokens(random_rows(8)), random_lora().eval()
+    args = arguments(tmp_path, eval_strategy="no", label_smoothing_factor=0.3)
+    given, batch = {"args": args, "train_dataset": rows}, PadToLongest(256)(list(rows))
+    wanted = Trainer(model=model, **given).compute_loss(model, dict(batch)).item()
+    ours = training.AnswerTrainer(model=model, data_collator=PadToLongest(256), **given)
+    found = ours.compute_loss(model, ours.data_collator(list(rows))).item()
+    assert found == pytest.approx(wanted, rel=2**-16) and abs(found - model(**batch).loss.item()) > 0.05
 
 
 @pytest.mark.integration
@@ -387,7 +398,10 @@ def test_the_command_names_the_missing_notebook_and_a_wrong_parameter(given, cod
     if given:
         prepare_run(tmp_path / "run")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    registered: list = []  # one process registers once
+    monkeypatch.setattr(torch.serialization, "register_package", lambda *given: registered.append(given))
     monkeypatch.setattr(sys, "argv", ["training", str(tmp_path / "run"), *(f"-p {given}".split() if given else [])])
     with pytest.raises(AlpacaError) as refused:
         training.main()
     assert refused.value.code == code
+    assert registered[0][2]("storage", "cpu:0") == "storage"

@@ -62,6 +62,8 @@ def main() -> None:
         parser.add_argument(f"--{key.replace('_', '-')}", type=type(value), default=value, help=f"({value})")
     settings = vars(parser.parse_args())
     run, once, text = (settings.pop(key) for key in ("run", "once", "input"))
+    if text and once is None:
+        raise AlpacaError("--input goes with a question: give that by --once.", "bad-setting")
     tuned = Run.named(check_parameters({"run": run})["run"], make=False)
     adapter, made = tuned.artifact("adapter"), tuned.record("adapter")
     source = made["model"], made["model_revision"]
