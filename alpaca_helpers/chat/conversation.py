@@ -109,7 +109,7 @@ class Conversation:
         """
         place = Path(os.path.expanduser(path)).absolute()
         try:
-            if place.suffix != ".md" or place.exists():
+            if place.suffix != ".md" or os.path.lexists(place):
                 raise ValueError("it exists, or does not end in .md")
             replace_file(place, as_markdown(self.exchanges).encode())
         except (OSError, ValueError) as error:
