@@ -69,7 +69,9 @@ PROFILES = {
 def _run(run: str) -> str:
     path = re.sub(r"^[A-Za-z]:(?=[\\/])", "", run)  # without a drive of Windows
     # file names on every system; papermill fills in what is in braces
-    if re.search(r"[<>:\"|?*{}\x00-\x1f]", path) or any(len(os.fsencode(part)) > 200 for part in re.split(r"[\\/]", path)):
+    if re.search(r"[<>:\"|?*{}\x00-\x1f]", path) or any(
+        len(os.fsencode(part)) > 200 for part in re.split(r"[\\/]", path)
+    ):
         raise ValueError('a run is a name or a path, not too long, without < > : " | ? * { }')
     return run
 
