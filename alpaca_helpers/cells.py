@@ -30,7 +30,7 @@ def read_cells(notebook: Path, tag: str = "") -> list[dict]:
         cells = [cell for cell in cells if not tag or tag in cell["metadata"].get("tags", [])]
         if tag and not cells:
             raise ValueError(f"no cell is tagged `{tag}`")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = f"{notebook} cannot be read ({type(error).__name__}: {error})"
         raise AlpacaError(f"{what}: take it from the project again.", "notebook-broken") from error
     return cells
@@ -38,8 +38,13 @@ def read_cells(notebook: Path, tag: str = "") -> list[dict]:
 
 def notebook_parameters(notebook: Path) -> list[str]:
     """Return the names in the notebook's cell tagged `parameters`; errors as in `read_cells`."""
+    try:
+        body = ast.parse(read_cells(notebook, "parameters")[0]["source"]).body
+    except (SyntaxError, ValueError) as error:
+        what = f"The cell of parameters in {notebook} is no Python ({error})"
+        raise AlpacaError(f"{what}: correct it, or take it from the project again.", "notebook-broken") from error
     names = []
-    for line in ast.parse(read_cells(notebook, "parameters")[0]["source"]).body:
+    for line in body:
         if isinstance(line, ast.AnnAssign):
             names.append(ast.unparse(line.target))
         elif isinstance(line, ast.Assign):

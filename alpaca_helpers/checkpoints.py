@@ -37,14 +37,21 @@ def finish_checkpoint(checkpoints: Path, step: int, limit: int | None, best: int
     done = checkpoints / f"checkpoint-{step}"
     write_checksums(checkpoints / PART / done.name)
     refuse_foreign_files(done)
-    shutil.rmtree(done, ignore_errors=True)
+    if done.exists():
+        _set_aside(done)
     (checkpoints / PART / done.name).rename(done)
-    shutil.rmtree(checkpoints / PART)
     for checkpoint in _checkpoints(checkpoints)[limit:] if limit else []:
         with suppress(AlpacaError):  # somebody's file is in it
             refuse_foreign_files(checkpoint)
             if checkpoint.name != f"checkpoint-{best}":
-                shutil.rmtree(checkpoint)
+                _set_aside(checkpoint)
+    shutil.rmtree(checkpoints / PART)
+
+
+def _set_aside(checkpoint: Path) -> None:
+    """Put a checkpoint into `PART`, which is removed next: cut in that, no part of it is left among the others."""
+    (checkpoint.parent / PART).mkdir(exist_ok=True)
+    checkpoint.rename(checkpoint.parent / PART / f"old-{checkpoint.name}")
 
 
 def last_complete_checkpoint(checkpoints: Path) -> Path | None:
@@ -68,8 +75,10 @@ def resume_point(run: Run, trainer: Trainer, resume: bool = True) -> Path | None
         now, checkpoints = training_record(run, trainer), _checkpoints(folder)
         for recorded in (run.folder / "adapter", *checkpoints):
             refuse_foreign_files(recorded)
-        for removed in (folder / PART, *([] if resume else checkpoints)):
-            shutil.rmtree(removed, ignore_errors=True)
+        shutil.rmtree(folder / PART, ignore_errors=True)
+        for checkpoint in [] if resume else checkpoints:
+            _set_aside(checkpoint)
+        shutil.rmtree(folder / PART, ignore_errors=True)
         if resume and checkpoints:
             before = run.manifest().get("training", {})
             changed = [key for key in now if key not in FREE and (before.get(key) or None) != (now[key] or None)]

@@ -69,14 +69,16 @@ PROFILES = {
 def _run(run: str) -> str:
     path = re.sub(r"^[A-Za-z]:(?=[\\/])", "", run)  # without a drive of Windows
     # file names on every system; papermill fills in what is in braces
-    if re.search(r"[<>:\"|?*{}\x00-\x1f]", path) or any(len(part) > 200 for part in re.split(r"[\\/]", path)):
-        raise ValueError('a run is a name or a path without < > : " | ? * { }')
+    if re.search(r"[<>:\"|?*{}\x00-\x1f]", path) or any(
+        len(os.fsencode(part)) > 200 for part in re.split(r"[\\/]", path)
+    ):
+        raise ValueError('a run is a name or a path, not too long, without < > : " | ? * { }')
     return run
 
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Name = Annotated[str, Field(min_length=1, max_length=1000)]  # of a model or a dataset: a path, or owner/name
-Run = Annotated[str, Field(coerce_numbers_to_str=True), AfterValidator(_run)]
+Run = Annotated[str, Field(coerce_numbers_to_str=True, max_length=1000), AfterValidator(_run)]
 Layers = Annotated[list[Name], Field(min_length=1), BeforeValidator(lambda of: [of] if isinstance(of, str) else of)]
 
 
@@ -149,7 +151,7 @@ def parse_parameters(pairs: Iterable[Sequence[str]], **given: object) -> dict[st
     for key, text in pairs:
         value: object = None if text in ("None", "null") else text
         if text.startswith("["):
-            with suppress(ValueError):  # else it is checked as text
+            with suppress(ValueError, RecursionError):  # else it is checked as text
                 value = json.loads(text)
         if values.setdefault(key, value) != value:
             what = f"The parameter `{key}` is given twice, as {values[key]} and as {text}: give it once."

@@ -144,7 +144,9 @@ def save_data(folder: Path, settings: SimpleNamespace, split: DatasetDict) -> It
     chosen = {name: value for name, value in vars(settings).items() if name in RECORDED}
     record = {name: portable(value) if isinstance(value, str) else value for name, value in chosen.items()}
     run = Run(folder)
+    record["fingerprint"] = fingerprint(split)
     with run.lock():
         with atomic_folder(folder / "data") as part:
             yield part
-        run.write_record("data", record | {"fingerprint": fingerprint(split)})
+            run.write_record("data", {})  # killed before the new one, it has none rather than that of other rows
+        run.write_record("data", record)

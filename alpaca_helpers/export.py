@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from .card import push_adapter
 from .checkpoints import is_main_process
 from .config import check_parameters
 from .console import run_command
-from .files import atomic_folder, check_disk_space, content_hash, write_json
+from .files import atomic_folder, check_disk_space, content_hash, in_the_way, write_json
 from .generation import end_tokens
 from .lora import TOKENIZER_BYTES, finish_tokenizer, load_adapter
 from .models import load_base, load_tokenizer, positions
@@ -101,9 +102,8 @@ def save_gguf(folder: Path) -> None:
     parts = {place: place.with_name(f".alpaca-{place.name}.part") for place in (path, modelfile)}
     recorded = Run(folder).manifest().get("gguf", {})
     for place in parts:
-        if place.exists() and content_hash(place) != recorded.get(place.name):
-            what = f"{place} is in the way, and not recorded as written here: move it elsewhere, and run this again."
-            raise AlpacaError(what, "not-ours")
+        if os.path.lexists(place) and content_hash(place) != recorded.get(place.name):
+            raise in_the_way(place)
     with check_disk_space(folder, needed=sum(file.stat().st_size for file in merged.iterdir())):
         try:
             write_gguf(merged, parts[path])

@@ -19,7 +19,10 @@ DIGEST = re.compile("[0-9a-f]{64}")
 WEIGHTS, CARD = "adapter_model.safetensors", "README.md"  # the card beside an adapter is written after its checksums
 LEFT_BEHIND = ("cache-*.arrow", ".DS_Store", "Thumbs.db", "desktop.ini")  # by datasets, by file browsers
 NO_SPACE = os.strerror(errno.ENOSPC)
-UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EDQUOT)
+UNWRITABLE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+}
 
 
 @contextmanager
@@ -65,6 +68,20 @@ def replace_file(path: Path, content: bytes) -> None:
             part.unlink(missing_ok=True)
 
 
+def replace_recorded(path: Path, content: bytes) -> None:
+    """Write a file as `replace_file` does, and its name into the checksums beside it.
+
+    Raises AlpacaError for a file or link in its place that is not in these: it is somebody's.
+    """
+    saved = _read_checksums(path.parent)
+    if os.path.lexists(path) and path.name not in saved:
+        raise in_the_way(path)
+    with check_disk_space(path, needed=len(content)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path.parent / CHECKSUMS, saved | {path.name: hashlib.sha256(content).hexdigest()})
+        replace_file(path, content)
+
+
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file atomically; errors as in `replace_file`."""
     replace_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
@@ -74,7 +91,7 @@ def read_json(path: Path, remedy: str) -> dict:
     """Return the content of a JSON file; raise AlpacaError with what to do where it is broken."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise AlpacaError(f"{path} is broken ({error}): {remedy}.", "json-broken") from error
 
 
@@ -83,7 +100,7 @@ def check_disk_space(path: Path, needed: int = 0) -> Iterator[None]:
     """Raise AlpacaError where the disk has no room for `needed` bytes, or the block cannot write to `path`."""
 
     def free() -> int:
-        return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+        return shutil.disk_usage(next(place for place in (path, *path.parents) if os.path.exists(place))).free
 
     def refusal(reason: str) -> AlpacaError:
         room = f"{-(-needed // 100_000) / 10:.1f} MB are needed, " * bool(needed) + f"{free() / 1e6:.1f} MB are free"
@@ -112,8 +129,13 @@ def refuse_foreign_files(folder: Path) -> None:
     for path in folder.rglob("*") if folder.is_dir() and not folder.is_symlink() else [folder]:
         is_file = path.is_symlink() or path.is_file()
         if is_file and path not in recorded and not any(map(path.match, LEFT_BEHIND)):
-            what = f"{path} is in the way, and not recorded as written here: move it elsewhere, and run this again."
-            raise AlpacaError(what, "not-ours")
+            raise in_the_way(path)
+
+
+def in_the_way(path: Path) -> AlpacaError:
+    """Return the error for a file that somebody else wrote where one is to be written."""
+    what = f"{path} is in the way, and not recorded as written here: move it elsewhere, and run this again."
+    return AlpacaError(what, "not-ours")
 
 
 def write_checksums(folder: Path) -> None:
@@ -137,7 +159,7 @@ def _read_checksums(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of the folder's files by name; empty where there are none that are written here."""
     try:
         saved = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return saved if isinstance(saved, dict) and all(DIGEST.fullmatch(str(value)) for value in saved.values()) else {}
 

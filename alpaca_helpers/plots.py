@@ -14,7 +14,7 @@ from IPython.display import HTML, Image
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from .files import check_disk_space, replace_file
+from .files import replace_recorded
 
 INK, PALE, BLUE, ORANGE = "#222222", "#e4e4e4", "#0072b2", "#e69f00"
 BASE = {"facecolor": PALE, "edgecolor": INK, "hatch": "///", "linewidth": 0.8}
@@ -36,14 +36,12 @@ in_style = matplotlib.rc_context(STYLE)  # decorates a function that draws
 def save_picture(figure: Figure, path: Path, alt: str) -> Image:
     """Write the figure to `path` as PNG and return it for the notebook to show.
 
-    `alt` describes it for readers who cannot see it. Raises AlpacaError where the file cannot be written.
+    `alt` describes it for readers who cannot see it. Errors as in `replace_recorded`.
     """
     plt.close(figure)  # else Jupyter would show a figure of pyplot's once more
     png = io.BytesIO()
     figure.savefig(png, format="png", bbox_inches="tight")
-    with check_disk_space(path, needed=0):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, png.getvalue())
+    replace_recorded(path, png.getvalue())
     return Image(png.getvalue(), format="png", metadata={"alt": alt})
 
 

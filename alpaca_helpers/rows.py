@@ -11,7 +11,6 @@ import io
 import json
 import os
 import re
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 
 from . import AlpacaError, locate
-from .files import check_disk_space, replace_file
+from .files import replace_recorded
 from .hub import cached_folder, fetch, first_line
 from .run import Run
 
@@ -41,8 +40,8 @@ HUB_NAME = re.compile(r"[^./~][^/]*/[^/]+")
 def prepare_rows(folder: Path, dataset: str, revision: str | None = None, heldout: str | None = None) -> dict[str, str]:
     """Return the files of checked rows, by split, that `load_dataset("parquet", data_files=…)` takes.
 
-    They are written to `rows` in the run's `folder`, under its lock. Arguments and errors as in `load_rows`; `heldout`
-    is a file with rows held out already.
+    They are written to `rows` in the run's `folder`, under its lock. Arguments and errors as in `load_rows` and
+    `replace_recorded`; `heldout` is a file with rows held out already.
     """
     sources = {"train": (dataset, revision)} | ({"heldout": (heldout, None)} if heldout else {})
     files = {}
@@ -50,11 +49,9 @@ def prepare_rows(folder: Path, dataset: str, revision: str | None = None, heldou
         for split, source in sources.items():
             path, table = folder / "rows" / f"{split}.parquet", io.BytesIO()
             load_rows(*source).to_parquet(table)
-            with check_disk_space(folder, needed=table.tell()):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                # not written twice: load_dataset would cache the same rows again
-                if not path.is_file() or path.read_bytes() != table.getvalue():
-                    replace_file(path, table.getvalue())
+            # not written twice: load_dataset would cache the same rows again
+            if not path.is_file() or path.read_bytes() != table.getvalue():
+                replace_recorded(path, table.getvalue())
             files[split] = str(path)
     return files
 
@@ -108,7 +105,7 @@ def _read(path: Path) -> Iterator[Any]:
     try:
         content = path.read_bytes()
         yield from READERS[_kind(path)](gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content)
-    except (OSError, EOFError, zlib.error, ValueError, RecursionError, pyarrow.ArrowException) as error:
+    except Exception as error:  # the readers' differ: of gzip, zlib, JSON, csv, Arrow, Python's dates
         what = f"{path} cannot be read ({first_line(error)})"
         raise AlpacaError(f"{what}: correct it, or save it again, text as UTF-8.", "dataset-broken") from error
 
@@ -187,5 +184,6 @@ def _fault(row: Any) -> str:
     for column in COLUMNS:
         value = row.get(column)
         if not isinstance(value, str) and (value is not None or column in ("instruction", "output")):
-            return f"`{column}` is {value!r:.40}, not text; its columns are {', '.join(row) or 'none'}"
+            names = " ".join(", ".join(row).split())  # a line of text, where a CSV has none of names
+            return f"`{column}` is {value!r:.40}, not text; its columns are {names or 'none':.200}"
     return ""

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from . import PACKAGE, AlpacaError, project_folder
-from .files import CHECKSUMS, check_disk_space, content_hash, read_json, verify_checksums, write_json
+from .files import CHECKSUMS, LEFT_BEHIND, check_disk_space, content_hash, read_json, verify_checksums, write_json
 
 PRODUCERS = {  # the notebook that makes each artifact
     "data": "02_dataset_and_tokenizer",
@@ -60,17 +60,18 @@ class Run:
         that cannot be, and for a folder with files that is not marked.
         """
         is_path = {"/", os.sep} & set(name) or name in (".", "..", "~")
-        folder = Path(name).expanduser().resolve() if is_path else project_folder() / "runs" / name
+        folder = Path(os.path.realpath(os.path.expanduser(name))) if is_path else project_folder() / "runs" / name
         if make and not (folder / MARK).is_file():
             if any(part.name == PACKAGE.name and (part / "__init__.py").is_file() for part in folder.parents):
                 raise AlpacaError(f"The folder {folder} lies in {PACKAGE.name}: take another `run`.", "not-a-run")
             files = sorted(folder.iterdir()) if folder.is_dir() else []
-            if foreign := [path.name for path in files if not _is_executed(path)]:
+            if foreign := [path.name for path in files if not (path.name in LEFT_BEHIND or _is_executed(path))]:
                 what = f"The folder {folder} is not marked as a run's ({MARK}) and holds {foreign[0]}"
                 raise AlpacaError(f"{what}: take another `run`, or move its files away.", "not-a-run")
             with check_disk_space(folder, needed=RUN_BYTES):
-                (folder / "pictures").mkdir(parents=True, exist_ok=True)
+                folder.mkdir(parents=True, exist_ok=True)
                 (folder / MARK).write_text("A run of alpaca_helpers: what it recorded here, it may replace.\n")
+                (folder / "pictures").mkdir(exist_ok=True)
         return cls(folder)
 
     @contextmanager

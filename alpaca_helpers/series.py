@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -131,11 +132,22 @@ def _execute_changed(notebooks: Sequence[Path], parameters: dict[str, object], r
         if not unchanged:  # until it is through, this notebook and those after it are not done
             done = {each: mark for each, mark in done.items() if each != name and (each < name or notebook in FURTHER)}
             run.write_record("notebooks", done)
-            before = {path: path.stat().st_mtime_ns for path in run.folder.glob("pictures/*")}
+            before = {path: path.stat().st_mtime_ns for path in run.folder.glob("pictures/*.png")}
+            _keep_changed(executed, run)
+            run.write_record("executed", (run.manifest().get("executed") or {}) | {name: _hash(*_code(notebook))})
             _execute(notebook, executed, chosen)
-            drawn = [path for path in run.folder.glob("pictures/*") if path.stat().st_mtime_ns != before.get(path)]
+            drawn = [path for path in run.folder.glob("pictures/*.png") if path.stat().st_mtime_ns != before.get(path)]
             pictures = {f"pictures/{path.name}": content_hash(path) for path in drawn}
             run.write_record("notebooks", done := done | {name: (_mark(inputs, name, run), pictures)})
+
+
+def _keep_changed(executed: Path, run: Run) -> None:
+    """Rename an executed notebook whose cells are not those that the manifest records: the reader has changed it."""
+    cells = (run.manifest().get("executed") or {}).get(executed.stem)
+    if os.path.lexists(executed) and _hash(*_code(executed)) != cells:
+        places = (executed.with_stem(f"{executed.stem}-changed-{number}") for number in count(1))
+        kept = executed.rename(next(place for place in places if not os.path.lexists(place)))
+        print(f"Note: {executed} was changed since it was executed, and is kept as {kept.name}.", flush=True)
 
 
 def _mark(inputs: str, notebook: str, run: Run) -> str:
@@ -169,9 +181,10 @@ def _execute(notebook: Path, executed: Path, parameters: dict[str, object]) -> N
 
 
 def _code(notebook: Path) -> list[str]:
-    """Return type and source of each of a notebook's cells; none where it is missing, or cut."""
+    """Return type and source of each of a notebook's cells but papermill's; none where it is missing, or cut."""
     try:
-        return [f"{cell['cell_type']} {cell['source']}" for cell in read_cells(notebook)]
+        cells = [cell for cell in read_cells(notebook) if "injected-parameters" not in cell["metadata"].get("tags", [])]
+        return [f"{cell['cell_type']} {cell['source']}" for cell in cells]
     except AlpacaError:
         return []
 

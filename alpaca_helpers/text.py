@@ -1,8 +1,8 @@
 """What a word is, in every script: the one definition by which answers are counted, filtered and compared.
 
 Texts are compared in Unicode's composed form (NFC), without regard to case, to the form of quotes (’ is ', “ is ") and
-to the commas in 1,000. A word is a run of letters, marks and digits; in scripts that put no space between words (Han,
-kana, Thai, Lao, Khmer, Burmese) each character is one.
+hyphens, to spaces and hyphens that nobody sees, and to the commas in 1,000. A word is a run of letters, marks and
+digits; in scripts that put no space between words (Han, kana, Thai, Lao, Khmer, Burmese) each character is one.
 """
 
 import unicodedata
@@ -16,14 +16,15 @@ _WORD = regex.compile(
 )
 _WORD_OR_MARK = regex.compile(_WORD.pattern + r"|\S")
 # C# is not C, 50% is not 50. Searched from the end, (?r): a run of marks takes linear time.
-_QUOTES = str.maketrans(dict.fromkeys("‘’‚‛ʼ", "'") | dict.fromkeys("“”„‟", '"'))
+_SPELLINGS = dict.fromkeys("‘’‚‛ʼ", "'") | dict.fromkeys("“”„‟", '"') | dict.fromkeys("\u2010\u2011", "-")
+_PLAIN = str.maketrans(_SPELLINGS | dict.fromkeys("\u00ad\u200b\u2060\ufeff", ""))  # which nobody sees
 _THOUSANDS = regex.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?!,?[0-9])")
 _FINAL_MARKS = regex.compile(r"(?r)[\p{Terminal_Punctuation}…‥\s]+$")
 
 
 def plain(text: str) -> str:
     """Return the text as it is compared; each run of spaces is one, and none is at the ends."""
-    plainer = unicodedata.normalize("NFC", text).casefold().translate(_QUOTES)
+    plainer = unicodedata.normalize("NFC", text).casefold().translate(_PLAIN)
     return " ".join(_THOUSANDS.sub(lambda number: number[0].replace(",", ""), plainer).split())
 
 

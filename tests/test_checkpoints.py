@@ -170,6 +170,22 @@ def test_the_oldest_checkpoints_are_removed_unless_somebodys_file_is_in_them(tmp
     assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{step}" for step in (1, 3, 5, 6)}
 
 
+def test_a_removal_that_is_cut_leaves_no_checkpoint_in_part(run, monkeypatch):
+    """It would be named as broken, and its files as somebody's, at each later training."""
+
+    def cut(folder, *given, **named):
+        if file := next((path for path in Path(folder).glob("**/checksums.json")), None):
+            file.unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", cut)
+    with pytest.raises(KeyboardInterrupt):
+        resume_point(run, resume=False)
+    monkeypatch.undo()
+    assert not list((run / "checkpoints").glob("checkpoint-2*"))
+    assert resume_point(run) is None and not (run / "checkpoints" / checkpoints.PART).exists()
+
+
 def test_the_best_checkpoint_is_kept_and_loaded_again(run):
     """As `load_best_model_at_end` asks for, and Trainer does: each loss here is worse than the first one."""
     trainer = notebook_03(run, "trainer", **settings_of(run))

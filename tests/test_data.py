@@ -1,5 +1,6 @@
 """A prompt of another form, labels shifted or lost, rows wrongly dropped, held-out rows in training."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import jinja2
@@ -159,10 +160,11 @@ def test_questions_on_both_sides_leave_the_training_side_and_are_counted():
 
 def test_a_question_is_the_same_however_its_characters_are_spelled():
     pairs = [("Où est l’été ?", "Ou\u0300 est l'e\u0301te\u0301 ?"), ("Say “hi” 1,000 times", 'say "HI" 1000  times')]
+    pairs += [("A well\u2011known\u200b co\u00adlour", "\ufeffa well-known colour")]
     rows = rows_of(*({"instruction": text, "output": "a"} for pair in pairs for text in pair))
-    assert len(set(map(data.question_key, rows))) == 2
+    assert len(set(map(data.question_key, rows))) == 3
     split, _ = held_out(rows)
-    assert len(split["train"]) == len(split["heldout"]) == 2
+    assert len(split["train"]) == 4 and len(split["heldout"]) == 2
     assert len(held_out(rows.select([0, 2]), rows.select([1]))[0]["train"]) == 1
     different = [
         "Add 1,2 and 3",
@@ -183,6 +185,23 @@ def test_the_manifest_has_paths_of_this_machine_only_outside_the_checkout(tmp_pa
         pass
     record = Run(tmp_path).manifest()["data"]
     assert [record[name] for name in ("name", "model", "dataset", "heldout")] == ["n", "m/x", settings.dataset, None]
+
+
+def test_data_that_are_cut_before_their_record_have_none_rather_than_that_of_other_rows(tmp_path, monkeypatch):
+    names = ("name", "model", "dataset", "max_length", "seed", "learning_rate", "num_train_epochs")
+    settings = SimpleNamespace(**dict.fromkeys(names[:3], "a"), **dict.fromkeys(names[3:], 1), recipe="answers")
+    split, write = DatasetDict(train=rows_of(ROW), heldout=rows_of(ROW)), Run.write_record
+    for cut in (False, True):
+        if cut:
+            monkeypatch.setattr(Run, "write_record", lambda *given: write(*given) if given[2] == {} else 1 / 0)
+        with (
+            pytest.raises(ZeroDivisionError) if cut else nullcontext(),
+            data.save_data(tmp_path, settings, split) as part,
+        ):
+            (part / "rows").touch()
+    with pytest.raises(AlpacaError, match="02_dataset_and_tokenizer") as refused:
+        Run(tmp_path).record("data")
+    assert refused.value.code == "no-artifact"
 
 
 def test_too_few_questions_to_train_on_or_to_hold_out_are_a_sentence():

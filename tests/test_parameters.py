@@ -89,7 +89,7 @@ def test_what_spells_a_value_is_that_value():
         "model_name": [True, "", "a" * 5000, ["a"]],
         "dataset_name": [123, ""],
         "profile": ["", "big", ["pocket"], None],
-        "run": [["a"], True, "a::b", "a{b}", "a\0b", "x" * 300],
+        "run": [["a"], True, "a::b", "a{b}", "a\0b", "x" * 300, "é" * 150, "a/" * 1500],
         "recipe": ["", "best", None],
         "merged": ["maybe", 2],
         "push_to": ["alone", "a/b/c"],

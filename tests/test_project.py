@@ -288,7 +288,7 @@ def test_without_a_name_the_program_chooses_and_parameters_are_words_as_a_shell_
 @pytest.mark.integration
 def test_links_badges_and_notebooks_get_the_address(tmp_path):
     """What is no address of a repository is refused, and nothing is written."""
-    for name in ("Makefile", "README.md", "docs", "notebooks"):
+    for name in ("Makefile", "README.md", "pyproject.toml", "docs", "notebooks"):
         copy = shutil.copytree if (PROJECT / name).is_dir() else shutil.copy
         copy(PROJECT / name, tmp_path / name)
 

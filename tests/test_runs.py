@@ -17,7 +17,14 @@ from support import PROJECT
 from support.runs import locked_elsewhere, prepare_run, record_adapter
 
 from alpaca_helpers import AlpacaError, pocket, training
-from alpaca_helpers.files import atomic_folder, replace_file, verify_checksums, write_checksums, write_json
+from alpaca_helpers.files import (
+    atomic_folder,
+    replace_file,
+    replace_recorded,
+    verify_checksums,
+    write_checksums,
+    write_json,
+)
 from alpaca_helpers.run import Run
 
 FOREIGN_MANIFESTS = (
@@ -150,7 +157,7 @@ def test_damaged_data_are_noticed_where_they_are_read(recorded):
 
 
 def test_broken_metrics_and_manifests_are_a_sentence(tmp_path):
-    for content in (b"", b'{"base": {"re', bytes(20), b"\xff\xfe", b"[1]", b"null"):
+    for content in (b"", b'{"base": {"re', bytes(20), b"\xff\xfe", b"[1]", b"null", b"[" * 100_000):
         for name, read in {"metrics.json": Run.metrics, "manifest.json": Run.manifest}.items():
             (tmp_path / name).write_bytes(content)
             refused = refusal(read, Run(tmp_path))
@@ -174,6 +181,22 @@ def test_a_run_is_a_name_or_a_path_to_a_new_folder_or_its_own(tmp_path, monkeypa
             assert Run.named(run).folder == tmp_path / path and (tmp_path / path / "pictures").is_dir(), run
             (tmp_path / path / "manifest.json").write_text("broken")  # it stays a run's
             (tmp_path / path / "notes.txt").write_text("mine")
+
+
+def test_a_new_run_that_is_cut_and_odd_names_are_a_run_or_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "write_text", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Run.named("./cut")
+    monkeypatch.undo()
+    Path(tmp_path / "mac").mkdir()
+    (tmp_path / "mac" / ".DS_Store").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("cut", "mac"):
+        assert Run.named(f"{tmp_path}/{name}").folder == tmp_path / name
+    assert refusal(Run.named, f"{tmp_path}/loop").code == "unwritable"
+    (tmp_path / "metrics.json").mkdir()
+    assert refusal(write_json, tmp_path / "metrics.json", {}).code == "unwritable"
 
 
 def test_a_folder_that_is_not_marked_or_lies_in_the_package_is_no_run_and_stays_as_it_is(tmp_path, monkeypatch):
@@ -226,6 +249,21 @@ def test_a_file_that_is_not_recorded_stops_the_work_before_anything_is_removed(n
         assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
         for path in (folder / "notes.txt", folder / "train" / "rows.json", folder / "link"):
             path.unlink(missing_ok=True)
+
+
+def test_a_single_file_replaces_only_what_is_recorded_beside_it(tmp_path):
+    path, target = tmp_path / "pictures" / "losses.png", tmp_path / "target"
+    for content in (b"one", b"two"):
+        replace_recorded(path, content)
+        assert path.read_bytes() == content
+    path.unlink()
+    replace_recorded(path, b"three")
+    (path.parent / "mine.png").write_bytes(b"mine")
+    (path.parent / "link.png").symlink_to(target)
+    for name in ("mine.png", "link.png"):
+        refused = refusal(replace_recorded, path.parent / name, b"four")
+        assert refused.code == "not-ours" and name in str(refused)
+    assert (path.parent / "mine.png").read_bytes() == b"mine" and not target.exists()
 
 
 def test_a_file_put_into_a_folder_while_it_is_made_again_stays(tmp_path):

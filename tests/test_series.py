@@ -210,6 +210,34 @@ def test_whatever_a_notebook_left_and_rests_on_is_looked_at(notebooks, tmp_path,
     assert (folder / "thesis.txt").read_text() == "mine"
 
 
+def test_an_executed_notebook_that_the_reader_changed_is_kept(notebooks, tmp_path, capsys):
+    parameters = {"run": str(tmp_path / "r")}
+    executed = series.run_series(parameters) / "01_one.ipynb"
+    for number, solution in enumerate(("x = 1", "x = 2"), 1):
+        edit(executed, lambda cells, source=solution: cells.append(new_code_cell(source)))
+        parameters["push_to"] = f"o/{number}"
+        series.run_series(parameters)
+        kept = executed.with_name(f"01_one-changed-{number}.ipynb")
+        assert nbformat.read(kept, as_version=4).cells[-1].source == solution
+        assert f"is kept as {kept.name}" in capsys.readouterr().out
+    write(notebooks[0], FIRST, "1 / 0", "1")  # of a newer version, and it fails
+    for _ in range(2):
+        with pytest.raises(AlpacaError):
+            series.run_series(parameters)
+    assert len(list(executed.parent.glob("*.ipynb"))) == 4 and "is kept" not in capsys.readouterr().out
+
+
+def test_notebooks_changed_while_they_are_refreshed_stay(notebooks, tmp_path, monkeypatch):
+    def run(parameters, which):
+        write(notebooks[1], FIRST, "mine")
+        return tmp_path
+
+    monkeypatch.setattr(authors, "run_series", run)
+    with pytest.raises(AlpacaError, match="02_two.ipynb was changed while"):
+        authors.refresh()
+    assert nbformat.read(notebooks[1], as_version=4).cells[1].source == "mine"
+
+
 def test_a_killed_kernel_is_one_sentence(notebooks, tmp_path, monkeypatch):
     def die(*given, **named):
         raise type("DeadKernelError", (RuntimeError,), {})("Kernel died")  # as nbclient names it
@@ -374,7 +402,8 @@ def test_what_an_earlier_notebook_makes_is_made_once_where_it_is_missing(noteboo
 
 
 def test_a_broken_notebook_or_one_without_parameters_is_a_sentence(notebooks, tmp_path):
-    for content in ("", "{", '{"cells": 3}', '{"cells": [], "metadata": {}, "nbformat": 4}'):
+    typo = json.dumps({"cells": [{"cell_type": "code", "metadata": {"tags": ["parameters"]}, "source": "seed = ("}]})
+    for content in ("", "{", '{"cells": 3}', '{"cells": [], "metadata": {}, "nbformat": 4}', "[" * 100_000, typo):
         notebooks[0].write_text(content)
         with pytest.raises(AlpacaError, match="01_one.ipynb") as broken:
             series.run_series({"run": str(tmp_path / "r")})

@@ -39,10 +39,18 @@ def write_for_nbval(folder: Path, parameters: dict[str, object]) -> None:
 
 
 def refresh() -> None:
-    """Execute the notebooks on the pocket and store their outputs in place, cleaned."""
+    """Execute the notebooks on the pocket and store their outputs in place, cleaned.
+
+    Raises AlpacaError for a notebook that was changed meanwhile, before any is replaced.
+    """
+    before = {notebook: notebook.read_bytes() for notebook in [*NOTEBOOKS, *FURTHER]}
     with tempfile.TemporaryDirectory() as folder:
         executed = run_series({"profile": "pocket", "run": f"{folder}/pocket"}, [*NOTEBOOKS, *FURTHER])
-        for notebook in [*NOTEBOOKS, *FURTHER]:
+        for notebook, content in before.items():
+            if notebook.read_bytes() != content:
+                what = f"{notebook} was changed while it was executed, and stays as it is: run this again."
+                raise AlpacaError(what, "changed-meanwhile")
+        for notebook in before:
             shutil.copy(executed / notebook.name, notebook)
     clean_all()
 
