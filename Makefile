@@ -106,7 +106,7 @@ audit: $(READY)  ## look up what is installed among known vulnerabilities (asks 
 address:  ## write where you publish the project into its links and notebooks: REPO_URL=https://github.com/owner/name
 	@printf %s "$$REPO_URL" | tr '\n' ' ' | grep -Eqx 'https://github\.com/[A-Za-z0-9_-]+/[A-Za-z0-9_.-]+' \
 	  || { echo "Say where it is published: make address REPO_URL=https://github.com/owner/name"; exit 1; }
-	@new=$$(mktemp) \&\& for file in *.md pyproject.toml docs/*.md notebooks/*.ipynb notebooks/*/*.ipynb notebooks/*/*/*.ipynb; do \
+	@new=$$(mktemp) && for file in *.md pyproject.toml docs/*.md notebooks/*.ipynb notebooks/*/*.ipynb notebooks/*/*/*.ipynb; do \
 	  sed -e "s|OWNER/REPOSITORY|$${REPO_URL#https://github.com/}|g" \
 	    -e 's|repo_url: str = \\"\\"|repo_url: str = \\"'"$$REPO_URL"'\\"|' "$$file" > "$$new" \
 	  && cat "$$new" > "$$file" || exit 1; done && rm "$$new"
