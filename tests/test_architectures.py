@@ -56,7 +56,11 @@ def adapted(kind, targets=None, **settings):
 def loaded_for_training(model, kind, folder, **settings):
     """The same model and adapter, its base loaded with `training_options`."""
     tiny(kind)[0].save_pretrained(folder)
-    base = AutoModelForCausalLM.from_pretrained(folder, **training_options(folder))
+    options = training_options(folder)
+    options.pop(
+        "attn_implementation", None
+    )  # it depends on the processor, and in Gemma 2 one caps what another does not
+    base = AutoModelForCausalLM.from_pretrained(folder, **options)
     faster = with_lora(base, 0.2, **settings)
     faster.load_state_dict(model.state_dict())
     return faster.train()
