@@ -16,11 +16,11 @@ from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from . import AlpacaError, locate
-from .files import atomic_folder, verify_checksums, write_json
+from .files import WEIGHTS, atomic_folder, verify_checksums, write_json
 from .hub import first_line
 from .prompts import add_template
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+CONFIG = "adapter_config.json"
 TOKENIZER_BYTES = 5_000_000  # room that a tokenizer takes on disk; GPT-2's is 3.6 MB
 BASE = "base.json"  # beside an adapter: which weights it was trained on
 LINEAR = (torch.nn.Linear, Conv1D)

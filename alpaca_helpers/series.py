@@ -117,24 +117,24 @@ def _execute_changed(notebooks: Sequence[Path], parameters: dict[str, object], r
     """Execute the notebooks that are not done; `inputs` is the hash of all that the first one is made from."""
     done: dict = {name: mark for name, mark in run.manifest().get("notebooks", {}).items() if isinstance(mark, list)}
     for number, notebook in enumerate(notebooks, 1):
-        name, known = notebook.stem, notebook_parameters(notebook)
+        name, cells, known = notebook.stem, _code(notebook), notebook_parameters(notebook)
         chosen = {key: value for key, value in parameters.items() if key in known}
-        inputs = _hash(inputs, *_code(notebook), json.dumps(chosen, sort_keys=True))
+        inputs = _hash(inputs, *cells, json.dumps(chosen, sort_keys=True))
         if notebook in FURTHER:
             inputs = _hash(inputs, run.artifact_hash("adapter"))
         if other := chosen.get("other_run"):
             inputs = _hash(inputs, Run.named(str(other), make=False).artifact_hash("adapter"))
         executed = run.folder / notebook.name
         made, pictures = done.get(name, ("", {}))
-        unchanged = made == _mark(inputs, name, run) and len(_code(executed)) >= len(_code(notebook))
-        unchanged = unchanged and all(content_hash(run.folder / name) == value for name, value in pictures.items())
+        unchanged = made == _mark(inputs, name, run) and len(_code(executed)) >= len(cells)
+        unchanged = unchanged and all(content_hash(run.folder / path) == digest for path, digest in pictures.items())
         print(f"[{number}/{len(notebooks)}] {name}{': unchanged' if unchanged else ''}", flush=True)
         if not unchanged:  # until it is through, this notebook and those after it are not done
             done = {each: mark for each, mark in done.items() if each != name and (each < name or notebook in FURTHER)}
             run.write_record("notebooks", done)
             before = {path: path.stat().st_mtime_ns for path in run.folder.glob("pictures/*.png")}
             _keep_changed(executed, run)
-            run.write_record("executed", (run.manifest().get("executed") or {}) | {name: _hash(*_code(notebook))})
+            run.write_record("executed", run.manifest().get("executed", {}) | {name: _hash(*cells)})
             _execute(notebook, executed, chosen)
             drawn = [path for path in run.folder.glob("pictures/*.png") if path.stat().st_mtime_ns != before.get(path)]
             pictures = {f"pictures/{path.name}": content_hash(path) for path in drawn}
@@ -143,7 +143,7 @@ def _execute_changed(notebooks: Sequence[Path], parameters: dict[str, object], r
 
 def _keep_changed(executed: Path, run: Run) -> None:
     """Rename an executed notebook whose cells are not those that the manifest records: the reader has changed it."""
-    cells = (run.manifest().get("executed") or {}).get(executed.stem)
+    cells = run.manifest().get("executed", {}).get(executed.stem)
     if os.path.lexists(executed) and _hash(*_code(executed)) != cells:
         places = (executed.with_stem(f"{executed.stem}-changed-{number}") for number in count(1))
         kept = executed.rename(next(place for place in places if not os.path.lexists(place)))

@@ -56,6 +56,7 @@ class AnswerTrainer(Trainer):
         check_trained(self.model)
         self.model_accepts_loss_kwargs = True  # the loss is divided by what `get_batch_samples` says, by nothing else
         self.lengths = [len(ids) for ids in self.train_dataset["input_ids"]]
+        self.steps_per_epoch = math.ceil(len(self.lengths) / self.batch_size)
         learned = sum(label != IGNORED for labels in self.train_dataset["labels"] for label in labels[1:])
         self.labels_per_batch = self.batch_size * learned / len(self.lengths)
         self.since_log = torch.zeros(2, device=args.device)  # nats, labels
@@ -68,7 +69,7 @@ class AnswerTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None) -> LengthGroups:
         """Return rows of like length together, the same for any number of devices."""
-        steps = math.ceil(len(self.lengths) / self.batch_size)  # an epoch
+        steps = self.steps_per_epoch
         return LengthGroups(self.lengths, self.batch_size, self.args.seed, lambda: self.state.global_step // steps)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -185,8 +186,7 @@ class AnswerTrainer(Trainer):
         length. The weights stay as they were.
         """
         args, first, cuda = self.args, self.first_step, self.args.device.type == "cuda"
-        epoch = math.ceil(len(self.lengths) / self.batch_size)
-        steps = args.max_steps if args.max_steps > 0 else math.ceil(epoch * args.num_train_epochs)
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(self.steps_per_epoch * args.num_train_epochs)
         if first == steps:
             return print(f"This training is finished, all {steps} steps of it: `resume = False` would start it over.")
         if first:

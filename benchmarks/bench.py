@@ -247,7 +247,7 @@ class Stopwatch(TrainerCallback):
     def __init__(self, warm_up: int):
         self.warm_up = warm_up
 
-    def on_step_begin(self, args, state, control, **named) -> None:
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
         if state.global_step == self.warm_up:
             self.begun = self.now()
 

@@ -173,7 +173,7 @@ def test_the_oldest_checkpoints_are_removed_unless_somebodys_file_is_in_them(tmp
 def test_a_removal_that_is_cut_leaves_no_checkpoint_in_part(run, monkeypatch):
     """It would be named as broken, and its files as somebody's, at each later training."""
 
-    def cut(folder, *given, **named):
+    def cut(folder, *given, **kwargs):
         if file := next((path for path in Path(folder).glob("**/checksums.json")), None):
             file.unlink()
             raise KeyboardInterrupt

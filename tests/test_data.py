@@ -91,7 +91,7 @@ def test_of_a_very_long_text_only_what_can_be_used_is_tokenized(text, pocket_tok
     """A million words would take a minute."""
     whole, seen = encode([format_prompt(text), format_answer(text)], pocket_tokenizer, False), []
     monkeypatch.setattr(
-        data, "encode", lambda texts, *given, **named: seen.extend(texts) or encode(texts, *given, **named)
+        data, "encode", lambda texts, *given, **kwargs: seen.extend(texts) or encode(texts, *given, **kwargs)
     )
     got = tokenize(
         batch_of({"instruction": text, "output": text}, {"instruction": "x", "output": text}),

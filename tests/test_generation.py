@@ -52,20 +52,20 @@ def test_a_seed_gives_the_same_sample_in_any_batch(ask):
     "size, top_k, top_p",
     [(50, 0, 1.0), (50, 5, 1.0), (50, 0, 0.6), (50, 20, 0.8), (50, 1, 0.01), (50, 99, 0.9), (2000, 0, 0.95)],
 )
-def test_samples_are_drawn_as_transformers_odds_have_it(size, top_k, top_p):
-    """Each of 2000 equal parts of what may be drawn once: a token's share is its odds, but for a part at either end."""
+def test_samples_are_drawn_by_transformers_probabilities(size, top_k, top_p):
+    """Each of 2000 equal parts is drawn once: a token's share is its probability, but for a part at either end."""
     draws, settings = (torch.arange(2000)[:, None] + 0.5) / 2000, {"temperature": 0.7, "top_k": top_k, "top_p": top_p}
     logits = 2 * torch.randn(3, size, generator=torch.Generator().manual_seed(0))
     warpers = [TemperatureLogitsWarper(0.7), TopKLogitsWarper(top_k or size), TopPLogitsWarper(top_p)]
-    for row, odds in zip(logits, LogitsProcessorList(warpers)(None, logits).softmax(-1)):
+    for row, wanted in zip(logits, LogitsProcessorList(warpers)(None, logits).softmax(-1)):
         drawn = torch.tensor(generation._next_tokens(row.expand(2000, -1), draws, settings))
         shares = drawn.bincount(minlength=size) / 2000
-        assert not shares[odds == 0].any()
-        torch.testing.assert_close(shares, odds, atol=1 / 2000 + 1e-6, rtol=0)
+        assert not shares[wanted == 0].any()
+        torch.testing.assert_close(shares, wanted, atol=1 / 2000 + 1e-6, rtol=0)
 
 
 def test_float64_is_made_on_the_cpu_alone(monkeypatch):
-    """Apple's MPS has none: the odds come from the device to the CPU first."""
+    """Apple's MPS has none: the probabilities come from the device to the CPU first."""
     done, whole = [], {name: getattr(torch.Tensor, name) for name in ("cpu", "double")}
     for name, method in whole.items():
         monkeypatch.setattr(

@@ -239,7 +239,7 @@ def test_notebooks_changed_while_they_are_refreshed_stay(notebooks, tmp_path, mo
 
 
 def test_a_killed_kernel_is_one_sentence(notebooks, tmp_path, monkeypatch):
-    def die(*given, **named):
+    def die(*given, **kwargs):
         raise type("DeadKernelError", (RuntimeError,), {})("Kernel died")  # as nbclient names it
 
     monkeypatch.setattr(papermill, "execute_notebook", die)

@@ -58,7 +58,7 @@ class SumGradients(TrainerCallback):
     def __init__(self):
         self.sums = {}
 
-    def on_pre_optimizer_step(self, args, state, control, model, **named):
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
         for name, value in model.named_parameters():
             if value.grad is not None:
                 self.sums[name] = self.sums.get(name, 0) + value.grad
@@ -147,7 +147,7 @@ def test_a_step_asks_the_device_for_no_value_but_for_packed_rows(tmp_path, monke
     """Or a GPU would finish all that it was given before it is given more. transformers itself asks once a forward,
     whether rows are packed into one.
     """
-    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda *given, **named: None)
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda *given, **kwargs: None)
     rows, model = tokens(random_rows(6)), random_lora()
     trainer = trainer_on(rows, tmp_path, model)
     batch = trainer.data_collator(list(rows))
@@ -270,7 +270,7 @@ def check_card(folder, monkeypatch):
 
 
 def test_a_push_that_the_hub_refuses_is_one_sentence(tmp_path, monkeypatch):
-    def refuse(*arguments, **named):
+    def refuse(*arguments, **kwargs):
         raise OSError("401 Unauthorized\nmore")
 
     monkeypatch.setattr(card, "create_repo", refuse)
@@ -355,7 +355,7 @@ def test_the_base_is_held_in_bfloat16_where_the_device_multiplies_it(monkeypatch
 def test_out_of_memory_says_what_to_change(error, tmp_path, monkeypatch):
     trainer = trainer_on(tokens(random_rows(8)), tmp_path, random_lora())
 
-    def fail(*arguments, **named):
+    def fail(*arguments, **kwargs):
         raise error
 
     monkeypatch.setattr(trainer, "compute_loss", fail)

@@ -65,8 +65,8 @@ class StaticTrainer(AnswerTrainer):
 
     arrange = staticmethod(padded_rows)
 
-    def __init__(self, data_collator, **named):
-        super().__init__(data_collator=data_collator, **named)
+    def __init__(self, data_collator, **kwargs):
+        super().__init__(data_collator=data_collator, **kwargs)
         self.data_collator = partial(static_batch, self.arrange, data_collator)
         self.trained = [value for value in self.model.parameters() if value.requires_grad]
 
@@ -89,8 +89,8 @@ class StaticTrainer(AnswerTrainer):
 class GraphedTrainer(StaticTrainer):
     """A CUDA graph of forward, loss and backward for each shape, captured by hand when the shape first comes."""
 
-    def __init__(self, **named):
-        super().__init__(**named)
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
         self.graphs: dict[tuple, Graph] = {}
         self.can_capture = self.args.device.type == "cuda" and not self.args.fp16 and self.args.world_size == 1
         if not self.can_capture:
@@ -140,8 +140,8 @@ class Graph:
 class CompiledTrainer(StaticTrainer):
     """torch.compile's own CUDA graphs, of forward and of backward, around kernels that stay as they are."""
 
-    def __init__(self, **named):
-        super().__init__(**named)
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
         cuda = self.args.device.type == "cuda"
         self.compiled = torch.compile(nats, backend="cudagraphs" if cuda else "eager", dynamic=False)
 
@@ -157,16 +157,16 @@ class PackedTrainer(StaticTrainer):
 
     arrange = staticmethod(packed_rows)
 
-    def __init__(self, model, **named):
+    def __init__(self, model, **kwargs):
         if model.device.type == "cuda":
             type(model.get_base_model())._supports_flex_attn = True  # GPT-2 does not say so, and does
             model.get_base_model().set_attn_implementation("flex_attention")
-        super().__init__(model=model, **named)
+        super().__init__(model=model, **kwargs)
 
-    def train(self, *given, **named):
+    def train(self, *given, **kwargs):
         """Train, and leave the model with the attention that it had."""
         try:
-            return super().train(*given, **named)
+            return super().train(*given, **kwargs)
         finally:
             self.model.get_base_model().set_attn_implementation("sdpa")
 
