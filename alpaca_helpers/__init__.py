@@ -8,11 +8,7 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 class AlpacaError(Exception):
-    """One sentence with what is wrong, where, and what to do; `code` names the fault for programs: `no-artifact`, …"""
-
-    def __init__(self, message: str, code: str = ""):
-        super().__init__(message)
-        self.code = code
+    """One sentence with what is wrong, where, and what to do."""
 
 
 def project_folder() -> Path:
@@ -29,7 +25,7 @@ def locate(path: str, typed: bool = False) -> Path:
     """
     wanted = os.path.expanduser(path)
     if any(len(part.encode(errors="replace")) > 255 for part in Path(wanted).parts):
-        raise AlpacaError(f"{path:.60}… is too long for a file's name: check the path.", "name-too-long")
+        raise AlpacaError(f"{path:.60}… is too long for a file's name: check the path.")
     places = [PACKAGE.parent / wanted, project_folder() / wanted, Path.cwd() / wanted]
     return next((place for place in places[:: -1 if typed else 1] if os.path.lexists(place)), places[1])
 

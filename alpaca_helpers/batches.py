@@ -73,7 +73,7 @@ def split_batch(batch_size: int, micro_batch_size: int) -> tuple[int, int]:
     devices = processes()
     if batch_size % devices:
         what = f"A batch of {batch_size} rows cannot be shared by {devices} processes"
-        raise AlpacaError(f"{what}: choose a `batch_size` that {devices} divides.", "uneven-batch")
+        raise AlpacaError(f"{what}: choose a `batch_size` that {devices} divides.")
     share = batch_size // devices
     rows = max(size for size in range(1, share + 1) if share % size == 0 and size <= micro_batch_size)
     return rows, share // rows

@@ -42,7 +42,7 @@ def push_adapter(adapter: Path, repository: str) -> str:
     except Exception as error:  # the library's exceptions differ from release to release
         what = f"The adapter was not pushed to {repository} ({first_line(error)}): it is whole on disk"
         remedy = "log in with `hf auth login` and check the name (owner/name) and the network"
-        raise AlpacaError(f"{what}; {remedy}.", "push-refused") from error
+        raise AlpacaError(f"{what}; {remedy}.") from error
 
 
 def published(path: str) -> str:

@@ -32,7 +32,7 @@ def read_cells(notebook: Path, tag: str = "") -> list[dict]:
             raise ValueError(f"no cell is tagged `{tag}`")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = f"{notebook} cannot be read ({type(error).__name__}: {error})"
-        raise AlpacaError(f"{what}: take it from the project again.", "notebook-broken") from error
+        raise AlpacaError(f"{what}: take it from the project again.") from error
     return cells
 
 
@@ -42,7 +42,7 @@ def notebook_parameters(notebook: Path) -> list[str]:
         body = ast.parse(read_cells(notebook, "parameters")[0]["source"]).body
     except (SyntaxError, ValueError) as error:
         what = f"The cell of parameters in {notebook} is no Python ({error})"
-        raise AlpacaError(f"{what}: correct it, or take it from the project again.", "notebook-broken") from error
+        raise AlpacaError(f"{what}: correct it, or take it from the project again.") from error
     names = []
     for line in body:
         if isinstance(line, ast.AnnAssign):
@@ -57,7 +57,7 @@ def refuse_dropped(parameters: Iterable[str], notebooks: Iterable[Path]) -> None
     taken = {"profile"}.union(*map(notebook_parameters, notebooks))
     if dropped := ", ".join(sorted(set(parameters) - taken)):
         what = f"The notebooks to run take no {dropped}: leave it out, or run those that take it."
-        raise AlpacaError(what, "unknown-parameter")
+        raise AlpacaError(what)
 
 
 def run_cells(notebook: Path, tag: str, parameters: dict[str, object], until: str = "") -> dict:

@@ -86,7 +86,7 @@ def resume_point(run: Run, trainer: Trainer, resume: bool = True) -> Path | None
                 changes = "; ".join(f"{key} {before.get(key)} -> {now[key]}" for key in changed)
                 what = f"This run's checkpoints were made with other settings ({changes})"
                 remedy = "go back to those, take another `run`, or set `resume = False` to start over"
-                raise AlpacaError(f"{what}: {remedy}.", "other-settings")
+                raise AlpacaError(f"{what}: {remedy}.")
         run.write_record("training", now)
         trainer.record = now  # what is saved when the training ends tells of this, whatever the folder holds by then
     trainer.accelerator.wait_for_everyone()

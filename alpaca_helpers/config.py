@@ -135,7 +135,7 @@ def check_parameters(given: Mapping[str, object]) -> dict[str, Any]:
         reason = reason.replace(
             "Extra inputs are not permitted", f"there are only {', '.join(Parameters.model_fields)}"
         )
-        raise AlpacaError(f"The parameter `{name}` is {given[name]!r:.60}: {reason}.", "bad-parameter") from error
+        raise AlpacaError(f"The parameter `{name}` is {given[name]!r:.60}: {reason}.") from error
     return {name: getattr(checked, name) for name in given}
 
 
@@ -155,7 +155,7 @@ def parse_parameters(pairs: Iterable[Sequence[str]], **given: object) -> dict[st
                 value = json.loads(text)
         if values.setdefault(key, value) != value:
             what = f"The parameter `{key}` is given twice, as {values[key]} and as {text}: give it once."
-            raise AlpacaError(what, "given-twice")
+            raise AlpacaError(what)
     return check_parameters(values)
 
 

@@ -82,7 +82,7 @@ def check_sides(dataset: DatasetDict) -> None:
     train, heldout = len(dataset["train"]), len(dataset["heldout"])
     if not (train and heldout):
         what = f"{train} rows are left to train on and {heldout} are held out; both need at least one question"
-        raise AlpacaError(f"{what}: choose another dataset or held-out file, or raise `max_length`.", "too-few-rows")
+        raise AlpacaError(f"{what}: choose another dataset or held-out file, or raise `max_length`.")
 
 
 def note_losses(lost: Mapping[str, int], read: int) -> None:

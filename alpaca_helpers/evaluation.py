@@ -35,7 +35,7 @@ def evaluate(
     """
     rows = list(rows)
     if not rows:
-        raise AlpacaError("There are no held-out rows: run notebook 02 again, with more `heldout_rows`.", "no-rows")
+        raise AlpacaError("There are no held-out rows: run notebook 02 again, with more `heldout_rows`.")
     templated = [format_prompt(row["instruction"], row["input"]) for row in rows]
     bare = [" ".join(filter(None, (row["instruction"], row["input"]))) for row in rows]
     asked = {"base": ("base", templated), "tuned": ("tuned", templated), "base_bare": ("base", bare)}

@@ -92,7 +92,7 @@ def read_json(path: Path, remedy: str) -> dict:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise AlpacaError(f"{path} is broken ({error}): {remedy}.", "json-broken") from error
+        raise AlpacaError(f"{path} is broken ({error}): {remedy}.") from error
 
 
 @contextmanager
@@ -135,7 +135,7 @@ def refuse_foreign_files(folder: Path) -> None:
 def in_the_way(path: Path) -> AlpacaError:
     """Return the error for a file that somebody else wrote where one is to be written."""
     what = f"{path} is in the way, and not recorded as written here: move it elsewhere, and run this again."
-    return AlpacaError(what, "not-ours")
+    return AlpacaError(what)
 
 
 def write_checksums(folder: Path) -> None:

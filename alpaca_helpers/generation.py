@@ -43,7 +43,7 @@ def generate(
     together, which changes the speed, not the answers. `settings` are those of `stream`, and so are the errors.
     """
     if isinstance(prompts, str):  # a list of letters, to Python
-        raise AlpacaError("The prompts are one text: pass a list of texts.", "bad-setting")
+        raise AlpacaError("The prompts are one text: pass a list of texts.")
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # like lengths pad little
     answers: dict[int, Answer] = {}
     for start in range(0, len(order), batch_size):
@@ -75,9 +75,9 @@ def stream(
     """
     settings = check_settings(model, settings)
     if unknown := set(sides) - {"base", "tuned"}:
-        raise AlpacaError(f"There is no side {sorted(unknown)[0]!r} of a model: choose base or tuned.", "bad-setting")
+        raise AlpacaError(f"There is no side {sorted(unknown)[0]!r} of a model: choose base or tuned.")
     if "base" in sides and any(layer.merged for layer in model.modules() if isinstance(layer, LoraLayer)):
-        raise AlpacaError("The adapter is merged into the base: call `model.unmerge_adapter()` first.", "no-base")
+        raise AlpacaError("The adapter is merged into the base: call `model.unmerge_adapter()` first.")
     ids, room = encode(list(prompts), tokenizer), positions(model.config) - settings["max_new_tokens"]
     written: list[list[int]] = [[] for _ in ids]
     stopped = [False] * len(ids)
@@ -133,11 +133,11 @@ def check_settings(model, settings: dict) -> dict:
     }
     for name, value in settings.items():
         if name not in ranges:
-            raise AlpacaError(f"There is no setting {name!r}: choose among {', '.join(ranges)}.", "bad-setting")
+            raise AlpacaError(f"There is no setting {name!r}: choose among {', '.join(ranges)}.")
         low, high = ranges[name]
         if type(value) not in (int, type(low)) or not low <= value <= high:
             kind = "a whole number" if isinstance(low, int) else "a number"
-            raise AlpacaError(f"{name} is {value!r}: choose {kind} from {low} to {high}.", "bad-setting")
+            raise AlpacaError(f"{name} is {value!r}: choose {kind} from {low} to {high}.")
     return DEFAULTS | settings
 
 

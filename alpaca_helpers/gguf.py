@@ -147,4 +147,4 @@ def _token_type(text: str | None, special: bool | None) -> gguf.TokenType:
 def _unknown(merged: Path, what: str) -> AlpacaError:
     known = f"{', '.join(ARCHITECTURES)} with a BPE tokenizer"
     sentence = f"{merged} cannot be written as GGUF: {what} is not among those known here ({known})"
-    return AlpacaError(f"{sentence}; try llama.cpp's convert_hf_to_gguf.py on that folder.", "no-gguf")
+    return AlpacaError(f"{sentence}; try llama.cpp's convert_hf_to_gguf.py on that folder.")

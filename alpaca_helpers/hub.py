@@ -61,11 +61,11 @@ def _explained(error: Exception, name: str, revision: str | None, kind: str) -> 
     if isinstance(error, REFUSED):
         what += f" is neither a path here nor to be had on the Hub, {constants.ENDPOINT} ({reason})"
         remedy = "check its name and revision, accept its terms on its page and `hf auth login`"
-        return AlpacaError(f"{what}: {remedy}, {OFFLINE_WAY}.", "hub-unknown")
+        return AlpacaError(f"{what}: {remedy}, {OFFLINE_WAY}.")
     if isinstance(error, TimeoutError):
         reason = f"no answer within {PATIENCE:g} s; HF_HUB_ETAG_TIMEOUT sets another limit"
     what += f" is not wholly in the cache {constants.HF_HUB_CACHE} and could not be fetched from {constants.ENDPOINT}"
-    return AlpacaError(f"{what} ({reason}): try again later, {OFFLINE_WAY}.", "hub-unreachable")
+    return AlpacaError(f"{what} ({reason}): try again later, {OFFLINE_WAY}.")
 
 
 def cached_folder(name: str, revision: str | None, kind: str, patterns: list[str]) -> Path | None:

@@ -65,7 +65,7 @@ def adapter_folder(folder: Path, model: PeftModel, base_name: str, revision: str
         yield part
         if lacks := [name for name in (WEIGHTS, "tokenizer_config.json") if not (part / name).is_file()]:
             remedy = "`save_pretrained` of both the model and the tokenizer is to write into the folder given"
-            raise AlpacaError(f"The new adapter is not saved to {folder}, without {lacks[0]}: {remedy}.", "half-saved")
+            raise AlpacaError(f"The new adapter is not saved to {folder}, without {lacks[0]}: {remedy}.")
         check_numbers(load_file(part / WEIGHTS), f"The new adapter, which is not saved to {folder},")
         finish_tokenizer(part)
         (part / "README.md").unlink(missing_ok=True)  # peft's, with this machine's paths
@@ -134,7 +134,7 @@ def choose_targets(base, target_modules: Sequence[str] | str | None) -> Sequence
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in layers):
             what = f"LoRA cannot correct `{target}` in {base.name_or_path}: choose `target_modules` among"
-            raise AlpacaError(f"{what} {', '.join(names)}, or all-linear.", "bad-target")
+            raise AlpacaError(f"{what} {', '.join(names)}, or all-linear.")
     return targets
 
 
@@ -146,7 +146,7 @@ def check_trained(model: PeftModel, what: str = "This training") -> None:
         more = others[0] if others else f"the base, by init_lora_weights={start}"
         remedy = "keep the defaults of `init_lora_weights`, `bias`, `modules_to_save`, `lora_bias`, `use_dora`"
         what = f"{what} changes more than LoRA's matrices A and B ({more})"
-        raise AlpacaError(f"{what}: {remedy} and the like.", "more-than-lora")
+        raise AlpacaError(f"{what}: {remedy} and the like.")
 
 
 def base_hash(model) -> str:
@@ -174,7 +174,7 @@ def check_adapter(base, folder: Path) -> None:
     folder = Path(folder).resolve()
     what = f"The adapter in {folder}"
     if wrong := verify_checksums(folder):
-        raise AlpacaError(f"{what} is missing or not whole ({wrong}): run notebook 03 again.", "adapter-broken")
+        raise AlpacaError(f"{what} is missing or not whole ({wrong}): run notebook 03 again.")
     try:
         config = PeftConfig.from_pretrained(str(folder))
         saved = load_file(folder / WEIGHTS)
@@ -182,14 +182,14 @@ def check_adapter(base, folder: Path) -> None:
         wanted = _empty_adapter(base, config, what)
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         wrong = f"cannot be put on this base model ({first_line(error)})"
-        raise AlpacaError(f"{what} {wrong}: run notebook 03 again.", "adapter-broken") from error
+        raise AlpacaError(f"{what} {wrong}: run notebook 03 again.") from error
     there, needed = ({(name, value.shape) for name, value in weights.items()} for weights in (saved, wanted))
     odd = sorted(there ^ needed)
     if odd or trained_on != base_hash(base):  # a base in float16 was rounded twice: another number now and then
         reason = f"{odd[0][0]} differs" if odd else "the base's weights are others, or held in float16"
         remedy = "load the base it was trained on, in float32, or run notebook 03 again"
         made_for = f"made for {config.base_model_name_or_path}, does not fit this base model"
-        raise AlpacaError(f"{what}, {made_for}: {reason}; {remedy}.", "adapter-misfit")
+        raise AlpacaError(f"{what}, {made_for}: {reason}; {remedy}.")
     check_numbers(saved, what)
 
 
@@ -197,9 +197,9 @@ def check_numbers(saved: dict[str, torch.Tensor], what: str) -> None:
     """Raise AlpacaError if an adapter's weights hold NaN or infinity, or have no effect; `what` names the adapter."""
     remedy = "train it again, with another `learning_rate` and `resume = False`"
     if broken := sorted(name for name, value in saved.items() if not value.isfinite().all()):
-        raise AlpacaError(f"{what} holds NaN or infinity (in {broken[0]}): {remedy}.", "adapter-nan")
+        raise AlpacaError(f"{what} holds NaN or infinity (in {broken[0]}): {remedy}.")
     if not any(value.any() and saved[name.replace("_A", "_B")].any() for name, value in saved.items() if "_A" in name):
-        raise AlpacaError(f"{what} is zero, it would answer as the base does: {remedy}.", "adapter-zero")
+        raise AlpacaError(f"{what} is zero, it would answer as the base does: {remedy}.")
 
 
 def _empty_adapter(base, config: PeftConfig, what: str) -> dict[str, torch.Tensor]:

@@ -53,12 +53,12 @@ def fetch_model(name: str, revision: str | None = None) -> Path:
     if (here := locate(name)).is_dir():
         return _checked(here.resolve())
     if here.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:  # a path: never looked up on the Hub
-        raise AlpacaError(f"There is no model folder {name}: check the parameter `model_name`.", "model-missing")
+        raise AlpacaError(f"There is no model folder {name}: check the parameter `model_name`.")
     if folder := cached_folder(name, revision, "model", MODEL_FILES):
         try:
             return _checked(folder)
         except AlpacaError as error:
-            if error.code == "model-unsuited":
+            if isinstance(error.__cause__, NotImplementedError):
                 raise  # else a part of it may have come in another way: ask the Hub for the rest
     return _checked(fetch(name, revision, "model", MODEL_FILES))
 
@@ -68,7 +68,7 @@ def check_length(folder: Path, tokens: int) -> None:
     limit = positions(AutoConfig.from_pretrained(folder, **FOLDER_ONLY))
     if tokens > limit:
         what = f"The model in {folder} has a context of {limit} tokens, and {tokens} are asked for"
-        raise AlpacaError(f"{what}: choose a smaller `max_length` or `max_new_tokens`, or another model.", "too-long")
+        raise AlpacaError(f"{what}: choose a smaller `max_length` or `max_new_tokens`, or another model.")
 
 
 def empty_model(folder: Path) -> PreTrainedModel:
@@ -84,7 +84,7 @@ def check_weights(model: PreTrainedModel) -> None:
     for name, value in model.named_parameters():
         if not value.isfinite().all():
             what = f"The model {model.name_or_path} holds NaN or infinity in {name}: use another copy of it."
-            raise AlpacaError(what, "model-broken")
+            raise AlpacaError(what)
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -128,8 +128,7 @@ def _checked(folder: Path) -> Path:
         downloaded = folder.is_relative_to(Path(constants.HF_HUB_CACHE).resolve())
         remedy = f"delete {folder.parents[1]} and run again" if downloaded else "correct it"
         what = f"The {part} of the model in {folder} cannot be used ({first_line(error)}): {remedy}"
-        code = "model-unsuited" if isinstance(error, NotImplementedError) else "model-broken"
-        raise AlpacaError(f"{what}, or choose another model.", code) from error
+        raise AlpacaError(f"{what}, or choose another model.") from error
     return folder
 
 

@@ -72,7 +72,7 @@ def load_rows(dataset: str, revision: str | None = None) -> Dataset:
     elif _kind(path) in {*READERS, *OTHER_FILES} or os.path.lexists(path) or not HUB_NAME.fullmatch(dataset):
         forms = f"a file here (.{', .'.join(READERS)}, also .gz) nor a folder of .parquet files"
         what = f"The dataset {dataset} is neither {forms}, nor a name on the Hub (owner/name)"
-        raise AlpacaError(f"{what}: check the parameter `dataset_name`.", "dataset-missing")
+        raise AlpacaError(f"{what}: check the parameter `dataset_name`.")
     else:
         rows = iter(_hub_rows(dataset, revision))
     return Dataset.from_list(list(check_rows(rows, dataset)))
@@ -92,7 +92,7 @@ def _hub_rows(name: str, revision: str | None) -> Dataset:
         return load_dataset(str(folder), split="train")
     except (OSError, ValueError, DatasetsError) as error:
         what = f"The dataset {name} in {folder} has no train split that can be read ({first_line(error)})"
-        raise AlpacaError(f"{what}: choose another.", "dataset-broken") from error
+        raise AlpacaError(f"{what}: choose another.") from error
 
 
 def _kind(path: Path) -> str:
@@ -107,7 +107,7 @@ def _read(path: Path) -> Iterator[Any]:
         yield from READERS[_kind(path)](gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content)
     except Exception as error:  # the readers' differ: of gzip, zlib, JSON, csv, Arrow, Python's dates
         what = f"{path} cannot be read ({first_line(error)})"
-        raise AlpacaError(f"{what}: correct it, or save it again, text as UTF-8.", "dataset-broken") from error
+        raise AlpacaError(f"{what}: correct it, or save it again, text as UTF-8.") from error
 
 
 def _row(pairs: list[tuple[str, object]]) -> Any:
@@ -161,7 +161,7 @@ def check_rows(rows: Iterable[Any], source: str) -> Iterator[dict]:
     for number, row in enumerate(rows, 1):
         if wrong := _fault(row):
             remedy = "correct it: a row has the texts `instruction` and `output`, and may have an `input`"
-            raise AlpacaError(f"{source}, row {number}: {wrong}; {remedy}.", "dataset-broken")
+            raise AlpacaError(f"{source}, row {number}: {wrong}; {remedy}.")
         checked = {column: row.get(column) or "" for column in COLUMNS}
         if NO_INPUT.fullmatch(checked["input"]):
             checked["input"] = ""
@@ -170,7 +170,7 @@ def check_rows(rows: Iterable[Any], source: str) -> Iterator[dict]:
         filled |= dict.fromkeys(column for column in row if row[column])
         yield checked
     if not number:
-        raise AlpacaError(f"{source} has no rows: check that the file is whole.", "dataset-broken")
+        raise AlpacaError(f"{source} has no rows: check that the file is whole.")
     if unused := ", ".join(f"`{column}`" for column in filled if column not in NOT_MISSED):
         print(f"Note: these columns of {source} are not used: {unused}.", flush=True)
 

@@ -63,11 +63,11 @@ class Run:
         folder = Path(os.path.realpath(os.path.expanduser(name))) if is_path else project_folder() / "runs" / name
         if make and not (folder / MARK).is_file():
             if any(part.name == PACKAGE.name and (part / "__init__.py").is_file() for part in folder.parents):
-                raise AlpacaError(f"The folder {folder} lies in {PACKAGE.name}: take another `run`.", "not-a-run")
+                raise AlpacaError(f"The folder {folder} lies in {PACKAGE.name}: take another `run`.")
             files = sorted(folder.iterdir()) if folder.is_dir() else []
             if foreign := [path.name for path in files if not (path.name in LEFT_BEHIND or _is_executed(path))]:
                 what = f"The folder {folder} is not marked as a run's ({MARK}) and holds {foreign[0]}"
-                raise AlpacaError(f"{what}: take another `run`, or move its files away.", "not-a-run")
+                raise AlpacaError(f"{what}: take another `run`, or move its files away.")
             with check_disk_space(folder, needed=RUN_BYTES):
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / MARK).write_text("A run of alpaca_helpers: what it recorded here, it may replace.\n")
@@ -91,7 +91,7 @@ class Run:
         except Timeout as error:
             what = f"Another process is writing to the run {self.folder}: wait for it to end, or take another `run`"
             gone = f"(on a disk without locks, delete {path} if no process is left)"
-            raise AlpacaError(f"{what} {gone}.", "run-locked") from error
+            raise AlpacaError(f"{what} {gone}.") from error
         os.environ[LOCKED] = f"{held}\n{folder}"
         try:
             yield
@@ -106,7 +106,7 @@ class Run:
         if fault or not path.exists():
             lacks = f"whole {name} ({fault})" if fault else name
             what = f"The run {self.folder} has no {lacks}: run notebook {PRODUCERS[name]} first, with the same `run`."
-            raise AlpacaError(what, "no-artifact")
+            raise AlpacaError(what)
         return path
 
     def artifact_hash(self, name: str) -> str:
@@ -137,7 +137,7 @@ class Run:
         except ValidationError as error:
             lacks = ".".join([part, *map(str, error.errors()[0]["loc"][:1])])
             what = f"The manifest of {self.folder} has no `{lacks}`, or one of another version"
-            raise AlpacaError(f"{what}: run notebook {notebook}, with the same `run`.", "no-artifact") from error
+            raise AlpacaError(f"{what}: run notebook {notebook}, with the same `run`.") from error
         other, data = "", manifest.get("data", record)
         if record["fingerprint"] != data.get("fingerprint"):
             other = "was trained on other rows than the run now has"
@@ -145,7 +145,7 @@ class Run:
             other = "is not the one that the manifest records"
         if other:
             remedy = f"run notebook {notebook} with `resume = False`, or take another `run`"
-            raise AlpacaError(f"The adapter in {self.folder} {other}: {remedy}.", "other-adapter")
+            raise AlpacaError(f"The adapter in {self.folder} {other}: {remedy}.")
         return record
 
     def write_record(self, part: str, content: dict) -> None:
@@ -157,7 +157,7 @@ class Run:
         path = self.artifact("metrics.json")
         metrics = read_json(path, remedy := f"run notebook {PRODUCERS['metrics.json']} again")
         if any(not isinstance(metrics.get(side), dict) for side in ("base", "tuned", "change", "base_bare")):
-            raise AlpacaError(f"{path} is of another version: {remedy}.", "manifest-version")
+            raise AlpacaError(f"{path} is of another version: {remedy}.")
         return metrics
 
 

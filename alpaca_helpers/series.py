@@ -72,7 +72,7 @@ def open_run(notebook: str, values: Mapping[str, object]) -> tuple[SimpleNamespa
         other.record("adapter")
         if content_hash(other.folder / "adapter" / BASE) != content_hash(run.folder / "adapter" / BASE):
             what = f"The run {other.folder} was trained on another base model than {run.folder}"
-            raise AlpacaError(f"{what}: take another `other_run`.", "other-base")
+            raise AlpacaError(f"{what}: take another `other_run`.")
         settings.other_run = other.folder
     elif (settings.model, settings.heldout) == (POCKET.model, POCKET.heldout):
         settings.other_run = pocket.DOCUMENT
@@ -168,13 +168,13 @@ def _execute(notebook: Path, executed: Path, parameters: dict[str, object]) -> N
         if error.ename == "KeyboardInterrupt":
             raise KeyboardInterrupt from error
         what = f"{error.ename}: {error.evalue} [cell {error.exec_count} of {executed}]"
-        raise AlpacaError(what, "cell-failed") from error
+        raise AlpacaError(what) from error
     except RuntimeError as error:
         if type(error).__name__ != "DeadKernelError":  # nbclient's, which papermill brings along
             raise
         what = f"The kernel of {executed} was killed, most likely for want of memory"
         remedy = "free some, or take a smaller `micro_batch_size` or model, and run this again"
-        raise AlpacaError(f"{what}: {remedy}.", "kernel-killed") from error
+        raise AlpacaError(f"{what}: {remedy}.") from error
     took = [(cell.metadata.papermill.duration or 0, cell.source) for cell in made.cells if cell.source.strip()]
     longest = [f"{seconds:.0f} s {code.splitlines()[-1].strip():.40}" for seconds, code in sorted(took)[:-4:-1]]
     print(f"    {made.metadata.papermill.duration:.0f} s; the longest cells: {'; '.join(longest)}", flush=True)

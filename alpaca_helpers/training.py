@@ -218,7 +218,7 @@ def explained_out_of_memory(rows: int) -> Iterator[None]:
         remedy = (
             "a smaller `micro_batch_size`, with the same result, or a smaller `max_length` or model in another `run`"
         )
-        raise AlpacaError(f"Out of memory with {rows} rows at once: take {remedy}.", "out-of-memory") from error
+        raise AlpacaError(f"Out of memory with {rows} rows at once: take {remedy}.") from error
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def dequantized(folder: Path) -> Path:
     try:
         source = Path(str(metadata.distribution(PACKAGE).locate_file(PACKAGE.replace("-", "_"))))
     except metadata.PackageNotFoundError:
-        raise AlpacaError(f"The package {PACKAGE} is not installed: `make real` installs it.", "no-package") from None
+        raise AlpacaError(f"The package {PACKAGE} is not installed: `make real` installs it.") from None
     print(f"Writing {FILE} as float32 to {folder} …", flush=True)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=FILE)
     read = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE)

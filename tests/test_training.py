@@ -104,7 +104,7 @@ def test_a_training_that_changes_more_than_lora_is_refused_before_it_begins_and_
     for model in (tiny_gpt2(), *(get_peft_model(tiny_gpt2(), config) for config in (IA3Config(), *other))):
         with pytest.raises(AlpacaError) as refused:
             training.AnswerTrainer(model=model, **options)
-        assert refused.value.code == "more-than-lora"
+        assert "changes more than LoRA's matrices" in str(refused.value)
     assert training.AnswerTrainer(model=random_lora(), **options).train().global_step == 1
 
 
@@ -276,7 +276,7 @@ def test_a_push_that_the_hub_refuses_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(card, "create_repo", refuse)
     with pytest.raises(AlpacaError, match=r"me/it \(401 Unauthorized\)") as refused:
         card.push_adapter(tmp_path, "me/it")
-    assert refused.value.code == "push-refused" and "\n" not in str(refused.value)
+    assert "was not pushed to" in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_the_documents_recipe_keeps_its_collator(tmp_path):
@@ -333,7 +333,7 @@ def test_a_batch_is_split_evenly_or_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(AlpacaError, match="16 rows cannot be shared by 3 processes: choose a `batch_size`") as refused:
         split_batch(16, 16)
-    assert refused.value.code == "uneven-batch"
+    assert "cannot be shared by" in str(refused.value)
 
 
 def test_the_base_is_held_in_bfloat16_where_the_device_multiplies_it(monkeypatch):
@@ -361,7 +361,7 @@ def test_out_of_memory_says_what_to_change(error, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "compute_loss", fail)
     with pytest.raises(AlpacaError, match="with 4 rows at once: take a smaller `micro_batch_size`") as refused:
         trainer.train()
-    assert refused.value.code == "out-of-memory"
+    assert "Out of memory with" in str(refused.value)
 
 
 @pytest.mark.parametrize("recipe", ["document", "answers"])
@@ -387,14 +387,14 @@ def test_what_a_training_takes_is_measured_on_the_longest_rows_and_leaves_the_we
 
 
 @pytest.mark.parametrize(
-    "given, code",
+    "given, phrase",
     [
-        ("", "no-artifact"),
-        *(("lora_dropout 1", "bad-parameter"), ("batch_size 9", "uneven-batch")),
-        *(("max_words 9", "unknown-parameter"), ("run other", "given-twice")),
+        ("", "run notebook"),
+        *(("lora_dropout 1", "The parameter `"), ("batch_size 9", "cannot be shared by")),
+        *(("max_words 9", "take no max_words"), ("run other", "is given twice")),
     ],
 )
-def test_the_command_names_the_missing_notebook_and_a_wrong_parameter(given, code, tmp_path, monkeypatch):
+def test_the_command_names_the_missing_notebook_and_a_wrong_parameter(given, phrase, tmp_path, monkeypatch):
     if given:
         prepare_run(tmp_path / "run")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -403,5 +403,5 @@ def test_the_command_names_the_missing_notebook_and_a_wrong_parameter(given, cod
     monkeypatch.setattr(sys, "argv", ["training", str(tmp_path / "run"), *(f"-p {given}".split() if given else [])])
     with pytest.raises(AlpacaError) as refused:
         training.main()
-    assert refused.value.code == code
+    assert phrase in str(refused.value)
     assert registered[0][2]("storage", "cpu:0") == "storage"

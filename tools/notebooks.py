@@ -49,7 +49,7 @@ def refresh() -> None:
         for notebook, content in before.items():
             if notebook.read_bytes() != content:
                 what = f"{notebook} was changed while it was executed, and stays as it is: run this again."
-                raise AlpacaError(what, "changed-meanwhile")
+                raise AlpacaError(what)
         for notebook in before:
             shutil.copy(executed / notebook.name, notebook)
     clean_all()
@@ -91,7 +91,7 @@ def restore_ids(notebook: nbformat.NotebookNode, other: nbformat.NotebookNode, p
     kinds, others = ([cell.cell_type for cell in each.cells] for each in (notebook, other))
     if kinds != others or not all("id" in cell for cell in other.cells):
         what = f"{path} was saved without the cells' ids, and has not the cells of its other edition"
-        raise AlpacaError(f"{what}: add or remove cells in an editor that keeps ids, such as JupyterLab.", "no-ids")
+        raise AlpacaError(f"{what}: add or remove cells in an editor that keeps ids, such as JupyterLab.")
     for cell, like in zip(notebook.cells, other.cells):
         cell.id = like.id
     notebook.nbformat_minor = 5

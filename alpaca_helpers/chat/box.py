@@ -58,7 +58,7 @@ class ChatBox:
         self._show()
         self._keep()
         if exchange.error:
-            raise AlpacaError(exchange.error, "no-answer")
+            raise AlpacaError(exchange.error)
         return exchange
 
     def _ipython_display_(self, **_) -> None:

@@ -62,7 +62,7 @@ class Conversation:
     def add(self, instruction: str, input: str = "", compare: bool | None = None, **settings) -> Exchange:
         """Return the new exchange, which waits for its answer; AlpacaError for a blank message or a bad setting."""
         if not (isinstance(instruction, str) and isinstance(input, str) and instruction.strip()):
-            raise AlpacaError("The message is blank, or no text: type an instruction.", "blank-message")
+            raise AlpacaError("The message is blank, or no text: type an instruction.")
         settings = check_settings(self.model, self.settings | settings)
         replies = [Reply("base")] if (self.compare if compare is None else compare) else []
         exchange = Exchange(well_formed(instruction), well_formed(input), settings, [*replies, Reply("tuned")])

@@ -47,7 +47,7 @@ def print_answer(conversation: Conversation, exchange: Exchange, with_notes: boo
         print(other + (f"\n  [{notes(reply)}]" if with_notes else ""), end="")
     print(flush=True)
     if exchange.error:
-        raise AlpacaError(visible(exchange.error), "no-answer")
+        raise AlpacaError(visible(exchange.error))
 
 
 def main() -> None:
@@ -63,7 +63,7 @@ def main() -> None:
     settings = vars(parser.parse_args())
     run, once, text = (settings.pop(key) for key in ("run", "once", "input"))
     if text and once is None:
-        raise AlpacaError("--input goes with a question: give that by --once.", "bad-setting")
+        raise AlpacaError("--input goes with a question: give that by --once.")
     tuned = Run.named(check_parameters({"run": run})["run"], make=False)
     adapter, made = tuned.artifact("adapter"), tuned.record("adapter")
     source = made["model"], made["model_revision"]
