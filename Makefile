@@ -45,7 +45,7 @@ further: $(READY)  ## run the notebooks that go deeper on a finished run (RUN=na
 gguf: $(READY)  ## write a finished run's model as one file for llama.cpp and Ollama: RUN=name
 	@$(if $(strip $(RUN)),,echo 'Say which finished run: make gguf RUN=name'; exit 1)
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) gguf
-	$(BIN)/python -m alpaca_helpers.export "$$RUN"
+	$(BIN)/python -m alpaca_export "$$RUN"
 
 test: lint  ## lint, the unit and integration tests, then the notebooks' stored outputs against fresh ones
 	$(PYTEST) -m "not nightly" --durations=15

@@ -1,19 +1,14 @@
-"""The adapter's model card (its text: card.md), and the adapter on the Hub."""
+"""The adapter's model card; its text is card.md."""
 
-import shutil
 from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
-from peft import PeftConfig
+from huggingface_hub import ModelCard, ModelCardData
 
 from . import PACKAGE, AlpacaError, portable
 from .config import PROFILES
 from .data import RECIPES
-from .files import CARD, replace_file, write_checksums, write_json
-from .hub import first_line
-from .lora import name_base
+from .files import CARD, replace_file, write_json
 from .prompts import format_prompt
 from .run import Run
 
@@ -22,27 +17,6 @@ LICENCES = {
     PROFILES["pocket"].dataset: "The rows were written for this project: its licence holds.",
 }
 TAGS = {"tatsu-lab/alpaca": "cc-by-nc-4.0"}  # of the licences, as the Hub names them
-
-
-def push_adapter(adapter: Path, repository: str) -> str:
-    """Upload the adapter's folder to the Hub and return its address; a new repository is private.
-
-    A base that is a folder of this machine is named there without its path. Raises AlpacaError where the Hub refuses,
-    or is out of reach.
-    """
-    try:
-        name = create_repo(repository, private=True, exist_ok=True).repo_id
-        with TemporaryDirectory() as temporary:
-            copy = shutil.copytree(adapter, Path(temporary) / "adapter", ignore=shutil.ignore_patterns(CARD))
-            config = PeftConfig.from_pretrained(copy)
-            name_base(copy, published(config.base_model_name_or_path), config.revision)
-            write_checksums(copy)
-            shutil.copy(adapter / CARD, copy)
-            return str(upload_folder(repo_id=name, folder_path=copy, commit_message="LoRA adapter and model card"))
-    except Exception as error:  # the library's exceptions differ from release to release
-        what = f"The adapter was not pushed to {repository} ({first_line(error)}): it is whole on disk"
-        remedy = "log in with `hf auth login` and check the name (owner/name) and the network"
-        raise AlpacaError(f"{what}; {remedy}.") from error
 
 
 def published(path: str) -> str:
@@ -66,7 +40,7 @@ def write_card(folder: Path) -> None:
     with suppress(AlpacaError):  # there are none yet, or of an earlier version, or cut: notebook 04 writes new ones
         metrics = Run(folder).metrics()
     measured = metrics if metrics.get("adapter") == made["sha256"] else {}
-    replace_file(folder / "adapter" / "README.md", model_card(made, measured).encode())
+    replace_file(folder / "adapter" / CARD, model_card(made, measured).encode())
 
 
 def model_card(made: dict, metrics: dict) -> str:

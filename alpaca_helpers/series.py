@@ -107,7 +107,7 @@ def run_series(parameters: Mapping[str, object], notebooks: Sequence[Path] | Non
         Run.named(chosen["other_run"], make=False).record("adapter")
     commit = "" if locate(profile.model).is_dir() else fetch_model(profile.model, profile.model_revision).name
     used = [locate(path) for path in (profile.model, profile.dataset, profile.heldout) if path]
-    sources = [*sorted(PACKAGE.rglob("*.py")), *used, pocket.HELDOUT, pocket.DOCUMENT / "adapter"]
+    sources = [*sorted(PACKAGE.parent.glob("alpaca_*/**/*.py")), *used, pocket.HELDOUT, pocket.DOCUMENT / "adapter"]
     with run.lock(), check_disk_space(run.folder, needed=RUN_BYTES):
         _execute_changed(notebooks or NOTEBOOKS, chosen, run, _hash(commit, *map(content_hash, sources)))
     return run.folder

@@ -1,4 +1,4 @@
-"""What one notebook alone uses: its pictures, and the checks of its exercises.
+"""What the notebooks show: pictures, texts as coloured tokens, and the checks of the exercises.
 
 It imports `alpaca_helpers`, which never imports it.
 """

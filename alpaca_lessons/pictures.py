@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from alpaca_helpers.metrics import METRICS
-from alpaca_helpers.plots import BASE, BLUE, INK, ORANGE, PALE, TUNED, in_style, save_picture
 from alpaca_helpers.prompts import format_prompt
 from alpaca_helpers.report import main_metrics, shown
+from alpaca_lessons.plots import BASE, BLUE, INK, ORANGE, PALE, TUNED, in_style, save_picture
 
 BARE = {"facecolor": "white", "edgecolor": INK, "hatch": "...", "linewidth": 0.8}
 SIDES = {"base_bare": ("base, bare question", BARE), "base": ("base", BASE), "tuned": ("tuned", TUNED)}

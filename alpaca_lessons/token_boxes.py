@@ -13,8 +13,8 @@ from matplotlib.font_manager import findfont, get_font
 from matplotlib.patches import Patch, Rectangle
 
 from alpaca_helpers.data import IGNORED, RECIPES, tokenize
-from alpaca_helpers.plots import BLUE, INK, ORANGE, in_style, save_picture
 from alpaca_helpers.prompts import encode, format_prompt
+from alpaca_lessons.plots import BLUE, INK, ORANGE, in_style, save_picture
 
 PARTS: dict[str, dict] = {  # how each part of a row looks where it is learned; elsewhere its fill is white
     "prompt": {"facecolor": "#bdbdbd", "linestyle": (0, (2, 1.5)), "linewidth": 0.8},

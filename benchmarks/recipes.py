@@ -31,9 +31,9 @@ from alpaca_helpers.checkpoints import FREE
 from alpaca_helpers.data import RECIPES
 from alpaca_helpers.files import write_json
 from alpaca_helpers.metrics import METRICS, Metric
-from alpaca_helpers.plots import BLUE, INK, PALE, in_style
 from alpaca_helpers.run import Run
 from alpaca_helpers.series import run_series
+from alpaca_lessons.plots import BLUE, INK, PALE, in_style
 
 PROJECT = Path(__file__).resolve().parents[1]
 

@@ -23,12 +23,12 @@ from transformers import (
     pipeline,
 )
 
+from alpaca_export.merged import save_merged
 from alpaca_helpers import AlpacaError
 from alpaca_helpers.batches import PadToLongest, add_learned
 from alpaca_helpers.chat.conversation import Conversation
 from alpaca_helpers.data import IGNORED, tokenize
 from alpaca_helpers.evaluation import answer_losses
-from alpaca_helpers.export import save_merged
 from alpaca_helpers.generation import end_tokens, generate
 from alpaca_helpers.lora import choose_targets, load_adapter, lora_config
 from alpaca_helpers.models import fetch_model, load_base, positions

@@ -21,7 +21,11 @@ from support.models import save, tiny, with_lora
 from support.runs import notebook_03, prepare_run, record_adapter, save_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from alpaca_helpers import AlpacaError, card, export, pocket
+from alpaca_export import __main__ as command
+from alpaca_export import export, push
+from alpaca_export.llama_cpp import ollama_settings, save_gguf
+from alpaca_export.merged import generation_settings
+from alpaca_helpers import AlpacaError, card, pocket
 from alpaca_helpers.cells import NOTEBOOKS
 from alpaca_helpers.data import tokenize
 from alpaca_helpers.files import content_hash, verify_checksums
@@ -57,7 +61,7 @@ def answers(folder: Path, questions=QUESTIONS, new: int = 12):
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_messages_are_answered_in_a_batch_and_from_any_folder(kind, tmp_path, monkeypatch):
     settings = finished_run(tmp_path / "run", kind)
-    export.export(tmp_path / "run", settings)
+    export(tmp_path / "run", settings)
     wanted = [answer.ids for answer in answers(tmp_path / "run")]
     monkeypatch.chdir(tmp_path)
     for name, load in (("adapter", AutoPeftModelForCausalLM), ("merged", AutoModelForCausalLM)):
@@ -75,7 +79,7 @@ def test_messages_are_answered_in_a_batch_and_from_any_folder(kind, tmp_path, mo
 
 
 def test_an_answer_ends_with_the_context_and_a_question_over_it_is_a_sentence(tmp_path):
-    export.export(tmp_path, finished_run(tmp_path))
+    export(tmp_path, finished_run(tmp_path))
     pipe = pipeline("text-generation", model=str(tmp_path / "merged"))
     assert pipe.model.generation_config.max_length == 256 == pipe.model.config.n_positions
     for times in (1, 40, 70):
@@ -90,14 +94,24 @@ def test_a_push_names_no_folder_of_this_machine(tmp_path, monkeypatch):
     (adapter / "README.md").write_text("the card")
     assert json.loads((adapter / CONFIG).read_text())["base_model_name_or_path"] == str(tmp_path / "run" / "base")
     before = content_hash(adapter)
-    monkeypatch.setattr(card, "create_repo", lambda name, **options: SimpleNamespace(repo_id=name))
-    monkeypatch.setattr(card, "upload_folder", lambda folder_path, **options: Path(folder_path).rename(pushed))
-    card.push_adapter(adapter, "me/it")
+    monkeypatch.setattr(push, "create_repo", lambda name, **options: SimpleNamespace(repo_id=name))
+    monkeypatch.setattr(push, "upload_folder", lambda folder_path, **options: Path(folder_path).rename(pushed))
+    push.push_adapter(adapter, "me/it")
     assert json.loads((pushed / CONFIG).read_text())["base_model_name_or_path"] == "base"
     assert not any(str(tmp_path).encode() in path.read_bytes() for path in pushed.iterdir())
     assert verify_checksums(pushed) == "" and (pushed / "README.md").read_text() == "the card"
     assert content_hash(adapter) == before and verify_checksums(adapter) == ""
     assert card.published(str(pocket.MODEL)) == "alpaca_helpers/pocket/model" and card.published("a/b") == "a/b"
+
+
+def test_a_push_that_the_hub_refuses_is_one_sentence(tmp_path, monkeypatch):
+    def refuse(*arguments, **kwargs):
+        raise OSError("401 Unauthorized\nmore")
+
+    monkeypatch.setattr(push, "create_repo", refuse)
+    with pytest.raises(AlpacaError, match=r"me/it \(401 Unauthorized\)") as refused:
+        push.push_adapter(tmp_path, "me/it")
+    assert "was not pushed to" in str(refused.value) and "\n" not in str(refused.value)
 
 
 # GGUF
@@ -107,7 +121,7 @@ def test_a_gguf_is_replaced_only_where_it_is_recorded_and_a_cut_leaves_none_that
     folder = tmp_path / "mine"
     settings = finished_run(folder)
     settings.gguf, settings.merged = True, False
-    export.export(folder, settings)
+    export(folder, settings)
     path, modelfile = folder / "mine.gguf", folder / "Modelfile"
     assert Run(folder).manifest()["gguf"] == {place.name: content_hash(place) for place in (path, modelfile)}
     assert modelfile.read_text().splitlines() == [
@@ -117,20 +131,20 @@ def test_a_gguf_is_replaced_only_where_it_is_recorded_and_a_cut_leaves_none_that
     whole = path.read_bytes()
     monkeypatch.setattr(Path, "rename", lambda *given: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        export.save_gguf(folder)  # cut before the new ones are in place
+        save_gguf(folder)  # cut before the new ones are in place
     monkeypatch.undo()
     assert not path.exists() and not list(folder.glob(".alpaca-*"))
-    export.save_gguf(folder)
+    save_gguf(folder)
     assert path.read_bytes() == whole
     modelfile.write_text("mine")
     with pytest.raises(AlpacaError, match=r"Modelfile is in the way.*move it elsewhere") as refused:
-        export.save_gguf(folder)
+        save_gguf(folder)
     assert "is in the way" in str(refused.value) and modelfile.read_text() == "mine" and path.read_bytes() == whole
 
 
 def test_the_gguf_holds_the_merged_weights_under_llama_cpps_names(tmp_path):
     settings = finished_run(tmp_path)
-    export.export(tmp_path, SimpleNamespace(**vars(settings) | {"gguf": True}))
+    export(tmp_path, SimpleNamespace(**vars(settings) | {"gguf": True}))
     read = gguf.GGUFReader(tmp_path / f"{tmp_path.name}.gguf")
     found = {tensor.name: torch.tensor(tensor.data) for tensor in read.tensors}
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -144,19 +158,19 @@ def test_the_ends_of_a_text_are_tokens_of_the_tokenizer(tmp_path):
     """GPT-2's default for its end lies beyond a small vocabulary, and would be the word None to Ollama."""
     model, tokenizer = tiny("gpt2", eos_token_id=50256)
     assert model.generation_config.eos_token_id == 50256
-    export.generation_settings(model, tokenizer).save_pretrained(tmp_path)
+    generation_settings(model, tokenizer).save_pretrained(tmp_path)
     model.save_pretrained(tmp_path / "model")
     for part in (tmp_path / "model", tmp_path):
         tokenizer.save_pretrained(part)
     (tmp_path / "config.json").write_text((tmp_path / "model" / "config.json").read_text())
-    assert "None" not in export.ollama_settings(tmp_path, "x.gguf")
+    assert "None" not in ollama_settings(tmp_path, "x.gguf")
 
 
 def test_what_cannot_be_written_as_gguf_is_one_sentence(tmp_path, monkeypatch):
     refusals = {"gpt_neox": "architecture, gpt_neox,", "llama": "rotary positions, linear,", "qwen3": "tokenizer"}
     for kind, reason in refusals.items():
         folder = tmp_path / kind
-        export.export(folder, finished_run(folder, kind))
+        export(folder, finished_run(folder, kind))
         config, tokenizer = folder / "merged" / "config.json", folder / "merged" / "tokenizer.json"
         if kind == "llama":
             scaling = {"rope_type": "linear", "factor": 2.0}
@@ -164,11 +178,11 @@ def test_what_cannot_be_written_as_gguf_is_one_sentence(tmp_path, monkeypatch):
         if kind == "qwen3":
             tokenizer.write_text(tokenizer.read_text().replace(r"\\p{N}|", r"\\p{N}{2}|"))
         with pytest.raises(AlpacaError, match=f"merged cannot be written as GGUF: its {reason}.*known here") as refused:
-            export.save_gguf(folder)
+            save_gguf(folder)
         assert "cannot be written as GGUF" in str(refused.value) and "\n" not in str(refused.value)
         assert not list(folder.glob("*.gguf")) and not list(folder.glob(".alpaca-*"))
     folder = tmp_path / "gpt2"
-    export.export(folder, finished_run(folder, "gpt2"))
+    export(folder, finished_run(folder, "gpt2"))
     for file, part, other, reason in (
         ("config", '"gelu_new"', '"relu"', "configuration, activation_function relu,"),
         ("config", '"scale_attn_weights": true', '"scale_attn_weights": false', "configuration, scale_attn_weights"),
@@ -178,19 +192,19 @@ def test_what_cannot_be_written_as_gguf_is_one_sentence(tmp_path, monkeypatch):
         whole = path.read_text()
         path.write_text(whole.replace(part, other))
         with pytest.raises(AlpacaError, match=f"merged cannot be written as GGUF: its {reason}"):
-            export.save_gguf(folder)
+            save_gguf(folder)
         path.write_text(whole)
-    export.save_gguf(folder)
-    monkeypatch.setitem(sys.modules, "alpaca_helpers.gguf", None)
+    save_gguf(folder)
+    monkeypatch.setitem(sys.modules, "alpaca_export.gguf", None)
     with pytest.raises(AlpacaError, match="gguf is not installed: `pip install") as refused:
-        export.save_gguf(folder)
+        save_gguf(folder)
     assert "is not installed" in str(refused.value)
 
 
 def test_the_command_line_writes_the_gguf_of_a_finished_run_under_its_lock(tmp_path, monkeypatch, capsys):
     finished_run(tmp_path / "run")
     monkeypatch.setattr(sys, "argv", ["export", str(tmp_path / "run")])
-    export.main()
+    command.main()
     assert "run.gguf is written" in capsys.readouterr().out and (tmp_path / "run" / "merged").is_dir()
 
 
@@ -295,7 +309,7 @@ print(pipe("The capital of Japan is", max_new_tokens=6, do_sample=False)[0]["gen
         model, tokenizer = tiny(name.split()[0], **rope)
         model.save_pretrained(folder / "base")
         tokenizer.save_pretrained(folder / "base")
-        export.export(folder, finished_run(folder))
+        export(folder, finished_run(folder))
         ids = AutoTokenizer.from_pretrained(folder / "merged")(LONG)["input_ids"]
         with torch.inference_mode():
             wanted = AutoModelForCausalLM.from_pretrained(folder / "merged")(torch.tensor([ids])).logits[0, -1]
@@ -417,7 +431,7 @@ def test_llama_cpp_asks_and_answers_as_models_of_llamas_type_do(name, llama_cpp,
     tokenizer.save_pretrained(tmp_path / "base")
     settings = finished_run(tmp_path, std=0.002)
     settings.gguf = True
-    export.export(tmp_path, settings)
+    export(tmp_path, settings)
     questions = [row["instruction"] for row in rows]
     ours = [answer.text for answer in answers(tmp_path, questions, 80)]
     assert sum(answer == row["output"] for answer, row in zip(ours, rows)) > 0.9 * len(rows)

@@ -11,7 +11,7 @@ from support.fresh import copy_project, fresh_python, run
 pytestmark = pytest.mark.nightly
 
 NOTEBOOKS = PROJECT / "notebooks"
-MODULES = sorted(path for name in ("alpaca_helpers", "alpaca_lessons") for path in (PROJECT / name).rglob("*.py"))
+MODULES = sorted(PROJECT.glob("alpaca_*/**/*.py"))
 
 # Nothing that only runs notebooks can be imported; ipykernel can, since ipywidgets 7 imports it.
 WITHOUT_NOTEBOOKS = """

@@ -12,10 +12,9 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from alpaca_helpers import plots
 from alpaca_helpers.data import tokenize
 from alpaca_helpers.metrics import METRICS
-from alpaca_lessons import pictures, token_boxes
+from alpaca_lessons import pictures, plots, token_boxes
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # a letter that the font lacks is one
 ROW = {"instruction": "Double it: $x$", "input": "東京\t3\n4", "output": "6, 8 😀", "fact": ""}

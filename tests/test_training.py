@@ -269,16 +269,6 @@ def check_card(folder, monkeypatch):
     assert namespace["tokenizer"]("a").input_ids == byte_tokenizer()("a").input_ids
 
 
-def test_a_push_that_the_hub_refuses_is_one_sentence(tmp_path, monkeypatch):
-    def refuse(*arguments, **kwargs):
-        raise OSError("401 Unauthorized\nmore")
-
-    monkeypatch.setattr(card, "create_repo", refuse)
-    with pytest.raises(AlpacaError, match=r"me/it \(401 Unauthorized\)") as refused:
-        card.push_adapter(tmp_path, "me/it")
-    assert "was not pushed to" in str(refused.value) and "\n" not in str(refused.value)
-
-
 def test_the_documents_recipe_keeps_its_collator(tmp_path):
     for recipe, kind in (("document", DataCollatorForLanguageModeling), ("document+eos", PadToLongest)):
         prepare_run(tmp_path / recipe, rows=4, recipe=recipe)

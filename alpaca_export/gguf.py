@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from . import AlpacaError
-from .models import positions
-from .prompts import chat_template
+from alpaca_helpers import AlpacaError
+from alpaca_helpers.models import positions
+from alpaca_helpers.prompts import chat_template
 
 ARCHITECTURES = {"gpt2": "GPT2", "llama": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
 POSITIONS = ("default", "llama3")  # how rotary positions are computed

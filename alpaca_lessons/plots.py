@@ -14,7 +14,7 @@ from IPython.display import HTML, Image
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from .files import replace_recorded
+from alpaca_helpers.files import replace_recorded
 
 INK, PALE, BLUE, ORANGE = "#222222", "#e4e4e4", "#0072b2", "#e69f00"
 BASE = {"facecolor": PALE, "edgecolor": INK, "hatch": "///", "linewidth": 0.8}
