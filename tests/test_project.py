@@ -130,7 +130,7 @@ def imported(source: str, within_functions: bool = True) -> set[str]:
 
 
 def test_each_import_is_declared_and_each_dependency_imported():
-    """What only runs notebooks is imported within the functions that do; the helpers import no other package of ours."""
+    """What only runs notebooks is imported within the functions that do; the helpers import none of ours."""
     used = {"accelerate", "jinja2"}  # Trainer and model cards import them
     for path in [path for path in MODULES if path.name != "gguf.py"]:  # imported by who asks for it alone
         allowed = NEEDED + [PYPROJECT["name"]] * (not path.is_relative_to(PROJECT / "alpaca_helpers"))
