@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import count
@@ -115,30 +116,25 @@ def run_series(parameters: Mapping[str, object], notebooks: Sequence[Path] | Non
 
 def _execute_changed(notebooks: Sequence[Path], parameters: dict[str, object], run: Run, inputs: str) -> None:
     """Execute the notebooks that are not done; `inputs` is the hash of all that the first one is made from."""
-    done: dict = {name: mark for name, mark in run.manifest().get("notebooks", {}).items() if isinstance(mark, list)}
+    done = run.manifest().get("notebooks", {})
     for number, notebook in enumerate(notebooks, 1):
-        name, cells, known = notebook.stem, _code(notebook), notebook_parameters(notebook)
-        chosen = {key: value for key, value in parameters.items() if key in known}
+        name, cells = notebook.stem, _code(notebook)
+        chosen = {key: parameters[key] for key in notebook_parameters(notebook) if key in parameters}
         inputs = _hash(inputs, *cells, json.dumps(chosen, sort_keys=True))
         if notebook in FURTHER:
             inputs = _hash(inputs, run.artifact_hash("adapter"))
         if other := chosen.get("other_run"):
             inputs = _hash(inputs, Run.named(str(other), make=False).artifact_hash("adapter"))
         executed = run.folder / notebook.name
-        made, pictures = done.get(name, ("", {}))
-        unchanged = made == _mark(inputs, name, run) and len(_code(executed)) >= len(cells)
-        unchanged = unchanged and all(content_hash(run.folder / path) == digest for path, digest in pictures.items())
+        unchanged = done.get(name) == _mark(inputs, notebook, run) and len(_code(executed)) >= len(cells)
         print(f"[{number}/{len(notebooks)}] {name}{': unchanged' if unchanged else ''}", flush=True)
         if not unchanged:  # until it is through, this notebook and those after it are not done
             done = {each: mark for each, mark in done.items() if each != name and (each < name or notebook in FURTHER)}
             run.write_record("notebooks", done)
-            before = {path: path.stat().st_mtime_ns for path in run.folder.glob("pictures/*.png")}
             _keep_changed(executed, run)
             run.write_record("executed", run.manifest().get("executed", {}) | {name: _hash(*cells)})
             _execute(notebook, executed, chosen)
-            drawn = [path for path in run.folder.glob("pictures/*.png") if path.stat().st_mtime_ns != before.get(path)]
-            pictures = {f"pictures/{path.name}": content_hash(path) for path in drawn}
-            run.write_record("notebooks", done := done | {name: (_mark(inputs, name, run), pictures)})
+            run.write_record("notebooks", done := done | {name: _mark(inputs, notebook, run)})
 
 
 def _keep_changed(executed: Path, run: Run) -> None:
@@ -150,11 +146,12 @@ def _keep_changed(executed: Path, run: Run) -> None:
         print(f"Note: {executed} was changed since it was executed, and is kept as {kept.name}.", flush=True)
 
 
-def _mark(inputs: str, notebook: str, run: Run) -> str:
-    """Return the hash of what a notebook was made from, of the artifacts that it left, and of their records."""
-    made = [part for part, by in PRODUCERS.items() if by == notebook]
-    left = [run.artifact_hash(name) for part in made for name in (part, BESIDE.get(part, part))]
-    return _hash(inputs, *left, json.dumps([run.manifest().get(part) for part in made]))
+def _mark(inputs: str, notebook: Path, run: Run) -> str:
+    """Return the hash of what a notebook was made from, of what it left, and of the manifest's records of that."""
+    made = [part for part, by in PRODUCERS.items() if by == notebook.stem]
+    left = [name for part in made for name in (part, BESIDE.get(part, part))]
+    left += [f"pictures/{name}" for name in re.findall(r"\w+\.png", "".join(_code(notebook)))]
+    return _hash(inputs, *map(run.artifact_hash, left), json.dumps([run.manifest().get(part) for part in made]))
 
 
 def _execute(notebook: Path, executed: Path, parameters: dict[str, object]) -> None:

@@ -89,7 +89,7 @@ def test_in_a_real_kernel_it_writes_under_its_lock_and_fails_with_a_sentence(not
 
 
 def test_only_what_changed_is_executed_again(notebooks, tmp_path, monkeypatch, capsys):
-    rows, source = tmp_path / "rows.json", tmp_path / "helpers" / "series.py"
+    rows, source = tmp_path / "rows.json", tmp_path / "alpaca_helpers" / "series.py"
     rows.write_text("[1]")
     source.parent.mkdir()
     source.write_text("1")
@@ -176,7 +176,7 @@ def test_whatever_a_notebook_left_and_rests_on_is_looked_at(notebooks, tmp_path,
         write_json(folder / "manifest.json", {"notebooks": Run(folder).manifest()["notebooks"]})
 
     def from_an_early_version():
-        Run(folder).write_record("notebooks", {"01_one": ["0", "1"], "02_two": None})
+        Run(folder).write_record("notebooks", {"01_one": ["0", {}], "02_two": None})
 
     train_the_other(0.5)
     changes = {
