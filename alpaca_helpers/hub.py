@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, constants, errors, snapshot_download, try_to_load_from_cache
 from huggingface_hub.utils import filter_repo_objects
+from tqdm import tqdm
 
 from . import AlpacaError
 
@@ -46,8 +47,8 @@ def _download(name: str, patterns: list[str], **which) -> Path:
         raise errors.HFValidationError(f"it has no {patterns[0]}")
     cached = {"revision": info.sha, "repo_type": which["repo_type"]}
     if new := [file for file in files if not try_to_load_from_cache(name, file.rfilename, **cached)]:
-        size, names = readable_size(sum(file.size or 0 for file in new)), ", ".join(file.rfilename for file in new)
-        print(f"Downloading {name} from the Hub, {size}, once: {names}", flush=True)
+        size, names = sum(file.size or 0 for file in new), ", ".join(file.rfilename for file in new)
+        print(f"Downloading {name} from the Hub, {tqdm.format_sizeof(size, 'B')}, once: {names}", flush=True)
     folder = Path(snapshot_download(name, allow_patterns=patterns, **which))
     if not all((folder / file.rfilename).exists() for file in files):  # the library returns what is there
         raise ConnectionError("not all files came")
@@ -82,8 +83,3 @@ def cached_folder(name: str, revision: str | None, kind: str, patterns: list[str
 def first_line(error: BaseException) -> str:
     """Return the first line of a library's message, without its full stop; the error's name if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
-def readable_size(size: float) -> str:
-    """Return a number of bytes in MB or GB."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -5,10 +5,13 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import Linear
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN_TARGETS
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -211,3 +214,30 @@ def _empty_adapter(base, config: PeftConfig, what: str) -> dict[str, torch.Tenso
         model = get_peft_model(twin, config)
     check_trained(model, what)
     return get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
+@contextmanager
+def lora_in_base_precision(model) -> Iterator[None]:
+    """Compute LoRA's products in the block in the precision of what they are added to, the second as it is added.
+
+    Without it a step of 256 rows of GPT-2 medium on an H200 takes 1.25 times as long, one of 16 rows on a CPU 1.07.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Linear)]
+    for layer in layers:
+        layer.forward = partial(_lora_forward, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _lora_forward(layer: Linear, x: torch.Tensor, **kwargs) -> torch.Tensor:
+    if not layer.training or layer.disable_adapters or layer.merged or layer.lora_variant or kwargs:
+        return type(layer).forward(layer, x, **kwargs)
+    result = layer.base_layer(x)
+    for name in filter(layer.lora_A.__contains__, layer.active_adapters):
+        a, b = layer.lora_A[name].weight.to(x.dtype), layer.lora_B[name].weight * layer.scaling[name]
+        reduced = F.linear(layer.lora_dropout[name](x), a)
+        result = torch.addmm(result.flatten(0, -2), reduced.flatten(0, -2), b.to(x.dtype).t()).view(result.shape)
+    return result

@@ -3,6 +3,7 @@
 import inspect
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import constants
@@ -61,6 +62,23 @@ def fetch_model(name: str, revision: str | None = None) -> Path:
             if isinstance(error.__cause__, NotImplementedError):
                 raise  # else a part of it may have come in another way: ask the Hub for the rest
     return _checked(fetch(name, revision, "model", MODEL_FILES))
+
+
+def training_options(folder: Path) -> dict[str, Any]:
+    """Return arguments of `from_pretrained` with which a training on the model in `folder` takes less time.
+
+    Times without, of a step of GPT-2 124M on a CPU: dropout off in the base, which is not trained (LoRA's own stays
+    on), 1.06 to 1.13; GPT-2's activation in one operation instead of seven, 1.07 to 1.19; on a CPU in bfloat16,
+    attention step by step, as the gradient of torch's fused kernel takes three to five times as long up to 256 tokens.
+    """
+    config = AutoConfig.from_pretrained(folder, **FOLDER_ONLY).to_dict()
+    options: dict[str, Any] = {
+        name: 0.0 for name, value in config.items() if "drop" in name and isinstance(value, float)
+    }
+    options |= {name: "gelu_pytorch_tanh" for name, value in config.items() if value == "gelu_new"}
+    if best_device() == "cpu" and base_dtype() == torch.bfloat16:
+        options["attn_implementation"] = "eager"
+    return options
 
 
 def check_length(folder: Path, tokens: int) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed
 import torch.nn.functional as F
+from tqdm import tqdm
 from transformers import Trainer, TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -27,11 +28,9 @@ from .config import add_parameters, parse_parameters
 from .console import run_command
 from .data import IGNORED
 from .files import check_disk_space, content_hash
-from .hub import readable_size
-from .lora import adapter_folder, check_trained
+from .lora import adapter_folder, check_trained, lora_in_base_precision
 from .models import check_weights
 from .run import Run
-from .speedups import lora_in_base_precision
 
 
 class AnswerTrainer(Trainer):
@@ -201,10 +200,10 @@ class AnswerTrainer(Trainer):
             seconds = (time.perf_counter() - begun) * args.gradient_accumulation_steps
         self.model.zero_grad()
         seconds *= sum(self.lengths) / len(self.lengths) / max(self.lengths)
-        memory = f"{readable_size(torch.cuda.max_memory_allocated())} of the GPU's memory, " if cuda else ""
+        memory = f"{tqdm.format_sizeof(torch.cuda.max_memory_allocated(), 'B')} of the GPU's memory, " if cuda else ""
         takes = f"about {(steps - first) * seconds / 60:.1f} minutes: {steps - first} steps of {seconds:.2f} s"
         print(f"The training takes {takes}, and the evaluations")
-        print(f"The training needs {memory}at most {readable_size(self.disk_bytes)} on disk")
+        print(f"The training needs {memory}at most {tqdm.format_sizeof(self.disk_bytes, 'B')} on disk")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What each part of `alpaca_helpers.speedups` is worth: `python -m benchmarks.speedups`.
+"""What each speed-up of a training step is worth: `python -m benchmarks.speedups`.
 
 A few steps of Trainer's own loop with all parts, and with all but one, in turns; the figure is how many times as long
 a step takes without it, in each round. Three models: GPT-2's width in four layers with random weights, one of 24
@@ -23,8 +23,7 @@ from alpaca_helpers import pocket, training
 from alpaca_helpers.batches import PadToLongest
 from alpaca_helpers.data import tokenize
 from alpaca_helpers.lora import lora_config
-from alpaca_helpers.models import base_dtype, best_device, load_tokenizer
-from alpaca_helpers.speedups import training_options
+from alpaca_helpers.models import base_dtype, best_device, load_tokenizer, training_options
 from benchmarks import bench
 
 SHAPES = {

@@ -30,10 +30,9 @@ from alpaca_helpers.chat.conversation import Conversation
 from alpaca_helpers.data import IGNORED, tokenize
 from alpaca_helpers.evaluation import answer_losses
 from alpaca_helpers.generation import end_tokens, generate
-from alpaca_helpers.lora import choose_targets, load_adapter, lora_config
-from alpaca_helpers.models import fetch_model, load_base, positions
+from alpaca_helpers.lora import choose_targets, load_adapter, lora_config, lora_in_base_precision
+from alpaca_helpers.models import fetch_model, load_base, positions, training_options
 from alpaca_helpers.prompts import encode, format_prompt
-from alpaca_helpers.speedups import lora_in_base_precision, training_options
 from alpaca_helpers.training import AnswerTrainer
 
 QUESTIONS = ["Hi", "What is the capital of France, and of Spain?", "Name it.", "Tell me who wrote this book of old."]

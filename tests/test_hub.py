@@ -15,6 +15,7 @@ from huggingface_hub import constants, hf_hub_download
 from safetensors.torch import load_file
 from support import PROJECT
 from support.hub import ALPACA_FILE, DATASET, DATASET_COMMIT, MODEL, MODEL_COMMIT, Fault, Hub, Repository, stand_in
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alpaca_helpers import AlpacaError, hub
@@ -86,7 +87,7 @@ def test_one_announced_download_is_ready_for_from_pretrained_and_asked_for_once(
     folder = fetch_model(NAME, MODEL_COMMIT)
     (said,) = capsys.readouterr().out.splitlines()
     names = sorted(path.name for path in folder.iterdir())
-    size = hub.readable_size(sum(path.stat().st_size for path in folder.iterdir()))
+    size = tqdm.format_sizeof(sum(path.stat().st_size for path in folder.iterdir()), "B")
     assert said == f"Downloading {NAME} from the Hub, {size}, once: {', '.join(names)}"
     there = {path.name for path in server.repositories[MODEL].folder.iterdir()}
     assert set(names) == there - {"pytorch_model.bin", "README.md"} and not any(".bin" in line for line in server.log)

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, DataCollatorForLanguageModeling, GP
 from transformers import TrainingArguments as Arguments
 
 import alpaca_helpers
-from alpaca_helpers import AlpacaError, card, models, speedups, training
+from alpaca_helpers import AlpacaError, card, lora, models, training
 from alpaca_helpers.batches import LengthGroups, PadToLongest, split_batch
 from alpaca_helpers.data import tokenize
 from alpaca_helpers.files import write_json
@@ -151,7 +151,7 @@ def test_a_step_asks_the_device_for_no_value_but_for_packed_rows(tmp_path, monke
     rows, model = tokens(random_rows(6)), random_lora()
     trainer = trainer_on(rows, tmp_path, model)
     batch = trainer.data_collator(list(rows))
-    with speedups.lora_in_base_precision(model), NoValues():
+    with lora.lora_in_base_precision(model), NoValues():
         trainer.training_step(model, batch, num_items_in_batch=10.0)
         for wanted in (lambda: batch["input_ids"].sum().item(), batch["input_ids"].nonzero):
             with pytest.raises(AssertionError):
@@ -166,7 +166,7 @@ def forwards(model):
 
 def test_what_is_faster_is_undone_however_training_ends():
     model = with_lora(tiny_gpt2())
-    with pytest.raises(KeyboardInterrupt), speedups.lora_in_base_precision(model):
+    with pytest.raises(KeyboardInterrupt), lora.lora_in_base_precision(model):
         assert forwards(model)
         raise KeyboardInterrupt
     assert not forwards(model)
@@ -176,9 +176,9 @@ def test_the_options_of_a_training_switch_off_the_bases_dropout_alone_and_suit_t
     tiny_gpt2().save_pretrained(tmp_path)
     dropouts = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "summary_first_dropout": 0.0}
     for dtype, more in ((torch.float32, {}), (torch.bfloat16, {"attn_implementation": "eager"})):
-        monkeypatch.setattr(speedups, "base_dtype", lambda dtype=dtype: dtype)
-        monkeypatch.setattr(speedups, "best_device", lambda: "cpu")
-        options = speedups.training_options(tmp_path)
+        monkeypatch.setattr(models, "base_dtype", lambda dtype=dtype: dtype)
+        monkeypatch.setattr(models, "best_device", lambda: "cpu")
+        options = models.training_options(tmp_path)
         assert options == {"activation_function": "gelu_pytorch_tanh"} | dropouts | more
     model = with_lora(GPT2LMHeadModel.from_pretrained(tmp_path, **options), lora_dropout=0.25)
     shares = {("lora" in name, part.p) for name, part in model.named_modules() if hasattr(part, "p")}
@@ -197,7 +197,7 @@ def test_over_a_bfloat16_base_the_trained_weights_are_float32_and_gradients_near
     trainer = trainer_on(rows, tmp_path, model)
 
     def computed():
-        with speedups.lora_in_base_precision(model):
+        with lora.lora_in_base_precision(model):
             loss = trainer.compute_loss(model, trainer.data_collator(list(rows)))
             return loss.item(), gradients(model, loss)
 

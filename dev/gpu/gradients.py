@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import TrainingArguments, set_seed
 
 from alpaca_helpers.batches import PadToLongest
-from alpaca_helpers.speedups import lora_in_base_precision
+from alpaca_helpers.lora import lora_in_base_precision
 from alpaca_helpers.training import AnswerTrainer
 from benchmarks import bench
 
