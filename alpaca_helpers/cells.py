@@ -60,16 +60,9 @@ def refuse_dropped(parameters: Iterable[str], notebooks: Iterable[Path]) -> None
         raise AlpacaError(what)
 
 
-def run_cells(notebook: Path, tag: str, parameters: dict[str, object], until: str = "") -> dict:
-    """Run the cell of parameters, with these, and the cells with the tag as a script; return all names they define.
-
-    With `until` it ends as soon as that name is defined.
-    """
+def run_cells(notebook: Path, tag: str, parameters: dict[str, object]) -> None:
+    """Run the cell of parameters, with these, and the cells with the tag as a script."""
+    given = {"id": "given", "source": "\n".join(f"{name} = {value!r}" for name, value in parameters.items())}
     names: dict = {}
-    for number, cell in enumerate(read_cells(notebook, "parameters") + read_cells(notebook, tag)):
+    for cell in [*read_cells(notebook, "parameters"), given, *read_cells(notebook, tag)]:
         exec(compile(cell["source"], f"{notebook.name}, cell {cell['id']}", "exec"), names)  # noqa: S102 (the project's own)
-        if not number:
-            names |= parameters
-        if until and until in names:
-            break
-    return names

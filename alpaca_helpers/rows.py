@@ -20,9 +20,7 @@ from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 
 from . import AlpacaError, locate
-from .files import replace_recorded
 from .hub import cached_folder, fetch, first_line
-from .run import Run
 
 COLUMNS = ("instruction", "input", "output", "fact")
 NOT_MISSED = {*COLUMNS, "text"}  # "text" in Alpaca's files: the other columns in one
@@ -35,25 +33,6 @@ OTHER_FILES = {"arrow", "bz2", "txt", "xls", "xlsx", "xz", "zip", "zst"}  # not 
 SPACE = re.compile(r"[ \t\r\n\ufeff]*")  # between rows; the last is the mark that a text file may begin with
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can spell it, UTF-8 and so Arrow cannot
 HUB_NAME = re.compile(r"[^./~][^/]*/[^/]+")
-
-
-def prepare_rows(folder: Path, dataset: str, revision: str | None = None, heldout: str | None = None) -> dict[str, str]:
-    """Return the files of checked rows, by split, that `load_dataset("parquet", data_files=…)` takes.
-
-    They are written to `rows` in the run's `folder`, under its lock. Arguments and errors as in `load_rows` and
-    `replace_recorded`; `heldout` is a file with rows held out already.
-    """
-    sources = {"train": (dataset, revision)} | ({"heldout": (heldout, None)} if heldout else {})
-    files = {}
-    with Run(folder).lock():
-        for split, source in sources.items():
-            path, table = folder / "rows" / f"{split}.parquet", io.BytesIO()
-            load_rows(*source).to_parquet(table)
-            # not written twice: load_dataset would cache the same rows again
-            if not path.is_file() or path.read_bytes() != table.getvalue():
-                replace_recorded(path, table.getvalue())
-            files[split] = str(path)
-    return files
 
 
 def load_rows(dataset: str, revision: str | None = None) -> Dataset:

@@ -164,14 +164,12 @@ def _execute(notebook: Path, executed: Path, parameters: dict[str, object]) -> N
     except papermill.PapermillExecutionError as error:
         if error.ename == "KeyboardInterrupt":
             raise KeyboardInterrupt from error
-        what = f"{error.ename}: {error.evalue} [cell {error.exec_count} of {executed}]"
-        raise AlpacaError(what) from error
+        raise AlpacaError(f"{error.ename}: {error.evalue} [cell {error.exec_count} of {executed}]") from error
     except RuntimeError as error:
         if type(error).__name__ != "DeadKernelError":  # nbclient's, which papermill brings along
             raise
-        what = f"The kernel of {executed} was killed, most likely for want of memory"
-        remedy = "free some, or take a smaller `micro_batch_size` or model, and run this again"
-        raise AlpacaError(f"{what}: {remedy}.") from error
+        remedy = "free some memory, or take a smaller `micro_batch_size` or model, and run this again"
+        raise AlpacaError(f"The kernel of {executed} was killed: {remedy}.") from error
     took = [(cell.metadata.papermill.duration or 0, cell.source) for cell in made.cells if cell.source.strip()]
     longest = [f"{seconds:.0f} s {code.splitlines()[-1].strip():.40}" for seconds, code in sorted(took)[:-4:-1]]
     print(f"    {made.metadata.papermill.duration:.0f} s; the longest cells: {'; '.join(longest)}", flush=True)
@@ -199,8 +197,8 @@ def main() -> None:
     parser.add_argument("--further", action="store_true", help="the notebooks that go deeper, on a finished run")
     add_parameters(parser)
     options = parser.parse_args()
-    given = {"run": options.run} if options.run else {}
-    given |= {} if options.profile == "auto" else {"profile": options.profile}
+    given = {name: getattr(options, name) for name in ("profile", "run")}
+    given = {name: value for name, value in given.items() if value != parser.get_default(name)}
     folder = run_series(parse_parameters(options.p, **given), FURTHER if options.further else NOTEBOOKS)
     if not options.further:
         metrics = Run(folder).metrics()

@@ -41,7 +41,7 @@ from transformers import (
 from alpaca_helpers import pocket
 from alpaca_helpers.batches import PadToLongest
 from alpaca_helpers.config import PROFILES
-from alpaca_helpers.data import IGNORED, drop_reason, tokenize
+from alpaca_helpers.data import IGNORED, tokenize
 from alpaca_helpers.lora import lora_config
 from alpaca_helpers.models import base_dtype, best_device, load_base, load_tokenizer
 from alpaca_helpers.prompts import format_prompt
@@ -49,6 +49,7 @@ from alpaca_helpers.rows import load_rows
 from alpaca_helpers.run import Run
 from alpaca_helpers.series import run_series
 from alpaca_helpers.training import AnswerTrainer
+from alpaca_lessons.dataset import drop_reason
 from benchmarks import chat, evaluation
 from dev.gpu import graphs
 

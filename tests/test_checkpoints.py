@@ -22,7 +22,6 @@ from support.runs import byte_tokenizer, notebook_03, prepare_run, save_adapter,
 from test_hub import point_to
 
 from alpaca_helpers import AlpacaError, checkpoints, models, training
-from alpaca_helpers.cells import NOTEBOOKS, run_cells
 from alpaca_helpers.files import atomic_folder, check_disk_space, verify_checksums, write_checksums
 from alpaca_helpers.lora import WEIGHTS
 from alpaca_helpers.run import Run
@@ -280,8 +279,7 @@ def test_what_changes_the_result_is_never_gone_on_with(edited, run):
 
 def test_a_training_by_hand_is_recorded_and_a_half_saved_adapter_replaces_nothing(run):
     """Trainer's own `train()`, and a training that starts over after one that went on from a checkpoint."""
-    names = run_cells(NOTEBOOKS[2], "training", settings_of(run) | {"run": str(run), "run_earlier": False}, "trainer")
-    trainer, before = names["trainer"], verify_checksums(run / "adapter")
+    trainer, before = notebook_03(run, "trainer", **settings_of(run)), verify_checksums(run / "adapter")
     trainer.args.weight_decay = 0.1
     assert trainer.train().global_step == 24
     for saved in ((), (trainer.model,)):
@@ -294,7 +292,7 @@ def test_a_training_by_hand_is_recorded_and_a_half_saved_adapter_replaces_nothin
         assert verify_checksums(run / "adapter") == before == ""
     with training.save_adapter(trainer) as part:
         trainer.model.save_pretrained(part)
-        names["tokenizer"].save_pretrained(part)
+        byte_tokenizer().save_pretrained(part)
     assert Run(run).record("adapter")["weight_decay"] == 0.1
     trainer.train(run / "checkpoints" / "checkpoint-21")
     trainer.train()

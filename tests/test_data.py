@@ -14,6 +14,7 @@ from alpaca_helpers.data import IGNORED, RECIPES, tokenize
 from alpaca_helpers.prompts import encode, format_answer, format_example, format_prompt
 from alpaca_helpers.rows import load_rows
 from alpaca_helpers.run import Run
+from alpaca_lessons import dataset
 
 ROW = {"instruction": "Add the numbers.", "input": "1 and 2", "output": "3"}
 
@@ -83,7 +84,7 @@ def test_a_text_longer_than_the_models_positions_is_no_warning(pocket_tokenizer,
 
 def test_a_row_without_room_for_an_answer_is_noticed(pocket_tokenizer):
     got = tokenize(batch_of({"instruction": "x " * 300, "output": "y"}, ROW), pocket_tokenizer)
-    assert [data.has_answer({"labels": labels}) for labels in got["labels"]] == [False, True]
+    assert [dataset.has_answer({"labels": labels}) for labels in got["labels"]] == [False, True]
 
 
 @pytest.mark.parametrize("text", ["word " * 9_000, "a" * 30_000, "😀" * 20_000])
@@ -100,7 +101,7 @@ def test_of_a_very_long_text_only_what_can_be_used_is_tokenized(text, pocket_tok
     )
     asked = encode([format_prompt("x")], pocket_tokenizer)[0]
     assert got["input_ids"] == [whole[0][:16], (asked + whole[1])[:16]] and max(map(len, seen)) == 16_000
-    assert [data.has_answer({"labels": labels}) for labels in got["labels"]] == [False, True]
+    assert [dataset.has_answer({"labels": labels}) for labels in got["labels"]] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -116,12 +117,12 @@ def test_of_a_very_long_text_only_what_can_be_used_is_tokenized(text, pocket_tok
     ],
 )
 def test_why_a_row_is_not_used(instruction, output, reason):
-    assert data.drop_reason({"instruction": instruction, "output": output}) == reason
+    assert dataset.drop_reason({"instruction": instruction, "output": output}) == reason
 
 
 def test_many_rows_lost_for_one_reason_are_noted_with_what_to_do(capsys):
     lost = {"answer over 80 words": 30, "empty answer": 20, "after the first max_train_rows": 90, "answer cut": 21}
-    data.note_losses(lost, 100)
+    dataset.note_losses(lost, 100)
     notes = capsys.readouterr().out.splitlines()
     for note, reason in zip(
         notes, ("30 of 100 rows are lost or cut (answer over", "21 of 100 rows are lost or cut (answer cut")
@@ -134,7 +135,7 @@ def held_out(train, heldout=None, rows=1, **changes):
     """Return what `hold_out` makes of the rows."""
     chosen = {"max_words": 80, "heldout_rows": rows, "max_train_rows": None, "seed": 0} | changes
     parts = {"train": train} | ({"heldout": heldout} if heldout else {})
-    return data.hold_out(DatasetDict(parts), SimpleNamespace(**chosen))
+    return dataset.hold_out(DatasetDict(parts), SimpleNamespace(**chosen))
 
 
 def test_split_keeps_a_question_on_one_side_and_is_seeded():
@@ -181,7 +182,7 @@ def test_a_question_is_the_same_however_its_characters_are_spelled():
 
 def test_the_manifest_has_paths_of_this_machine_only_outside_the_checkout(tmp_path):
     settings = SimpleNamespace(name="n", model=str(PROJECT / "m" / "x"), dataset=str(tmp_path / "r.json"), heldout=None)
-    with data.save_data(tmp_path, settings, DatasetDict(train=rows_of(ROW), heldout=rows_of(ROW))):
+    with dataset.save_data(tmp_path, settings, DatasetDict(train=rows_of(ROW), heldout=rows_of(ROW))):
         pass
     record = Run(tmp_path).manifest()["data"]
     assert [record[name] for name in ("name", "model", "dataset", "heldout")] == ["n", "m/x", settings.dataset, None]
@@ -196,7 +197,7 @@ def test_data_that_are_cut_before_their_record_have_none_rather_than_that_of_oth
             monkeypatch.setattr(Run, "write_record", lambda *given: write(*given) if given[2] == {} else 1 / 0)
         with (
             pytest.raises(ZeroDivisionError) if cut else nullcontext(),
-            data.save_data(tmp_path, settings, split) as part,
+            dataset.save_data(tmp_path, settings, split) as part,
         ):
             (part / "rows").touch()
     with pytest.raises(AlpacaError, match="02_dataset_and_tokenizer") as refused:
@@ -209,8 +210,8 @@ def test_too_few_questions_to_train_on_or_to_hold_out_are_a_sentence():
     for check, said in (
         (lambda: held_out(one), "0 rows are left to train on and 2 are held out"),
         (lambda: held_out(none), "0 rows are left to train on and 0 are held out"),
-        (lambda: data.check_sides(DatasetDict(train=none, heldout=one)), "0 rows are left to train on and 2"),
-        (lambda: data.check_sides(DatasetDict(train=one, heldout=none)), "2 rows are left to train on and 0"),
+        (lambda: dataset.check_sides(DatasetDict(train=none, heldout=one)), "0 rows are left to train on and 2"),
+        (lambda: dataset.check_sides(DatasetDict(train=one, heldout=none)), "2 rows are left to train on and 0"),
     ):
         with pytest.raises(AlpacaError, match=said) as refused:
             check()
@@ -219,7 +220,7 @@ def test_too_few_questions_to_train_on_or_to_hold_out_are_a_sentence():
 
 def test_fingerprint_is_of_the_text():
     def of(train, heldout):
-        return data.fingerprint(DatasetDict(train=train, heldout=heldout))
+        return dataset.fingerprint(DatasetDict(train=train, heldout=heldout))
 
     one, none = rows_of(ROW), rows_of(ROW).select([])
     assert of(one, one) == of(Dataset.from_list(one.to_list()), one)

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from alpaca_helpers.chat.conversation import Conversation
-from alpaca_helpers.data import drop_reason, tokenize
+from alpaca_helpers.data import tokenize
 from alpaca_helpers.generation import generate
 from alpaca_helpers.prompts import format_prompt
 from alpaca_helpers.rows import load_rows
+from alpaca_lessons.dataset import drop_reason
 
 pytestmark = pytest.mark.nightly
 

@@ -14,9 +14,10 @@ import alpaca_helpers
 from alpaca_helpers import AlpacaError, locate, portable
 from alpaca_helpers.cells import FURTHER, NOTEBOOKS
 from alpaca_helpers.config import PROFILES, Parameters, check_parameters, choose_profile
-from alpaca_helpers.data import drop_reason, tokenize
+from alpaca_helpers.data import tokenize
 from alpaca_helpers.lora import KNOWN_TARGETS
 from alpaca_helpers.series import open_run
+from alpaca_lessons.dataset import drop_reason
 
 
 def test_every_parameter_of_the_notebooks_is_checked_there_and_its_default_is_right():

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from alpaca_helpers import AlpacaError
 from alpaca_helpers.data import tokenize
 from alpaca_helpers.prompts import format_example
-from alpaca_helpers.rows import load_rows, prepare_rows
+from alpaca_helpers.rows import load_rows
+from alpaca_lessons.dataset import prepare_rows
 
 ROW = {"instruction": 'Say, "été"', "input": "", "output": "été\n\u2028😀"}
 LINES = "".join(json.dumps(ROW, ensure_ascii=False) + "\n" for _ in range(2))

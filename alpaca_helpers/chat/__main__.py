@@ -3,15 +3,14 @@
 from ..console import run_command
 
 
-def main() -> None:
-    """Run the command line."""
-    from .terminal import main  # takes seconds, in which Ctrl-C is one line too
-
-    main()
-
-
 def command() -> None:
     """Run the command line and exit."""
+
+    def main() -> None:
+        from .terminal import main  # takes seconds, in which Ctrl-C is one line too
+
+        main()
+
     run_command(main)
 
 

@@ -14,12 +14,13 @@ from datasets import Dataset, DatasetDict
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from alpaca_helpers.cells import NOTEBOOKS, run_cells
+from alpaca_helpers.cells import NOTEBOOKS, read_cells
 from alpaca_helpers.config import choose_profile
-from alpaca_helpers.data import fingerprint, tokenize
+from alpaca_helpers.data import tokenize
 from alpaca_helpers.files import atomic_folder, content_hash
 from alpaca_helpers.lora import adapter_folder
 from alpaca_helpers.run import MARK, Run
+from alpaca_lessons.dataset import fingerprint
 from support import PROJECT
 
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -105,5 +106,11 @@ def prepare_run(folder: Path, rows: int = 44, recipe: str = "answers", **changes
 
 def notebook_03(folder: Path, until: str, **parameters):
     """Run notebook 03's cells of training on the run until this name is defined, and return what it stands for."""
-    given = parameters | {"run": str(folder), "run_earlier": False}
-    return run_cells(NOTEBOOKS[2], "training", given, until)[until]
+    names = {}
+    for cell in read_cells(NOTEBOOKS[2], "parameters") + read_cells(NOTEBOOKS[2], "training"):
+        exec(cell["source"], names)
+        if until in names:
+            return names[until]
+        if "settings" not in names:
+            names |= parameters | {"run": str(folder), "run_earlier": False}
+    raise LookupError(until)
