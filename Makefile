@@ -111,5 +111,6 @@ address:  ## write where you publish the project into its links and notebooks: R
 	    -e 's|repo_url: str = \\"\\"|repo_url: str = \\"'"$$REPO_URL"'\\"|' "$$file" > "$$new" \
 	  && cat "$$new" > "$$file" || exit 1; done && rm "$$new"
 
-clean:  ## remove what can be made again, runs excepted
-	rm -rf build .venv .venv-colab .pytest_cache .ruff_cache *.egg-info
+clean:  ## remove what can be made again; runs stay, and an environment that make has not made
+	@for made in .venv .venv-colab; do [ ! -e $$made/.ready ] || rm -rf $$made; done
+	rm -rf build .pytest_cache .ruff_cache *.egg-info

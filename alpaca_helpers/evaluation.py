@@ -33,7 +33,7 @@ def evaluate(
     The table has for each row its text; each side's answer, token ids and their number, whether it stopped and whether
     it is right; and the loss of the expected answer. AlpacaError is raised if there are no rows.
     """
-    rows = list(rows)
+    rows = [{"input": "", "fact": ""} | row for row in rows]
     if not rows:
         raise AlpacaError("There are no held-out rows: run notebook 02 again, with more `heldout_rows`.")
     templated = [format_prompt(row["instruction"], row["input"]) for row in rows]

@@ -164,6 +164,8 @@ def base_hash(model) -> str:
 
 def load_adapter(base, folder: Path) -> PeftModel:
     """Return `base` with the adapter in `folder` attached, in evaluation mode; errors as in `check_adapter`."""
+    if isinstance(base, PeftModel):
+        raise AlpacaError("The model has an adapter already: load this one onto a plain base, as `load_base` gives.")
     check_adapter(base, folder)
     return PeftModel.from_pretrained(base, str(Path(folder).resolve())).eval()
 

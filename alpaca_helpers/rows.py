@@ -23,7 +23,7 @@ from . import AlpacaError, locate
 from .hub import cached_folder, fetch, first_line
 
 COLUMNS = ("instruction", "input", "output", "fact")
-NOT_MISSED = {*COLUMNS, "text"}  # "text" in Alpaca's files: the other columns in one
+NOT_MISSED = {*COLUMNS, "text", "", "Unnamed: 0"}  # "text" in Alpaca's files: the others in one; pandas' row numbers
 NO_INPUT = re.compile(r"[\W_]*(no[\W_]*input|n/a)[\W_]*", re.IGNORECASE)  # as Alpaca's generator wrote it
 ONLY_FILE = {  # of a pinned dataset, by its commit
     "dce01c9b08f87459cf36a430d809084718273017": "data/train-00000-of-00001-a09b74b3ef9c3b56.parquet"
@@ -112,9 +112,13 @@ def _read_parquet(content: bytes) -> Iterator[Any]:
 def _read_csv(content: bytes) -> Iterator[Any]:
     """Yield the rows under the names in the first line; commas, semicolons or tabs separate the fields."""
     text, line, names = content.decode("utf-8-sig"), 1, list[str]()
+    text = re.sub("^sep=.", "", text)  # Excel's first line, for Excel
     delimiter = max(",;\t", key=text.strip("\r\n").partition("\n")[0].count)
     csv.field_size_limit(2**31 - 1)  # characters in a field; Python's own limit is 131,072
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    spaced = bool(
+        re.search(f'{delimiter} +"[^"{delimiter}\r\n]', text)
+    )  # "a", "b": a quoted field has its quotes doubled
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=spaced, strict=True)
     try:
         for fields in lines:
             while len(fields) > len(names) and not fields[-1]:  # after a delimiter at the line's end

@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from . import PACKAGE, AlpacaError, project_folder
+from .data import RECIPES
 from .files import CHECKSUMS, LEFT_BEHIND, check_disk_space, content_hash, read_json, verify_checksums, write_json
 
 PRODUCERS = {  # the notebook that makes each artifact
@@ -37,7 +39,7 @@ class Record(BaseModel):
     model: str
     model_revision: str | None = None  # which version 0.1 did not record
     dataset: str
-    recipe: str
+    recipe: Literal[tuple(RECIPES)]  # type: ignore[valid-type]
     fingerprint: str  # of the rows
     max_length: int
     seed: int

@@ -42,12 +42,13 @@ class AnswerTrainer(Trainer):
 
     def __init__(self, args: TrainingArguments, data_collator: Callable, **kwargs):
         args._n_gpu = min(args.n_gpu, 1)  # one process uses one GPU; torchrun starts one for each
-        rows, asked = len(kwargs["train_dataset"]), args.train_batch_size * args.gradient_accumulation_steps
-        self.batch_size = min(asked * args.world_size, rows)
-        if rows < asked * args.world_size:  # a batch is what there is
-            share = math.ceil(rows / args.world_size)
-            args.gradient_accumulation_steps = math.ceil(share / args.train_batch_size)
-            args.per_device_train_batch_size = math.ceil(share / args.gradient_accumulation_steps)
+        rows, devices = len(kwargs["train_dataset"]), args.world_size
+        self.batch_size = args.train_batch_size * args.gradient_accumulation_steps * devices
+        if rows < self.batch_size:  # a batch is what there is; on several devices some rows come twice
+            args.gradient_accumulation_steps = math.ceil(rows / devices / args.train_batch_size)
+            args.per_device_train_batch_size = math.ceil(rows / devices / args.gradient_accumulation_steps)
+            share = args.per_device_train_batch_size * args.gradient_accumulation_steps
+            self.batch_size = rows if devices == 1 else share * devices
         cuda = args.device.type == "cuda"
         args.dataloader_pin_memory = args.accelerator_config.non_blocking = cuda  # Python goes on while rows are sent
         args.logging_nan_inf_filter = False  # NaN is shown as such, and no step waits to be looked at
@@ -107,7 +108,10 @@ class AnswerTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, *args, **kwargs):
-        """Return the output of an evaluation, its loss in nats per learned label, not as a mean of batch means."""
+        """Return an evaluation's output, its loss in nats per learned label; AlpacaError where logits are asked for."""
+        if not (kwargs.get("prediction_loss_only") or self.args.prediction_loss_only):
+            what = "AnswerTrainer makes the logits of learned labels only"
+            raise AlpacaError(f"{what}: take transformers' Trainer for `predict` and `compute_metrics`.")
         before, self.since_log = self.since_log, torch.zeros_like(self.since_log)
         output = super().evaluation_loop(*args, **kwargs)
         (nats, labels), self.since_log = self.since_log.tolist(), before

@@ -14,7 +14,7 @@ from datasets import DatasetDict
 
 from alpaca_helpers import AlpacaError, portable
 from alpaca_helpers.data import IGNORED, question_key
-from alpaca_helpers.files import atomic_folder, replace_recorded
+from alpaca_helpers.files import atomic_folder, check_disk_space, replace_recorded
 from alpaca_helpers.rows import COLUMNS, load_rows
 from alpaca_helpers.run import Run
 from alpaca_helpers.text import words
@@ -36,10 +36,12 @@ def prepare_rows(folder: Path, dataset: str, revision: str | None = None, heldou
     with Run(folder).lock():
         for split, source in sources.items():
             path, table = folder / "rows" / f"{split}.parquet", io.BytesIO()
-            load_rows(*source).to_parquet(table)
+            rows = load_rows(*source)
+            rows.to_parquet(table)
             # not written twice: load_dataset would cache the same rows again
             if not path.is_file() or path.read_bytes() != table.getvalue():
-                replace_recorded(path, table.getvalue())
+                with check_disk_space(path, needed=len(table.getvalue()) + rows.data.nbytes):  # with that cache
+                    replace_recorded(path, table.getvalue())
             files[split] = str(path)
     return files
 
@@ -59,22 +61,24 @@ def hold_out(rows: DatasetDict, settings: SimpleNamespace) -> tuple[DatasetDict,
     """Return the rows that are used, as `train` and `heldout`, and how many are not used, by reason.
 
     Rows with an empty side or too long an answer go. The rows held out are those of `rows["heldout"]`, or else all
-    rows of `heldout_rows` of the questions, a fifth at most. A question that is held out is in no training row, and of
-    the training rows at most `max_train_rows` are kept. Errors as in `check_sides`.
+    rows of `heldout_rows` of the questions, a fifth at most. A question that is held out is in no training row, be it
+    asked with its `input` or without, as the recipe `document` does. Of the training rows at most `max_train_rows` are
+    kept. Errors as in `check_sides`.
     """
     dropped = Counter(drop_reason(row, settings.max_words) for part in rows.values() for row in part)
     del dropped[""]
     kept = rows.filter(lambda row: not drop_reason(row, settings.max_words), desc="usable rows")
     keys = [question_key(row) for row in kept["train"]]
+    bare = [question_key(row | {"input": ""}) for row in kept["train"]]
     if "heldout" in kept:
         asked = set(map(question_key, kept["heldout"]))
-        dropped["question held out"] = sum(key in asked for key in keys)
     else:
         questions = sorted(set(keys))
         random.Random(settings.seed).shuffle(questions)
         asked = set(questions[: max(1, min(settings.heldout_rows, len(questions) // 5))])
         kept["heldout"] = kept["train"].select([index for index, key in enumerate(keys) if key in asked])
-    train = [index for index, key in enumerate(keys) if key not in asked]
+    train = [index for index, both in enumerate(zip(keys, bare)) if asked.isdisjoint(both)]
+    dropped["question held out"] = len(keys) - len(train) - (0 if "heldout" in rows else len(kept["heldout"]))
     used = train[: settings.max_train_rows]
     dropped["after the first max_train_rows"] = len(train) - len(used)
     split = DatasetDict(train=kept["train"].select(used), heldout=kept["heldout"])

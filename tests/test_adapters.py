@@ -217,6 +217,11 @@ def test_a_base_of_another_shape_or_with_other_weights_is_refused(adapter, base)
     refused(base, adapter, "the base's weights are others.*; load the base it was trained on")
 
 
+def test_a_second_adapter_is_refused_on_a_model_that_has_one(adapter, base):
+    with pytest.raises(AlpacaError, match="has an adapter already: load this one onto a plain base"):
+        load_adapter(load_adapter(base, adapter), adapter)
+
+
 def test_the_head_of_the_card_is_read_back_whatever_the_names():
     name = 'owner/a: "b" # [c]'
     made = {"model": name, "model_revision": "no", "dataset": "rows", "recipe": "answers", "versions": {"peft": "1"}}

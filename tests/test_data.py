@@ -159,6 +159,18 @@ def test_questions_on_both_sides_leave_the_training_side_and_are_counted():
     assert dropped == {"question held out": 2}
 
 
+def test_a_held_out_question_is_not_learned_by_a_recipe_that_drops_the_input():
+    held, other = {"instruction": "Name it.", "output": "a"}, {"instruction": "Q", "output": "a"}
+    train = rows_of({**held, "input": "red"}, {**held, "output": "b"}, other)
+    kept, dropped = held_out(train, rows_of(held))
+    assert kept["train"]["instruction"][:] == ["Q"] and dropped == {"question held out": 2}
+    for seed in range(20):  # split off the dataset: the row without input is held out in some, the one with in others
+        split, dropped = held_out(train, seed=seed)
+        assert len(split["train"]) + len(split["heldout"]) + dropped.total() == 3
+        asked = {data.question_key(row) for row in split["heldout"]}
+        assert not asked & {data.question_key({**row, "input": ""}) for row in split["train"]}
+
+
 def test_a_question_is_the_same_however_its_characters_are_spelled():
     pairs = [("Où est l’été ?", "Ou\u0300 est l'e\u0301te\u0301 ?"), ("Say “hi” 1,000 times", 'say "HI" 1000  times')]
     pairs += [("A well\u2011known\u200b co\u00adlour", "\ufeffa well-known colour")]

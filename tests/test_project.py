@@ -285,6 +285,15 @@ def test_without_a_name_the_program_chooses_and_parameters_are_words_as_a_shell_
     assert status and not calls and "RUNS=" in said
 
 
+def test_clean_keeps_an_environment_that_make_has_not_made(tmp_path):
+    shutil.copy(PROJECT / "Makefile", tmp_path)
+    for place in (".venv/bin", ".venv-colab/bin", "build/nbval", "runs/pocket"):
+        (tmp_path / place).mkdir(parents=True)
+    (tmp_path / ".venv-colab" / ".ready").touch()
+    subprocess.run(["make", "clean"], cwd=tmp_path, check=True, capture_output=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"Makefile", ".venv", "runs"}
+
+
 @pytest.mark.integration
 def test_links_badges_and_notebooks_get_the_address(tmp_path):
     """What is no address of a repository is refused, and nothing is written."""

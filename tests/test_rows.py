@@ -6,6 +6,8 @@ import gzip
 import io
 import json
 import os
+import shutil
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -87,6 +89,37 @@ def test_rows_of_shards_are_read_in_their_order(tmp_path):
         (folder / f"part-{number}.{ending}").write_bytes(table([{**ROW, "fact": str(number)}], ".parquet"))
     (folder / "_SUCCESS").touch()
     assert load_rows(str(folder))["fact"][:] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        'instruction,output\n"Q, q", "A"\n',  # a space before the quotes
+        '"instruction", "output"\r\n"Q, q", "A"\r\n',
+        'sep=;\ninstruction;output\n"Q, q"; "A"\n',  # Excel's first line
+        ',instruction,output\n0,"Q, q",A\n',  # the index that pandas writes
+        'Unnamed: 0,instruction,output\n0,"Q, q",A\n',
+    ],
+)
+def test_csv_as_it_is_found_is_read(content, tmp_path, capsys):
+    assert load_rows(written(tmp_path, ".csv", content)).to_list() == [
+        {"instruction": "Q, q", "input": "", "output": "A", "fact": ""}
+    ]
+    assert not capsys.readouterr().out
+
+
+def test_spaces_at_the_ends_of_a_field_are_its_own(tmp_path):
+    content = 'instruction,output\n" a, ""b"",\n ""c, """, d\n'
+    (row,) = load_rows(written(tmp_path, ".csv", content))
+    assert (row["instruction"], row["output"]) == (' a, "b",\n "c, "', " d")
+
+
+def test_rows_for_which_the_disk_has_no_room_are_refused_before_they_are_written(tmp_path, monkeypatch):
+    source = written(tmp_path, ".json", json.dumps([{**ROW, "output": "a" * 200_000}]))  # which Parquet makes small
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100_000))
+    with pytest.raises(AlpacaError, match="rows/train.parquet cannot be written .No space left on device; "):
+        prepare_rows(tmp_path, source)
+    assert not (tmp_path / "rows").exists()
 
 
 def test_prepared_rows_are_what_load_dataset_reads(tmp_path):

@@ -112,7 +112,7 @@ def test_where_a_disk_knows_no_locks_a_mark_of_another_machine_is_named_with_wha
 
 
 def data_record(**changes) -> dict:
-    names = dict.fromkeys(("name", "model", "dataset", "recipe", "fingerprint"), "a")
+    names = dict.fromkeys(("name", "model", "dataset", "fingerprint"), "a") | {"recipe": "document"}
     return names | {"max_length": 128, "seed": 0, "learning_rate": 3e-4, "num_train_epochs": 2} | changes
 
 
@@ -139,7 +139,7 @@ def test_a_record_is_of_the_bytes_that_are_there(recorded):
 
 
 def test_no_record_or_one_of_another_version_is_a_sentence(recorded):
-    changed = [data_record(**wrong) for wrong in ({"recipe": None}, {"max_length": "128"}, {"fingerprint": ["a"]})]
+    changed = [data_record(**wrong) for wrong in ({"recipe": "new"}, {"max_length": "128"}, {"fingerprint": ["a"]})]
     lacking = [{name: value for name, value in data_record().items() if name != gone} for gone in ("recipe", "seed")]
     for record in (None, [], "x", 3, *changed, *lacking):
         Run(recorded).write_record("data", record)

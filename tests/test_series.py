@@ -481,3 +481,10 @@ def test_cells_saved_without_ids_get_them_back_or_nothing_is_rewritten(which, tm
     for path, prose in editions.items():
         cells = nbformat.read(path, as_version=4).cells
         assert [(cell.id, cell.source) for cell in cells] == [("a", prose), ("b", "1 + 1")]
+    french = nbformat.read(list(editions)[1], as_version=4)
+    french.cells.append(new_markdown_cell("Un mot de plus", id="c"))
+    nbformat.write(french, list(editions)[1])
+    before = [path.read_bytes() for path in editions]
+    with pytest.raises(AlpacaError, match="fr/01_one.ipynb has a cell of prose, c, "):
+        authors.clean_all()
+    assert [path.read_bytes() for path in editions] == before

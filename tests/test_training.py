@@ -311,6 +311,8 @@ def test_a_batch_larger_than_the_data_is_the_data_once(micro, split, tmp_path):
     trainer.train()
     assert trainer.state.global_step == 1
     assert_same(seen.seen, wanted)
+    with pytest.raises(AlpacaError, match="learned labels only: take transformers' Trainer for `predict`"):
+        trainer.predict(rows)
 
 
 def test_a_batch_is_split_evenly_or_refused(monkeypatch):

@@ -73,6 +73,10 @@ def _clean_pair(path: Path, french: Path) -> tuple[nbformat.NotebookNode, nbform
     notebook = clean(notebook)
     translated = copy.deepcopy(notebook)
     prose = {cell.id: cell.source for cell in other.cells if cell.source}
+    for cell in other.cells:
+        if cell.cell_type == "markdown" and cell.id not in {each.id for each in notebook.cells}:
+            what = f"{french} has a cell of prose, {cell.id}, that {path.name} has not"
+            raise AlpacaError(f"{what}: add it there too, or delete it.")
     for cell in translated.cells:
         if cell.cell_type == "markdown":
             if cell.id not in prose:
