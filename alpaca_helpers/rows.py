@@ -115,9 +115,7 @@ def _read_csv(content: bytes) -> Iterator[Any]:
     text = re.sub("^sep=.", "", text)  # Excel's first line, for Excel
     delimiter = max(",;\t", key=text.strip("\r\n").partition("\n")[0].count)
     csv.field_size_limit(2**31 - 1)  # characters in a field; Python's own limit is 131,072
-    spaced = bool(
-        re.search(f'{delimiter} +"[^"{delimiter}\r\n]', text)
-    )  # "a", "b": a quoted field has its quotes doubled
+    spaced = bool(re.search(f'{delimiter} +"[^"{delimiter}\r\n]', text))  # "a", "b"; within quotes they are doubled
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=spaced, strict=True)
     try:
         for fields in lines:

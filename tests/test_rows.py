@@ -102,9 +102,8 @@ def test_rows_of_shards_are_read_in_their_order(tmp_path):
     ],
 )
 def test_csv_as_it_is_found_is_read(content, tmp_path, capsys):
-    assert load_rows(written(tmp_path, ".csv", content)).to_list() == [
-        {"instruction": "Q, q", "input": "", "output": "A", "fact": ""}
-    ]
+    wanted = {"instruction": "Q, q", "input": "", "output": "A", "fact": ""}
+    assert load_rows(written(tmp_path, ".csv", content)).to_list() == [wanted]
     assert not capsys.readouterr().out
 
 
