@@ -71,3 +71,23 @@ def test_a_refusal_is_printed_once_and_names_the_parameter(tmp_path):
     ):
         failed = torchrun("-m", "alpaca_helpers.training", str(tmp_path), "-p", name, value)
         assert failed.returncode != 0 and failed.stderr.count(sentence) == 1 and "AlpacaError" not in failed.stderr
+
+
+FEW_ROWS = """
+import sys
+from pathlib import Path
+from support.runs import notebook_03
+trainer = notebook_03(Path(sys.argv[1]), "trainer", num_train_epochs=2)
+seen, step = [], trainer.training_step
+trainer.training_step = lambda model, inputs, *more: seen.append(len(inputs["labels"])) or step(model, inputs, *more)
+trainer.train()
+print(f"\\nsteps {trainer.state.global_step} rows {seen} of {trainer.batch_size}", flush=True)
+"""
+
+
+def test_a_batch_larger_than_the_data_is_shared_by_the_devices_and_no_more(tmp_path):
+    prepare_run(tmp_path, rows=5)
+    (tmp_path / "train.py").write_text(FEW_ROWS)
+    done = torchrun(str(tmp_path / "train.py"), str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("steps 2 rows [3, 3] of 6") == 2
