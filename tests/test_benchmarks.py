@@ -59,13 +59,13 @@ def test_every_part_for_a_gpu_runs_at_its_smallest_and_without_time_none_is_begu
     made = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert made.keys() == {"gradients", "race-16", "generation", "patches"}
     rounding = 2**-7 if base_dtype() == torch.bfloat16 else 1e-5
-    for name, found in made["gradients"].items():
+    for name, found in made["gradients"]["gradients"].items():
         assert found["loss"] < rounding and found["gradients"] < 10 * rounding, name
         assert found["different losses of four under dropout"] == 4, name
     race = made["race-16"]["training"]["pocket"]
     for name in ("graphed", "packed"):
         assert race[name]["heldout_loss"] == pytest.approx(race["ours"]["heldout_loss"], abs=0.05), name
-    assert [result["differ"] for result in made["generation"]] == [0, 0]
+    assert [result["differ"] for result in made["generation"]["generation"]] == [0, 0]
 
 
 # The sweep over recipes, and its table
