@@ -15,27 +15,27 @@ import time
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
-BENCH = ["-m", "benchmarks.bench", "--models", "gpt2-medium", "--rounds", "2", "--sections", "matrix_product"]
-BENCH += ["training", "--contenders"]
+BENCH = ["-m", "benchmarks.bench", "--models", "gpt2-medium", "--rounds", "2", "--sections"]
+RACE = [*BENCH, "matrix_product", "training", "--contenders"]
 
-# By name: the command, the option that its file is given by, and about how many seconds it takes on an H100 or H200.
+# By name: the command, and about how many seconds it takes on an H100 or H200.
 PARTS = {
-    "gradients": (["-m", "dev.gpu.gradients"], "--out", 60),
-    "race-16": ([*BENCH, "document", "TRL", "TRL packed", "ours", "graphed", "--batch-sizes", "16"], "--results", 120),
-    "compiled": ([*BENCH, "ours", "compiled", "--batch-sizes", "16"], "--results", 90),
-    "race-128": ([*BENCH, "document", "TRL", "ours", "graphed", "--batch-sizes", "128"], "--results", 150),
-    "race-256": ([*BENCH, "document", "TRL", "ours", "graphed", "--batch-sizes", "256"], "--results", 150),
-    "packed": ([*BENCH, "ours", "packed", "--batch-sizes", "256"], "--results", 120),
-    "float16": ([*BENCH, "ours", "ours, float16", "--batch-sizes", "16"], "--results", 60),
-    "generation": (["-m", "benchmarks.generation"], "--out", 60),
-    "patches": (["-m", "benchmarks.speedups", "--models", "gpt2-medium", "--rounds", "2"], "--out", 120),
-    "series": (["benchmarks/gpu.py"], "--out", 400),
+    "gradients": ([*BENCH, "gradients"], 60),
+    "race-16": ([*RACE, "document", "TRL", "TRL packed", "ours", "graphed", "--batch-sizes", "16"], 120),
+    "compiled": ([*RACE, "ours", "compiled", "--batch-sizes", "16"], 90),
+    "race-128": ([*RACE, "document", "TRL", "ours", "graphed", "--batch-sizes", "128"], 150),
+    "race-256": ([*RACE, "document", "TRL", "ours", "graphed", "--batch-sizes", "256"], 150),
+    "packed": ([*RACE, "ours", "packed", "--batch-sizes", "256"], 120),
+    "float16": ([*RACE, "ours", "ours, float16", "--batch-sizes", "16"], 60),
+    "generation": ([*BENCH, "generation"], 60),
+    "patches": (["-m", "benchmarks.speedups", "--models", "gpt2-medium", "--rounds", "2"], 120),
+    "series": (["benchmarks/gpu.py"], 400),
 }
 TINY = ["--models", "pocket", "--rounds", "1", "--steps", "2"]  # for a rehearsal, after the options it replaces
 REHEARSED = {  # `series` is rehearsed by the tests of the stand-in Hub
-    "gradients": ["--model", "pocket", "--rows", "4"],
+    "gradients": TINY,
     "race-16": [*TINY, "--sections", "training", "--contenders", "ours", "graphed", "packed"],
-    "generation": ["--model", "pocket", "--prompts", "4", "--batch-sizes", "2", "4", "--max-new-tokens", "4"],
+    "generation": TINY,
     "patches": TINY,
 }
 
@@ -51,12 +51,12 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     ends, failed = time.monotonic() + options.limit, []
     for name in REHEARSED if options.rehearse else options.parts:
-        command, to, seconds = PARTS[name]
+        command, seconds = PARTS[name]
         left = ends - time.monotonic()
         if left < (0 if options.rehearse else seconds):
             print(f"{name}: left out, {left:.0f} s are left", flush=True)
             continue
-        given = [sys.executable, *command, to, str(options.out.resolve() / f"{name}.json")]
+        given = [sys.executable, *command, "--out", str(options.out.resolve() / f"{name}.json")]
         given += REHEARSED[name] if options.rehearse else []
         print(f"{name} …", flush=True)
         begun = time.monotonic()

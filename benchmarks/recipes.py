@@ -8,26 +8,24 @@ seed are one line of the table, with the mean over seeds and the standard deviat
 """
 
 import argparse
-import contextlib
 import json
 import os
 import statistics
-import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import get_context
 from pathlib import Path
 
 import nbformat
 from matplotlib.figure import Figure
-from papermill.iorw import load_notebook_node
-from papermill.parameterize import parameterize_notebook
 from tqdm import tqdm
 
 from alpaca_helpers import AlpacaError
-from alpaca_helpers.cells import NOTEBOOKS, notebook_parameters
+from alpaca_helpers.cells import NOTEBOOKS
 from alpaca_helpers.checkpoints import FREE
+from alpaca_helpers.console import run_command
 from alpaca_helpers.data import RECIPES
 from alpaca_helpers.files import write_json
 from alpaca_helpers.metrics import METRICS, Metric
@@ -72,52 +70,25 @@ def grid() -> dict[str, dict[str, object]]:
 
 
 def sweep(folder: Path, runs: dict[str, dict[str, object]]) -> list[Path]:
-    """Execute notebooks 02 to 04 for each run, finished ones excepted, and return the runs' folders.
+    """Run notebooks 02 to 04 for each of `runs`, finished ones excepted, and return the runs' folders.
 
-    Raises AlpacaError for the first run that fails, with the place of its log.
+    Raises AlpacaError for a run that fails, with the place of its log; those that wait are not begun.
     """
     folder.mkdir(parents=True, exist_ok=True)
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # the kernels inherit it
+    folders = [folder / name for name in runs]
     with ProcessPoolExecutor(AT_ONCE, mp_context=get_context("spawn")) as pool:
-        waiting = {pool.submit(run_one, folder / name, parameters): name for name, parameters in runs.items()}
-        with tqdm(total=len(waiting), desc="runs", unit="run") as progress:
-            for future in as_completed(waiting):
-                try:
-                    future.result()
-                except BaseException as error:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    log = folder / f"{waiting[future]}.log"
-                    raise AlpacaError(f"The run {waiting[future]} failed ({error}): see {log}, then go on.") from error
-                progress.set_postfix_str(waiting[future])
-                progress.update()
-    return [folder / name for name in runs]
+        list(tqdm(pool.map(run_one, folders, runs.values()), total=len(runs), desc="runs", unit="run"))
+    return folders
 
 
 def run_one(folder: Path, parameters: dict[str, object]) -> None:
-    """Execute notebooks 02 to 04 as one, into the run's folder; what they print goes into a log beside it."""
-    notebook = Path(f"{folder}.ipynb")
-    nbformat.write(joined(NOTEBOOKS[1:], SETTINGS | parameters | {"run": str(folder)}), notebook)
-    with (
-        open(f"{folder}.log", "w", encoding="utf-8") as log,
-        contextlib.redirect_stdout(log),
-        contextlib.redirect_stderr(log),
-    ):
-        run_series({"run": str(folder)}, [notebook])
-
-
-def joined(notebooks: Sequence[Path], parameters: dict[str, object]) -> nbformat.NotebookNode:
-    """Return the notebooks as one, with the parameters filled in: imports take a kernel as long as a short training."""
-    cells = []
-    for path in notebooks:
-        chosen = {key: value for key, value in parameters.items() if key in notebook_parameters(path)}
-        node = parameterize_notebook(load_notebook_node(str(path)), chosen)
-        for number, cell in enumerate(node.cells):
-            tags = [tag for tag in cell.metadata.get("tags", []) if "parameters" not in tag]
-            cell.id, cell.metadata = f"{path.stem[:2]}-{number}", {"tags": tags}
-        cells += node.cells
-    next(cell for cell in cells if cell.cell_type == "code").metadata["tags"] = ["parameters"]
-    node.cells = cells
-    return node
+    """Run notebooks 02 to 04 into the run's folder; what they print goes into a log beside it."""
+    with open(f"{folder}.log", "w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+        try:
+            run_series(SETTINGS | parameters | {"run": str(folder)}, NOTEBOOKS[1:])
+        except AlpacaError as error:
+            raise AlpacaError(f"The run {folder.name} failed ({error}): see {log.name}, then go on.") from error
 
 
 def read_run(folder: Path) -> tuple[dict[str, object], dict[str, float | None]]:
@@ -233,7 +204,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except AlpacaError as error:
-        sys.exit(str(error))
+    run_command(main, "Interrupted: finished runs are kept, and the same command goes on from there.")

@@ -59,13 +59,13 @@ def test_every_part_for_a_gpu_runs_at_its_smallest_and_without_time_none_is_begu
     made = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert made.keys() == {"gradients", "race-16", "generation", "patches"}
     rounding = 2**-7 if base_dtype() == torch.bfloat16 else 1e-5
-    for name, found in made["gradients"].items():
+    for name, found in made["gradients"]["gradients"].items():
         assert found["loss"] < rounding and found["gradients"] < 10 * rounding, name
         assert found["different losses of four under dropout"] == 4, name
     race = made["race-16"]["training"]["pocket"]
     for name in ("graphed", "packed"):
         assert race[name]["heldout_loss"] == pytest.approx(race["ours"]["heldout_loss"], abs=0.05), name
-    assert [result["differ"] for result in made["generation"]] == [0, 0]
+    assert [result["differ"] for result in made["generation"]["generation"]] == [0, 0]
 
 
 # The sweep over recipes, and its table
@@ -105,7 +105,7 @@ def test_table_and_picture_are_by_choice_with_mean_and_spread_over_seeds(runs, t
         recipes.summarize([*runs, tmp_path / "e"])
 
 
-def test_sweep_makes_each_run_of_the_grid_and_a_failed_one_names_its_log(tmp_path, monkeypatch):
+def test_sweep_makes_each_run_of_the_grid(tmp_path, monkeypatch):
     grid = recipes.grid()
     assert len(grid) == 3 * (6 + 5)
     assert {run["recipe"] for run in grid.values() if run["lora_rank"] == 8} == set(RECIPES)
@@ -116,12 +116,9 @@ def test_sweep_makes_each_run_of_the_grid_and_a_failed_one_names_its_log(tmp_pat
     folders = recipes.sweep(tmp_path, grid)
     assert folders == [tmp_path / name for name in grid]
     assert sorted(made, key=str) == sorted(zip(folders, grid.values()), key=str)
-    monkeypatch.setattr(recipes, "run_one", lambda *_: 1 / 0)
-    with pytest.raises(AlpacaError, match=r"The run x failed .*/x.log"):
-        recipes.sweep(tmp_path, {"x": {}})
 
 
-def test_a_run_executes_the_notebooks_after_the_first_as_one_and_is_not_repeated(tmp_path, monkeypatch):
+def test_a_run_executes_the_notebooks_after_the_first_is_not_repeated_and_names_its_log(tmp_path, monkeypatch):
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     paths = [tmp_path / f"0{number}_x.ipynb" for number in (1, 2, 3)]
     for path in paths:
@@ -129,9 +126,12 @@ def test_a_run_executes_the_notebooks_after_the_first_as_one_and_is_not_repeated
         cells.append(new_code_cell(f"print(open(run + '/seen', 'a').write('{path.stem} {{}};'.format(seed)))"))
         nbformat.write(new_notebook(cells=cells, metadata=kernel), path)
     monkeypatch.setattr(recipes, "NOTEBOOKS", paths)
+    monkeypatch.setattr(recipes, "SETTINGS", {"profile": "pocket"})
     for seed in (5, 5, 6):
         recipes.run_one(tmp_path / "r", {"seed": seed})
     assert (tmp_path / "r" / "seen").read_text() == "02_x 5;03_x 5;02_x 6;03_x 6;"
+    with pytest.raises(AlpacaError, match=r"The run x failed .*/x.log"):
+        recipes.run_one(tmp_path / "x", {"no_such_parameter": 1})
 
 
 # Both recipes on a pretrained model, here a tiny one in its place

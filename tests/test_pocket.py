@@ -1,7 +1,6 @@
 """The shipped pocket: true facts, honest splits, whole files, a model that knows and has not been taught to answer."""
 
 import ast
-import csv
 import json
 import os
 import re
@@ -55,8 +54,7 @@ def model():
 
 def test_a_table_says_nothing_twice():
     for path in corpus.FACTS.glob("*.csv"):
-        with path.open(encoding="utf-8", newline="") as lines:
-            table = list(csv.DictReader(lines))
+        table = corpus.read_table(path)
         subjects = [next(iter(row.values())) for row in table]
         assert len(set(subjects)) == len(subjects), path
         assert all(cell is not None and cell == cell.strip() for row in table for cell in row.values()), path

@@ -1,9 +1,6 @@
-"""Whether what `graphs.py` tries computes what AnswerTrainer computes: `python -m dev.gpu.gradients --help`."""
+"""Whether what `graphs.py` tries computes what AnswerTrainer computes: the section `gradients` of benchmarks.bench."""
 
-import argparse
-import json
 from functools import partial
-from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -12,7 +9,7 @@ from transformers import TrainingArguments, set_seed
 from alpaca_helpers.batches import PadToLongest
 from alpaca_helpers.lora import lora_in_base_precision
 from alpaca_helpers.training import AnswerTrainer
-from benchmarks import bench
+from benchmarks.shared import load_tuned
 
 from .graphs import TRAINERS
 
@@ -21,7 +18,7 @@ def make(kind: type[AnswerTrainer], name: str, rows: Dataset, pad: int, dropout:
     """Return a trainer of that kind on one batch, `rows`, and the batch as it makes it."""
     set_seed(0)
     args = TrainingArguments(output_dir="build", per_device_train_batch_size=len(rows), report_to=[], max_steps=1)
-    model = bench.load_tuned(name, lora_dropout=dropout).train()
+    model = load_tuned(name, lora_dropout=dropout).train()
     trainer = kind(model=model, args=args, train_dataset=rows, data_collator=PadToLongest(pad))
     return trainer, trainer._prepare_inputs(trainer.data_collator(list(rows)))
 
@@ -50,26 +47,14 @@ def differences(kind: type[AnswerTrainer], make) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m dev.gpu.gradients", description=__doc__)
-    parser.add_argument("--model", default="gpt2-medium", choices=["pocket", *bench.SHAPES])
-    parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    rows, tokenizer = bench.load_data(options.model)
-    data = bench.tokenized(rows.select(range(options.rows)), tokenizer, "answers")
+def measure(name: str, rows: Dataset, pad: int) -> dict[str, dict]:
+    """Return the `differences` of each kind on one batch of tokenized rows, or why it failed; `pad` is a token id."""
     results = {}
-    for name, kind in TRAINERS.items():
+    for kind, trainer in TRAINERS.items():
         try:
-            found = differences(kind, partial(make, name=options.model, rows=data, pad=tokenizer.pad_token_id))
+            found = differences(trainer, partial(make, name=name, rows=rows, pad=pad))
         except Exception as error:  # whatever a library raises: the others are still tried
             found = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
-        print(name, found, flush=True)
-        results[name] = found
-    if options.out:
-        options.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+        print(kind, found, flush=True)
+        results[kind] = found
+    return results

@@ -1,10 +1,10 @@
 """Training steps that a GPU need not wait for: tried against `AnswerTrainer`, which the series uses.
 
-That they compute the same, `python -m dev.gpu.gradients` shows; how fast they are, `python -m benchmarks.bench
---contenders ours graphed compiled packed` measures. On a GPU a step of few rows takes as long as Python needs to launch
-its kernels. A CUDA graph launches them all at once, but only over the same memory and in the same shapes: so rows are
-padded to a multiple of 16 tokens, and the labels to learn to a multiple of 256, which leaves few shapes to capture. Of
-many rows, the padding takes time: packed, they are one under a mask of blocks.
+`python -m benchmarks.bench --sections gradients` shows that they compute the same, and with `--contenders ours graphed
+compiled packed` how fast they are. On a GPU a step of few rows takes as long as Python needs to launch its kernels. A
+CUDA graph launches them all at once, but only over the same memory and in the same shapes: so rows are padded to a
+multiple of 16 tokens, and the labels to learn to a multiple of 256, which leaves few shapes to capture. Of many rows,
+the padding takes time: packed, they are one under a mask of blocks.
 """
 
 from functools import partial

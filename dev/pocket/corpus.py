@@ -15,9 +15,8 @@ from pathlib import Path
 
 from alpaca_helpers.prompts import format_example
 
-from .wordings import KINDS, Kind
-
-FACTS = Path(__file__).parent / "facts"
+FOLDER = Path(__file__).parent
+FACTS = FOLDER / "facts"
 SEED = 42
 ROUNDS = 160  # how often the pretraining text goes through all facts
 HELDOUT_SHARE = 0.2
@@ -60,6 +59,40 @@ QUESTIONS = (
 )
 
 
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Return a table's rows, each by the names of its columns."""
+    with path.open(encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+@dataclass
+class Kind:
+    """One kind of fact. In its templates `{country}` is that cell of the table, `{a_animal}` one after "a" or "an"."""
+
+    name: str
+    table: str
+    fact: str  # the column that a correct answer must contain; empty where there is no single right answer
+    answer: str  # its one form
+    below: str  # a request whose subject is the row's input, and the input's column; empty where there is none
+    input: str
+    statements: list[str]  # other ways to state it
+    requests: list[str]
+
+
+def read_kinds() -> list[Kind]:
+    """Return the kinds of facts with their templates, in the order of `kinds.csv`."""
+    templates: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for row in read_table(FOLDER / "wordings.csv"):
+        templates[row["kind"], row["use"]].append(row["text"])
+    return [
+        Kind(**row, statements=templates[row["name"], "statement"], requests=templates[row["name"], "request"])
+        for row in read_table(FOLDER / "kinds.csv")
+    ]
+
+
+KINDS = read_kinds()
+
+
 @dataclass
 class Fact:
     """One thing to say about one entity: a kind and the cells that fill its templates."""
@@ -85,14 +118,14 @@ class Fact:
     @cached_property
     def heading(self) -> str:
         """What the fact is about, as a request has it for an input, or "" where that would be a question."""
-        return self.cells[self.kind.below[1]] if self.kind.below and self.kind.table not in UNHEADED else ""
+        return self.cells[self.kind.input] if self.kind.below and self.kind.table not in UNHEADED else ""
 
     @cached_property
     def requests(self) -> list[tuple[str, str]]:
         """All ways to ask for the fact, as (instruction, input), without those that already hold the answer."""
         asked = [(fill(request, self.cells), "") for request in self.kind.requests]
         if self.kind.below:
-            asked.append((fill(self.kind.below[0], self.cells), self.cells[self.kind.below[1]]))
+            asked.append((fill(self.kind.below, self.cells), self.cells[self.kind.input]))
         return [(i, x) for i, x in asked if not self.value or self.value.casefold() not in f"{i} {x}".casefold()]
 
 
@@ -109,10 +142,7 @@ def with_article(noun: str) -> str:
 
 def read_tables() -> dict[str, list[dict[str, str]]]:
     """Return every table of facts by name: the committed CSV files, and arithmetic, which is computed."""
-    tables = {}
-    for path in sorted(FACTS.glob("*.csv")):
-        with path.open(encoding="utf-8", newline="") as lines:
-            tables[path.stem] = list(csv.DictReader(lines))
+    tables = {path.stem: read_table(path) for path in sorted(FACTS.glob("*.csv"))}
     tables["opposites"] += [{"word": row["opposite"], "opposite": row["word"]} for row in tables["opposites"]]
     tables["lists"] = [
         {"topic": row["topic"], "count": word, "items": enumerate_items(row["items"].split(";")[:count])}
