@@ -415,14 +415,17 @@ def test_clean_drops_what_belongs_to_one_execution():
     widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "0"}, "text/plain": "0%"}
     cell.outputs = [
         new_output("stream", name="stderr", text="50%"),
+        *(new_output("stream", name="stdout", text=text) for text in ("a ", "line\n")),
         new_output("display_data", data=widget),
+        new_output("stream", name="stdout", text="more\n"),
         new_output("execute_result", data={"text/plain": "1"}, execution_count=7),
     ]
     injected = new_code_cell("run = '/x'", metadata={"tags": ["injected-parameters"]})
     notebook = new_notebook(cells=[injected, cell], metadata={"widgets": {}, "papermill": {}, "accelerator": "GPU"})
     cleaned = authors.clean(notebook)
     assert [(c.source, c.metadata) for c in cleaned.cells] == [("1", {"tags": ["x"]})]
-    assert [(o.output_type, o.execution_count) for o in cleaned.cells[0].outputs] == [("execute_result", 1)]
+    printed, result = cleaned.cells[0].outputs
+    assert (printed.text, result.output_type, result.execution_count) == ("a line\nmore\n", "execute_result", 1)
     assert cleaned.metadata == {"accelerator": "GPU", "language_info": {"name": "python", "file_extension": ".py"}}
 
 

@@ -112,11 +112,22 @@ def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
     for count, cell in enumerate(code, 1):
         cell.execution_count = count
-        cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
+        cell.outputs = _joined([output for output in cell.outputs if not _is_progress(output)])
         for output in cell.outputs:
             if output.output_type == "execute_result":
                 output.execution_count = count
     return notebook
+
+
+def _joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """Return the outputs, printed text in one piece: it comes in as many as it takes the kernel."""
+    joined: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        if joined and output.output_type == joined[-1].output_type == "stream":
+            joined[-1].text += output.text
+        else:
+            joined.append(output)
+    return joined
 
 
 def _is_progress(output: nbformat.NotebookNode) -> bool:
