@@ -212,9 +212,8 @@ def test_data_that_are_cut_before_their_record_have_none_rather_than_that_of_oth
             dataset.save_data(tmp_path, settings, split) as part,
         ):
             (part / "rows").touch()
-    with pytest.raises(AlpacaError, match="02_dataset_and_tokenizer") as refused:
+    with pytest.raises(AlpacaError, match="run notebook 02_dataset_and_tokenizer"):
         Run(tmp_path).record("data")
-    assert "run notebook" in str(refused.value)
 
 
 def test_too_few_questions_to_train_on_or_to_hold_out_are_a_sentence():
@@ -225,9 +224,8 @@ def test_too_few_questions_to_train_on_or_to_hold_out_are_a_sentence():
         (lambda: dataset.check_sides(DatasetDict(train=none, heldout=one)), "0 rows are left to train on and 2"),
         (lambda: dataset.check_sides(DatasetDict(train=one, heldout=none)), "2 rows are left to train on and 0"),
     ):
-        with pytest.raises(AlpacaError, match=said) as refused:
+        with pytest.raises(AlpacaError, match=said):
             check()
-        assert "are left to train on" in str(refused.value)
 
 
 def test_fingerprint_is_of_the_text():

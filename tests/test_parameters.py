@@ -44,9 +44,8 @@ def test_open_run_checks_what_the_notebook_sets_and_fills_in_what_it_leaves_open
         with pytest.raises(AlpacaError) as refused:
             open_run("01_base_model", values | {name: value})
         assert phrase in str(refused.value)
-    with pytest.raises(AlpacaError, match="02_dataset_and_tokenizer") as refused:
+    with pytest.raises(AlpacaError, match="run notebook 02_dataset_and_tokenizer"):
         open_run("03_lora_finetuning", values | dict.fromkeys(("lora_rank", "seed"), 1) | {"run_earlier": False})
-    assert "run notebook" in str(refused.value)
 
 
 def test_profiles_are_within_the_ranges():
@@ -107,9 +106,8 @@ def test_what_is_none_is_refused_by_name_and_value(name, values):
 
 def test_several_come_back_in_their_order_and_an_unknown_one_is_refused():
     assert list(check_parameters({"seed": "1", "lora_rank": 4}).items()) == [("seed", 1), ("lora_rank", 4)]
-    with pytest.raises(AlpacaError, match="`wrod` is 'x': there are only profile, run, ") as refused:
+    with pytest.raises(AlpacaError, match="`wrod` is 'x': there are only profile, run, "):
         check_parameters({"wrod": "x"})
-    assert "The parameter `" in str(refused.value)
 
 
 def test_the_documents_settings_on_gpt2_medium():
@@ -162,6 +160,5 @@ def test_the_file_that_was_typed_is_the_one_that_is_read(tmp_path, monkeypatch):
         assert choose_profile("pocket", dataset=name).dataset == portable(name) == name
     (notebooks / "loop").symlink_to("loop")
     assert choose_profile("pocket", model="loop").model == "loop"
-    with pytest.raises(AlpacaError) as refused:
+    with pytest.raises(AlpacaError, match="is too long for a file's name"):
         choose_profile("pocket", model="x" * 300)
-    assert "is too long for a file's name" in str(refused.value)

@@ -79,9 +79,9 @@ def test_in_a_real_kernel_it_writes_under_its_lock_and_fails_with_a_sentence(not
     monkeypatch.undo()
     locked = "from alpaca_helpers.run import Run\nwith Run(folder).lock():\n    print('Note: at it')"
     write(notebooks[0], FIRST, SECOND.replace("if merged", "if False"), locked)
-    with pytest.raises(AlpacaError, match="ValueError: the bread is burnt .cell 3 of .*02_two.ipynb") as failed:
+    with pytest.raises(AlpacaError, match="ValueError: the bread is burnt .cell 3 of .*02_two.ipynb"):
         series.run_series({"run": str(tmp_path / "r"), "push_to": "o/b", "merged": True}, notebooks)
-    assert "[cell " in str(failed.value) and seen(tmp_path / "r") == "bb"
+    assert seen(tmp_path / "r") == "bb"
     told = capsys.readouterr().out
     assert told.count("\n    Note: at it\n") == 1 == told.count("the longest cells: ") and " s print('Note" in told
     assert list(Run(tmp_path / "r").manifest()["notebooks"]) == ["01_one"]
@@ -245,7 +245,7 @@ def test_a_killed_kernel_is_one_sentence(notebooks, tmp_path, monkeypatch):
     monkeypatch.setattr(papermill, "execute_notebook", die)
     with pytest.raises(AlpacaError, match="01_one.ipynb was killed") as failed:
         series.run_series({"run": str(tmp_path / "r")})
-    assert "was killed" in str(failed.value) and "\n" not in str(failed.value)
+    assert "\n" not in str(failed.value)
 
 
 def opened(run, **values):
@@ -352,9 +352,9 @@ def test_a_parameter_given_twice_on_the_command_line_is_refused_unless_it_is_the
     command = ["series", "--further", "--run", "mine"]
     for more in ("-p run null", "-p run other", "-p seed 1 -p seed 2", "--profile pocket -p profile gpt2-medium"):
         monkeypatch.setattr("sys.argv", [*command, *more.split()])
-        with pytest.raises(AlpacaError, match="`(run|seed|profile)` is given twice") as refused:
+        with pytest.raises(AlpacaError, match="`(run|seed|profile)` is given twice"):
             series.main()
-        assert "is given twice" in str(refused.value) and not taken
+        assert not taken
     for more in ("-p run mine -p seed 1", "--profile auto -p profile pocket -p seed 1 -p seed 1"):
         monkeypatch.setattr("sys.argv", [*command, *more.split()])
         series.main()
@@ -452,9 +452,8 @@ def test_copies_for_nbval_replace_copies_alone(notebooks, tmp_path):
     parameters = {"run": "r", "profile": "pocket"}
     for folder in (solved, series.NOTEBOOKS[0].parent):
         before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
-        with pytest.raises(AlpacaError, match=str(folder)) as refused:
+        with pytest.raises(AlpacaError, match=f"{folder}.* is in the way"):
             authors.write_for_nbval(folder, parameters)
-        assert "is in the way" in str(refused.value)
         assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
     authors.write_for_nbval(empty, parameters)
     assert {path.name for path in empty.glob("*.ipynb")} == {path.name for path in notebooks}
@@ -476,9 +475,9 @@ def test_cells_saved_without_ids_get_them_back_or_nothing_is_rewritten(which, tm
         del cell["id"]
     damaged.write_text(json.dumps(saved | {"cells": saved["cells"][:1]}))
     before = [path.read_bytes() for path in editions]
-    with pytest.raises(AlpacaError, match=damaged.name) as refused:
+    with pytest.raises(AlpacaError, match=f"{damaged.name}.*an editor that keeps ids"):
         authors.clean_all()
-    assert "an editor that keeps ids" in str(refused.value) and [path.read_bytes() for path in editions] == before
+    assert [path.read_bytes() for path in editions] == before
     damaged.write_text(json.dumps(saved))
     authors.clean_all()
     for path, prose in editions.items():

@@ -323,9 +323,8 @@ def test_a_batch_is_split_evenly_or_refused(monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", str(processes))
         assert split_batch(*given) == wanted
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(AlpacaError, match="16 rows cannot be shared by 3 processes: choose a `batch_size`") as refused:
+    with pytest.raises(AlpacaError, match="16 rows cannot be shared by 3 processes: choose a `batch_size`"):
         split_batch(16, 16)
-    assert "cannot be shared by" in str(refused.value)
 
 
 def test_the_base_is_held_in_bfloat16_where_the_device_multiplies_it(monkeypatch):
@@ -351,9 +350,8 @@ def test_out_of_memory_says_what_to_change(error, tmp_path, monkeypatch):
         raise error
 
     monkeypatch.setattr(trainer, "compute_loss", fail)
-    with pytest.raises(AlpacaError, match="with 4 rows at once: take a smaller `micro_batch_size`") as refused:
+    with pytest.raises(AlpacaError, match="Out of memory with 4 rows at once: take a smaller `micro_batch_size`"):
         trainer.train()
-    assert "Out of memory with" in str(refused.value)
 
 
 @pytest.mark.parametrize("recipe", ["document", "answers"])
