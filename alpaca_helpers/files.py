@@ -105,7 +105,7 @@ def check_disk_space(path: Path, needed: int = 0) -> Iterator[None]:
     def refusal(reason: str) -> AlpacaError:
         room = f"{-(-needed // 100_000) / 10:.1f} MB are needed, " * bool(needed) + f"{free() / 1e6:.1f} MB are free"
         what = f"{path} cannot be written ({reason}; {room}): make room, or take another `run` or file name."
-        return AlpacaError(what, "unwritable")
+        return AlpacaError(what)
 
     if free() < needed:
         raise refusal(NO_SPACE)

@@ -114,7 +114,7 @@ class Conversation:
             replace_file(place, as_markdown(self.exchanges).encode())
         except (OSError, ValueError) as error:
             why = f"{place} cannot be written ({error.args[-1]}): choose another name."
-            raise AlpacaError(why, "unwritable") from error
+            raise AlpacaError(why) from error
         return place
 
 
