@@ -7,6 +7,7 @@ import threading
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest.mock import DEFAULT, Mock
 
 import ipywidgets as widgets
 import nbformat
@@ -295,18 +296,12 @@ def test_hostile_text_is_only_ever_text(tiny_model, pocket_tokenizer, monkeypatc
         assert not set(map(ord, visible(text))) & unseen, name
 
 
-@pytest.mark.parametrize("tokens, limit, cut", [(116, 12, 0), (117, 12, 1), (129, 1, 2)])
-def test_prompt_and_answer_stay_within_the_positions(box, pocket_tokenizer, tokens, limit, cut):
+def test_a_question_over_the_positions_is_cut_and_a_note_says_so(box, pocket_tokenizer):
     frame = len(encode([format_prompt(" a")], pocket_tokenizer)[0]) - 1
-    exchange = box.ask(" a" * (tokens - frame), max_new_tokens=limit)  # the tiny model has 128
-    assert [(reply.answer.prompt_cut, reply.answer.tokens) for reply in exchange.replies] == [(cut, limit)] * 2
-    assert (f"its first {cut} tokens were not read" in as_html(exchange)) == bool(cut)
-
-
-SETTINGS = [("temprature", 1), ("seed", -1)]
-SETTINGS += [("temperature", value) for value in (-1, "hot", None, True, [1])]
-SETTINGS += [("top_p", value) for value in (-0.1, 1.5, "all")]
-SETTINGS += [("max_new_tokens", value) for value in (4096, 0, 2.5)] + [("top_k", value) for value in (-1, None, "5")]
+    for tokens, cut in ((116, 0), (117, 1)):  # with 12 of an answer, the tiny model has 128
+        exchange = box.ask(" a" * (tokens - frame))
+        assert [(reply.answer.prompt_cut, reply.answer.tokens) for reply in exchange.replies] == [(cut, 12)] * 2
+        assert (f"its first {cut} tokens were not read" in as_html(exchange)) == bool(cut)
 
 
 def test_a_message_or_setting_that_is_none_is_refused_in_a_sentence(box, tiny_model, pocket_tokenizer):
@@ -317,14 +312,12 @@ def test_a_message_or_setting_that_is_none_is_refused_in_a_sentence(box, tiny_mo
         assert "blank" in box.status.value
         box._say("")
     for given in (("",), (" \n",), (None,), (3,), ("Hi", None)):
-        with pytest.raises(AlpacaError) as raised:
+        with pytest.raises(AlpacaError, match="The message is blank"):
             box.ask(*given)
-        assert "The message is blank" in str(raised.value)
-    for name, value in SETTINGS:
-        for refuse in (lambda **s: box.ask("Hi", **s), lambda **s: ChatBox(tiny_model, pocket_tokenizer, **s)):
-            with pytest.raises(AlpacaError, match=name) as raised:
+    for refuse in (lambda **s: box.ask("Hi", **s), lambda **s: ChatBox(tiny_model, pocket_tokenizer, **s)):
+        for name, value in (("temprature", 1), ("seed", -1)):  # all of them: test_generation
+            with pytest.raises(AlpacaError, match=f"{name}.*choose"):
                 refuse(**{name: value})
-            assert "choose" in str(raised.value)
     assert exchanges(box) == [] and box.ask("Hi").replies[0].answer.tokens == 12
 
 
@@ -332,11 +325,8 @@ def test_a_message_or_setting_that_is_none_is_refused_in_a_sentence(box, tiny_mo
 @pytest.mark.parametrize(
     "failure, sentence",
     [
-        (
-            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
-            "OutOfMemoryError: CUDA out of memory",
-        ),
-        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate"), "shorten the message"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "OutOfMemoryError: CUDA out of memory"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory"), "shorten the message"),
         (ValueError("<b>two\nlines</b>"), "ValueError: <b>two lines</b>"),
     ],
 )
@@ -361,15 +351,18 @@ def test_an_error_is_a_sentence_in_the_box_and_the_next_message_works(box, monke
     assert exchanges(box)[2].replies[0].answer.tokens == 12
 
 
-def test_an_interrupted_cell_leaves_a_box_that_works(box, monkeypatch):
-    def interrupt():
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(box, "_show", interrupt)
-        box.ask("Hi")
-    assert box.ask("Hi").replies[0].answer.tokens == 12
-    assert exchanges(box)[0].state == "done" and exchanges(box)[0].replies[0].ending == "stopped"
+def test_an_interrupted_cell_leaves_a_box_that_works(box, tiny_model, pocket_tokenizer, monkeypatch):
+    """Interrupted in the box after a token, or in the model after two."""
+    for place, name, before in ((box, "_show", []), (tiny_model.get_output_embeddings(), "forward", [DEFAULT] * 2)):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupted = Mock(wraps=getattr(place, name), side_effect=[*before, KeyboardInterrupt])
+            patch.setattr(place, name, interrupted)
+            box.ask("Hi")
+    said = [[(reply.answer.tokens, reply.ending) for reply in exchange.replies] for exchange in exchanges(box)]
+    assert said == [[(1, "stopped")] * 2, [(2, "stopped")] * 2] and {e.state for e in exchanges(box)} == {"done"}
+    for reply in box.ask("Hi", temperature=0).replies:
+        prompts = [format_prompt("Hi")]
+        assert [reply.answer] == generate(tiny_model, pocket_tokenizer, prompts, side=reply.side, max_new_tokens=12)
 
 
 # What is kept
@@ -382,57 +375,34 @@ def save(box, path):
     return box.status.value
 
 
-def test_a_conversation_is_saved_whole_with_its_settings(box, tmp_path):
+def test_a_conversation_is_saved_whole_with_its_settings_and_replaces_no_file(box, tmp_path):
+    mine = ("notes.md", "talk.md.part")
+    for name in mine:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "folder.md").mkdir()
+    (tmp_path / "link.md").symlink_to("gone")
     exchange = box.ask("Hi", "some input")
+    for taken in ("notes.md", "folder.md", "link.md", "talk.json", "nowhere/talk.md", "notes.md/in.md"):
+        said = save(box, tmp_path / taken)
+        assert str(tmp_path / taken) in said and "Saved" not in said
+    assert "~no-one/talk.md" in save(box, "~no-one/talk.md")
+    with pytest.raises(AlpacaError, match="cannot be written"):
+        box.conversation.save("a\0.md")
+    if Path("/dev/full").exists():  # a disk that is always full, where the system has one
+        (tmp_path / ".alpaca-talk.md.part").symlink_to("/dev/full")
+        assert "No space left on device" in save(box, tmp_path / "talk.md") and not (tmp_path / "talk.md").exists()
+
     assert "Saved to" in save(box, tmp_path / "talk.md")
     saved = (tmp_path / "talk.md").read_text(encoding="utf-8")
+    assert saved == as_markdown(exchanges(box))
     assert all(f"{name} {value}" in saved for name, value in (DEFAULTS | {"max_new_tokens": 12}).items())
     assert "\nHi\n" in saved and "\nsome input\n" in saved and saved.count(" · 12 tokens · ") == 2
     for reply in exchange.replies:
         assert f"**{reply.side}** ({notes(reply)})\n\n```text\n{reply.answer.text}\n```" in saved
-    for bad in (f"{tmp_path}/talk.json", f"{tmp_path}/nowhere/talk.md", f"{tmp_path}/talk.md/in.md", "~no-one/talk.md"):
-        said = save(box, bad)
-        assert "Saved" not in said and bad[-7:] in said
-    with pytest.raises(AlpacaError) as raised:
-        box.conversation.save("a\0.md")
-    assert "cannot be written" in str(raised.value) and [path.name for path in tmp_path.iterdir()] == ["talk.md"]
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full, a disk that is always full")
-def test_a_full_disk_leaves_no_half_transcript_and_other_files_as_they_are(tiny_model, pocket_tokenizer, tmp_path):
-    talk, path = conversation.Conversation(tiny_model, pocket_tokenizer), tmp_path / "talk.md"
-    before = talk.save(tmp_path / "earlier.md").read_bytes()
-    talk.add("Hi")
-    (tmp_path / ".alpaca-talk.md.part").symlink_to("/dev/full")
-    with pytest.raises(AlpacaError, match="No space left on device"):
-        talk.save(path)
-    assert [found.name for found in tmp_path.iterdir()] == ["earlier.md"]
-    assert (tmp_path / "earlier.md").read_bytes() == before
-    assert talk.save(path).read_bytes() != before
-
-
-def test_save_replaces_no_file(box, tmp_path):
-    mine, path = tmp_path / "notes.md", tmp_path / "talk.md"
-    mine.write_text("my own notes", encoding="utf-8")
-    (tmp_path / "folder.md").mkdir()
-    (tmp_path / "talk.md.part").write_text("mine")
-    box.ask("One")
-    (tmp_path / "link.md").symlink_to("gone")
-    for taken in (mine, tmp_path / "folder.md", tmp_path / "link.md"):
-        said = save(box, taken)
-        assert str(taken) in said and "exists" in said
-    (tmp_path / "link.md").unlink()
-    assert mine.read_text(encoding="utf-8") == "my own notes"
-    assert "Saved to" in save(box, path)
-    saved = path.read_text(encoding="utf-8")
-    assert saved == as_markdown(exchanges(box))
     box.ask("Two")
-    assert "exists" in save(box, path) and path.read_text(encoding="utf-8") == saved
-    assert "Saved to" in save(box, tmp_path / "two.md")
-    assert (tmp_path / "two.md").read_text(encoding="utf-8") == as_markdown(exchanges(box))
-    left = ["folder.md", "notes.md", "talk.md", "talk.md.part", "two.md"]
-    assert sorted(file.name for file in tmp_path.iterdir()) == left
-    assert (tmp_path / "talk.md.part").read_text() == "mine"
+    assert "exists" in save(box, tmp_path / "talk.md") and (tmp_path / "talk.md").read_text(encoding="utf-8") == saved
+    assert all((tmp_path / name).read_text() == "mine" for name in mine)
+    assert {path.name for path in tmp_path.iterdir()} == {*mine, "folder.md", "link.md", "talk.md"}
 
 
 def test_the_transcript_is_static_the_same_whatever_the_speed_and_says_how_each_answer_ended(box):

@@ -11,7 +11,6 @@ import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from alpaca_helpers import AlpacaError, generation
-from alpaca_helpers.chat.conversation import Conversation
 from alpaca_helpers.evaluation import answer_losses
 from alpaca_helpers.generation import generate, stream
 from alpaca_helpers.prompts import encode, format_prompt
@@ -206,14 +205,3 @@ def test_an_interrupt_or_out_of_memory_leaves_the_model_as_it_was(
             else:  # in mid-evaluation
                 losses(*sides)
         assert answers() == before and not tiny_model.training
-
-
-def test_a_conversation_goes_on_after_an_interrupt(tiny_model, pocket_tokenizer, ask, monkeypatch, interrupts):
-    talk = Conversation(tiny_model, pocket_tokenizer, max_new_tokens=6, temperature=0)
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        fail_at(patched, tiny_model, 3)
-        list(talk.answer(talk.add("Hi")))
-    assert [(reply.answer.tokens, reply.ending) for reply in talk.exchanges[0].replies] == [(2, "stopped")] * 2
-    list(talk.answer(talk.add("Hi")))
-    whole = [ask(PROMPTS[:1], side=side, max_new_tokens=6)[0].text for side in SIDES]
-    assert [reply.answer.text for reply in talk.exchanges[1].replies] == whole
