@@ -8,12 +8,11 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these tests are the CPU's on every ma
 
 import pytest
 import torch
-from peft import get_peft_model
 from support import REAL
+from support.models import with_lora
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
 from alpaca_helpers import pocket
-from alpaca_helpers.lora import lora_config
 from alpaca_helpers.models import load_tokenizer
 
 
@@ -74,8 +73,4 @@ def tiny_base(pocket_tokenizer) -> GPT2LMHeadModel:
 @pytest.fixture
 def tiny_model(tiny_base):
     """The tiny base under an adapter that changes its answers."""
-    model = get_peft_model(tiny_base, lora_config())
-    for name, value in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(value, std=0.5)
-    return model.eval()
+    return with_lora(tiny_base)

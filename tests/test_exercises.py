@@ -10,13 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import get_peft_model
 from support import PROJECT
-from support import models as tiny_models
+from support.models import tiny, with_lora
 
 from alpaca_helpers import pocket
 from alpaca_helpers.data import IGNORED
-from alpaca_helpers.lora import lora_config
 from alpaca_helpers.models import load_base, load_tokenizer
 from alpaca_lessons import exercises
 
@@ -52,13 +50,9 @@ def given():
     """What the checks are given by these names, with an adapter that changes what the model says."""
     made, path = {}, str(pocket.MODEL)
     for kind in ("pocket", "half", "llama"):  # half: the pocket in half precision, where some logits are the same
-        base, tokenizer = tiny_models.tiny(kind) if kind == "llama" else (load_base(path), load_tokenizer(path))
+        base, tokenizer = tiny(kind) if kind == "llama" else (load_base(path), load_tokenizer(path))
         base = base.bfloat16() if kind == "half" else base.float()
-        model = get_peft_model(base, lora_config(fan_in_fan_out=kind != "llama")).eval()
-        for name, value in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(value)
-        made[kind] = {"model": model, "tokenizer": tokenizer, "row": ROW}
+        made[kind] = {"model": with_lora(base, std=1.0), "tokenizer": tokenizer, "row": ROW}
     return made
 
 

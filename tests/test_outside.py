@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest.mock import Mock
 
 import gguf
 import pytest
@@ -17,8 +18,8 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from support import PROJECT
 from support.fresh import fresh_python, run
-from support.models import save, tiny, with_lora
-from support.runs import notebook_03, prepare_run, record_adapter, save_adapter
+from support.models import tiny
+from support.runs import finished_run, notebook_03, prepare_run
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from alpaca_export import __main__ as command
@@ -43,13 +44,11 @@ def messages(question: str) -> list[dict]:
     return [{"role": "user", "content": question}]
 
 
-def finished_run(folder: Path, kind: str = "gpt2", std: float = 0.2) -> SimpleNamespace:
-    """Write base (if need be), adapter and record of a run of the tiny model; return the settings of its export."""
-    base = folder / "base" if (folder / "base").is_dir() else save(kind, folder / "base")
-    tuned = with_lora(load_base(str(base)), std, target_modules="all-linear")
-    save_adapter(tuned, load_tokenizer(str(base)), folder / "adapter")
-    record_adapter(folder, model=str(base))
-    return SimpleNamespace(model=str(base), model_revision=None, merged=True, gguf=False, push_to="")
+def export_run(folder: Path, kind: str = "gpt2", std: float = 0.2, gguf: bool = False) -> None:
+    """Write a finished run of the tiny model and export it."""
+    finished_run(folder, kind, std)
+    about = {"model": str(folder / "base"), "model_revision": None}
+    export(folder, SimpleNamespace(**about, merged=True, gguf=gguf, push_to=""))
 
 
 def answers(folder: Path, questions=QUESTIONS, new: int = 12):
@@ -60,8 +59,7 @@ def answers(folder: Path, questions=QUESTIONS, new: int = 12):
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_messages_are_answered_in_a_batch_and_from_any_folder(kind, tmp_path, monkeypatch):
-    settings = finished_run(tmp_path / "run", kind)
-    export(tmp_path / "run", settings)
+    export_run(tmp_path / "run", kind)
     wanted = [answer.ids for answer in answers(tmp_path / "run")]
     monkeypatch.chdir(tmp_path)
     for name, load in (("adapter", AutoPeftModelForCausalLM), ("merged", AutoModelForCausalLM)):
@@ -70,16 +68,14 @@ def test_messages_are_answered_in_a_batch_and_from_any_folder(kind, tmp_path, mo
         options = {"padding": True, "return_dict": True, "return_tensors": "pt"}
         batch = tokenizer.apply_chat_template(list(map(messages, QUESTIONS)), **options)
         made = model.generate(**batch, max_new_tokens=12, do_sample=False)[:, batch["input_ids"].shape[1] :]
-        ended = [
-            [id for id in row if id not in (tokenizer.pad_token_id, tokenizer.eos_token_id)] for row in made.tolist()
-        ]
-        assert ended == wanted
+        ends = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+        assert [[id for id in row if id not in ends] for row in made.tolist()] == wanted
         missing = tokenizer.apply_chat_template([{"role": "user"}])["input_ids"]
         assert missing == tokenizer.apply_chat_template(messages(""))["input_ids"]
 
 
 def test_an_answer_ends_with_the_context_and_a_question_over_it_is_a_sentence(tmp_path):
-    export(tmp_path, finished_run(tmp_path))
+    export_run(tmp_path)
     pipe = pipeline("text-generation", model=str(tmp_path / "merged"))
     assert pipe.model.generation_config.max_length == 256 == pipe.model.config.n_positions
     for times in (1, 40, 70):
@@ -105,13 +101,9 @@ def test_a_push_names_no_folder_of_this_machine(tmp_path, monkeypatch):
 
 
 def test_a_push_that_the_hub_refuses_is_one_sentence(tmp_path, monkeypatch):
-    def refuse(*arguments, **kwargs):
-        raise OSError("401 Unauthorized\nmore")
-
-    monkeypatch.setattr(push, "create_repo", refuse)
-    with pytest.raises(AlpacaError, match=r"me/it \(401 Unauthorized\)") as refused:
+    monkeypatch.setattr(push, "create_repo", Mock(side_effect=OSError("401 Unauthorized\nmore")))
+    with pytest.raises(AlpacaError, match=r"was not pushed to .*me/it \(401 Unauthorized\)[^\n]*$"):
         push.push_adapter(tmp_path, "me/it")
-    assert "was not pushed to" in str(refused.value) and "\n" not in str(refused.value)
 
 
 # GGUF
@@ -119,9 +111,7 @@ def test_a_push_that_the_hub_refuses_is_one_sentence(tmp_path, monkeypatch):
 
 def test_a_gguf_is_replaced_only_where_it_is_recorded_and_a_cut_leaves_none_that_is_not(tmp_path, monkeypatch):
     folder = tmp_path / "mine"
-    settings = finished_run(folder)
-    settings.gguf, settings.merged = True, False
-    export(folder, settings)
+    export_run(folder, gguf=True)
     path, modelfile = folder / "mine.gguf", folder / "Modelfile"
     assert Run(folder).manifest()["gguf"] == {place.name: content_hash(place) for place in (path, modelfile)}
     assert modelfile.read_text().splitlines() == [
@@ -137,14 +127,13 @@ def test_a_gguf_is_replaced_only_where_it_is_recorded_and_a_cut_leaves_none_that
     save_gguf(folder)
     assert path.read_bytes() == whole
     modelfile.write_text("mine")
-    with pytest.raises(AlpacaError, match=r"Modelfile is in the way.*move it elsewhere") as refused:
+    with pytest.raises(AlpacaError, match=r"Modelfile is in the way.*move it elsewhere"):
         save_gguf(folder)
-    assert "is in the way" in str(refused.value) and modelfile.read_text() == "mine" and path.read_bytes() == whole
+    assert modelfile.read_text() == "mine" and path.read_bytes() == whole
 
 
 def test_the_gguf_holds_the_merged_weights_under_llama_cpps_names(tmp_path):
-    settings = finished_run(tmp_path)
-    export(tmp_path, SimpleNamespace(**vars(settings) | {"gguf": True}))
+    export_run(tmp_path, gguf=True)
     read = gguf.GGUFReader(tmp_path / f"{tmp_path.name}.gguf")
     found = {tensor.name: torch.tensor(tensor.data) for tensor in read.tensors}
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -170,19 +159,18 @@ def test_what_cannot_be_written_as_gguf_is_one_sentence(tmp_path, monkeypatch):
     refusals = {"gpt_neox": "architecture, gpt_neox,", "llama": "rotary positions, linear,", "qwen3": "tokenizer"}
     for kind, reason in refusals.items():
         folder = tmp_path / kind
-        export(folder, finished_run(folder, kind))
+        export_run(folder, kind)
         config, tokenizer = folder / "merged" / "config.json", folder / "merged" / "tokenizer.json"
         if kind == "llama":
             scaling = {"rope_type": "linear", "factor": 2.0}
             config.write_text(json.dumps(json.loads(config.read_text()) | {"rope_scaling": scaling}))
         if kind == "qwen3":
             tokenizer.write_text(tokenizer.read_text().replace(r"\\p{N}|", r"\\p{N}{2}|"))
-        with pytest.raises(AlpacaError, match=f"merged cannot be written as GGUF: its {reason}.*known here") as refused:
+        with pytest.raises(AlpacaError, match=rf"^[^\n]*merged cannot be written as GGUF: its {reason}.*known here.*$"):
             save_gguf(folder)
-        assert "cannot be written as GGUF" in str(refused.value) and "\n" not in str(refused.value)
         assert not list(folder.glob("*.gguf")) and not list(folder.glob(".alpaca-*"))
     folder = tmp_path / "gpt2"
-    export(folder, finished_run(folder, "gpt2"))
+    export_run(folder)
     for file, part, other, reason in (
         ("config", '"gelu_new"', '"relu"', "configuration, activation_function relu,"),
         ("config", '"scale_attn_weights": true', '"scale_attn_weights": false', "configuration, scale_attn_weights"),
@@ -196,9 +184,8 @@ def test_what_cannot_be_written_as_gguf_is_one_sentence(tmp_path, monkeypatch):
         path.write_text(whole)
     save_gguf(folder)
     monkeypatch.setitem(sys.modules, "alpaca_export.gguf", None)
-    with pytest.raises(AlpacaError, match="gguf is not installed: `pip install") as refused:
+    with pytest.raises(AlpacaError, match="gguf is not installed: `pip install"):
         save_gguf(folder)
-    assert "is not installed" in str(refused.value)
 
 
 def test_the_command_line_writes_the_gguf_of_a_finished_run_under_its_lock(tmp_path, monkeypatch, capsys):
@@ -300,16 +287,13 @@ pipe = pipeline("text-generation", model={str(pocket.MODEL)!r})
 print(pipe("The capital of Japan is", max_new_tokens=6, do_sample=False)[0]["generated_text"].splitlines()[0])"""
     assert said(python, base, tmp_path) == TOKYO
 
-    for (
-        name,
-        changes,
-    ) in LLAMAS.items():  # of other positions and tokenizers
+    for name, changes in LLAMAS.items():  # of other positions and tokenizers
         folder = tmp_path / name
         rope = changes or {"rope_parameters": {"rope_theta": 1e5, "rope_type": "default"}}
         model, tokenizer = tiny(name.split()[0], **rope)
         model.save_pretrained(folder / "base")
         tokenizer.save_pretrained(folder / "base")
-        export(folder, finished_run(folder))
+        export_run(folder)
         ids = AutoTokenizer.from_pretrained(folder / "merged")(LONG)["input_ids"]
         with torch.inference_mode():
             wanted = AutoModelForCausalLM.from_pretrained(folder / "merged")(torch.tensor([ids])).logits[0, -1]
@@ -429,9 +413,7 @@ def test_llama_cpp_asks_and_answers_as_models_of_llamas_type_do(name, llama_cpp,
     model, tokenizer = learned(name.split()[0], rows, **LLAMAS[name])
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    settings = finished_run(tmp_path, std=0.002)
-    settings.gguf = True
-    export(tmp_path, settings)
+    export_run(tmp_path, std=0.002, gguf=True)
     questions = [row["instruction"] for row in rows]
     ours = [answer.text for answer in answers(tmp_path, questions, 80)]
     assert sum(answer == row["output"] for answer, row in zip(ours, rows)) > 0.9 * len(rows)

@@ -15,7 +15,7 @@ import papermill
 import pexpect
 import pytest
 from support import PROJECT
-from support.runs import record_adapter, save_adapter
+from support.runs import finished_run
 
 from alpaca_helpers import AlpacaError, series
 from alpaca_helpers.chat import conversation, terminal
@@ -27,15 +27,8 @@ FULL = Path("/dev/full")
 
 
 @pytest.fixture
-def run(tmp_path, tiny_model, pocket_tokenizer):
-    """The folder of a finished run of the tiny model."""
-    folder = tmp_path / "run"
-    tiny_model.active_peft_config.base_model_name_or_path = str(tmp_path / "model")
-    save_adapter(tiny_model, pocket_tokenizer, folder / "adapter")
-    tiny_model.unload().save_pretrained(tmp_path / "model")
-    pocket_tokenizer.save_pretrained(tmp_path / "model")
-    record_adapter(folder, model=str(tmp_path / "model"))
-    return folder
+def run(tmp_path):
+    return finished_run(tmp_path / "run")
 
 
 class Stream(io.TextIOWrapper):
@@ -85,8 +78,7 @@ def test_an_end_is_a_status_and_a_line_in_any_encoding(command):
         (FileNotFoundError(2, "No such file", "bread"), "[Errno 2] No such file: 'bread'", ""),
         (KeyboardInterrupt(), 130, "\nInterrupted.\n"),
     ):
-        left, _, err = command(Mock(side_effect=error))
-        assert (left, err) == (code, said)
+        assert command(Mock(side_effect=error))[::2] == (code, said)
     for encoding, arrow in (("ascii", b"?"), ("cp1252", b"?"), ("utf-8", "→".encode())):
         left, out, err = command(lambda: print("7 → 96 %"), encoding=encoding)
         assert (left, out.content().split(), err) == (0, [b"7", arrow, b"96", b"%"], "")
@@ -142,7 +134,7 @@ def test_what_is_wrong_is_one_sentence_and_makes_nothing(run, command, tmp_path)
     for options, sentence in (
         (["--once", " "], "The message is blank"),
         (["--once", "Hi", "--temperature", "-1"], "temperature is -1.0"),
-        (["--once", "Hi", "--max-new-tokens", "128"], "max_new_tokens is 128"),
+        (["--once", "Hi", "--max-new-tokens", "256"], "max_new_tokens is 256"),
         (["--input", "a cat"], "give that by --once"),
         (["--run", tmp_path / "missing"], "03_lora_finetuning"),
     ):

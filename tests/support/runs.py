@@ -19,8 +19,10 @@ from alpaca_helpers.config import choose_profile
 from alpaca_helpers.data import fingerprint, tokenize
 from alpaca_helpers.files import atomic_folder, content_hash
 from alpaca_helpers.lora import adapter_folder
+from alpaca_helpers.models import load_base, load_tokenizer
 from alpaca_helpers.run import MARK, Run
 from support import PROJECT
+from support.models import save, with_lora
 
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 HOLD = """
@@ -84,6 +86,15 @@ def record_adapter(folder: Path, **made) -> None:
     about |= {"max_length": 128, "seed": 0, "lora_rank": 8, "learning_rate": 3e-4, "num_train_epochs": 2}
     about |= {"model_revision": None, "sha256": content_hash(folder / "adapter", "*.safetensors")}
     Run(folder).write_record("adapter", about | made)
+
+
+def finished_run(folder: Path, kind: str = "gpt2", std: float = 0.2) -> Path:
+    """Write base (if need be), adapter and record of a run of the tiny model; return the folder."""
+    base = folder / "base" if (folder / "base").is_dir() else save(kind, folder / "base")
+    tuned = with_lora(load_base(str(base)), std, target_modules="all-linear")
+    save_adapter(tuned, load_tokenizer(str(base)), folder / "adapter")
+    record_adapter(folder, model=str(base))
+    return folder
 
 
 def prepare_run(folder: Path, rows: int = 44, recipe: str = "answers", **changes) -> dict:
