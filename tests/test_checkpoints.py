@@ -16,10 +16,9 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from support import PROJECT, TRAIN_AND_DIE
-from support.hub import Hub, Repository
+from support.hub import Hub, Repository, point_to
 from support.models import with_lora
 from support.runs import byte_tokenizer, notebook_03, prepare_run, save_adapter, tiny_gpt2
-from test_hub import point_to
 
 from alpaca_helpers import AlpacaError, checkpoints, models, training
 from alpaca_helpers.cells import NOTEBOOKS, run_cells
@@ -152,9 +151,9 @@ def test_a_file_that_is_not_recorded_stops_the_training_before_anything_is_remov
         (run / place).write_text("mine")
         before = contents(run)
         for resume in (True, False):
-            with pytest.raises(AlpacaError, match=place) as refused:
+            with pytest.raises(AlpacaError, match=f"{place} is in the way"):
                 resume_point(run, resume=resume)
-            assert "is in the way" in str(refused.value) and contents(run) == before
+            assert contents(run) == before
         (run / place).unlink()
 
 
@@ -215,9 +214,9 @@ def change_manifest(folder: Path, *parts: str, **changes) -> None:
 
 def refused(folder: Path, shown: str, **changes) -> None:
     before = (folder / "manifest.json").read_text()
-    with pytest.raises(AlpacaError, match=rf"\({shown}\): .*`resume = False`") as raised:
+    with pytest.raises(AlpacaError, match=rf"made with other settings.*\({shown}\): .*`resume = False`"):
         resume_point(folder, **changes)
-    assert "made with other settings" in str(raised.value) and (folder / "manifest.json").read_text() == before
+    assert (folder / "manifest.json").read_text() == before
 
 
 def test_resuming_with_other_settings_data_or_base_is_refused_and_the_difference_shown(run):

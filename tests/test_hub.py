@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import constants, hf_hub_download
 from safetensors.torch import load_file
 from support import PROJECT
-from support.hub import ALPACA_FILE, DATASET, DATASET_COMMIT, MODEL, MODEL_COMMIT, Fault, Hub, Repository, stand_in
+from support.hub import DATASET, DATASET_COMMIT, MODEL, MODEL_COMMIT, Fault, Hub, Repository, point_to, stand_in
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alpaca_helpers import AlpacaError, hub
@@ -42,15 +42,6 @@ def server(repositories, tmp_path, monkeypatch):
     with Hub(dict(repositories.repositories)) as running:
         point_to(running.url, tmp_path, monkeypatch)
         yield running
-
-
-def point_to(url: str, home, monkeypatch) -> None:
-    """Do what HF_ENDPOINT and HF_HOME do at start."""
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "datasets")
-    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", url)
 
 
 def refused() -> str:
@@ -108,7 +99,7 @@ def test_one_announced_download_is_ready_for_from_pretrained_and_asked_for_once(
 def test_the_documents_own_lines_work_and_the_cache_that_they_fill_is_used_as_it_is(server):
     tokenizer = AutoTokenizer.from_pretrained(NAME)
     assert is_the_repositorys(AutoModelForCausalLM.from_pretrained(NAME, use_safetensors=True), tokenizer, server)
-    assert datasets.load_dataset(ALPACA)["train"].num_rows == ROWS and any(ALPACA_FILE in line for line in server.log)
+    assert datasets.load_dataset(ALPACA)["train"].num_rows == ROWS and any(".parquet" in line for line in server.log)
     asked = len(server.log)
     AutoModelForCausalLM.from_pretrained(fetch_model(NAME))
     assert len(server.log) == asked
@@ -139,13 +130,8 @@ def test_a_hub_that_refuses_or_breaks_off_is_one_sentence_and_the_next_run_works
     point_to(server.url, tmp_path, monkeypatch)
     for fault in (Fault("GET cdn/*", status=503), *[Fault("GET cdn/*", cut_at=10_000)] * 2):
         server.faults = [fault]  # the third begins with a cache that is not whole
-        sentence(
-            LOADERS[name],
-            NOT_HERE,
-            name,
-            "PROFILE=pocket",
-            "503" if fault.status else "not be fetched",
-        )
+        why = "503" if fault.status else "not be fetched"
+        sentence(LOADERS[name], NOT_HERE, name, "PROFILE=pocket", why)
     server.faults = []
     LOADERS[name]()
 

@@ -9,7 +9,7 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import gguf
@@ -199,23 +199,14 @@ def test_the_command_line_writes_the_gguf_of_a_finished_run_under_its_lock(tmp_p
 
 
 def test_report_to_shows_the_losses_in_the_run(tmp_path, monkeypatch):
-    shown = []
-
-    class Writer(SimpleNamespace):
-        def __init__(self, log_dir):
-            super().__init__(add_text=lambda *given: None, flush=lambda: None, close=lambda: None)
-            assert Path(log_dir).is_relative_to(tmp_path)
-
-        def add_scalar(self, name, value, step):
-            shown.append((name, value, step))
-
-    settings = prepare_run(tmp_path)
+    tensorboard, settings = Mock(), prepare_run(tmp_path)
     assert notebook_03(tmp_path, "trainer", **settings).args.report_to == []
     monkeypatch.setattr("transformers.integrations.integration_utils.is_tensorboard_available", lambda: True)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", ModuleType("tensorboard"))
-    sys.modules["torch.utils.tensorboard"].SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
     trainer = notebook_03(tmp_path, "trainer", report_to="tensorboard", **settings)
     trainer.train(resume_from_checkpoint=False)
+    assert Path(tensorboard.SummaryWriter.call_args.kwargs["log_dir"]).is_relative_to(tmp_path)
+    shown = [call.args for call in tensorboard.SummaryWriter.return_value.add_scalar.call_args_list]
     for name in ("loss", "eval_loss"):
         told = [(entry[name], entry["step"]) for entry in trainer.state.log_history if name in entry]
         where = name.replace("eval_", "eval/") if "eval" in name else "train/loss"
@@ -257,8 +248,6 @@ def said(python: Path, code: str, folder: Path, *given: str) -> str:
 
 TOKYO = "The capital of Japan is Tokyo."
 VERSION = "\nimport transformers; assert transformers.__version__.startswith('{}'), transformers.__version__"
-
-
 LONG = "It is. " * 30
 LOGITS = """
 import json, sys, torch
@@ -376,15 +365,12 @@ def rows_of_the_pocket() -> list[dict]:
     return [json.loads(line) for line in lines[::9][:30]]
 
 
-def question_of(row: dict) -> str:
-    return "\n".join(filter(None, (row["instruction"], row["input"])))
-
-
 @pytest.mark.nightly
 def test_llama_cpp_asks_with_the_same_ids_and_answers_as_the_pocket_does(pocket_run, llama_cpp):
     folder = pocket_run / "runs" / "pocket"
     assert said(llama_cpp, examples("llama.cpp and Ollama"), pocket_run) == TOKYO
-    questions = [*map(question_of, rows_of_the_pocket()), "Don't say 12345.", "What\n\n is  é 東京? 😀"]
+    questions = [f"{row['instruction']}\n{row['input']}".strip() for row in rows_of_the_pocket()]
+    questions += ["Don't say 12345.", "What\n\n is  é 東京? 😀"]
     prompts = list(map(format_prompt, questions))
     model, tokenizer = load_base(str(folder / "merged")), load_tokenizer(str(folder / "merged"))
     ours = [answer.text for answer in generate(model, tokenizer, prompts)]
@@ -392,9 +378,12 @@ def test_llama_cpp_asks_with_the_same_ids_and_answers_as_the_pocket_does(pocket_
     assert asked_llama_cpp(llama_cpp, folder / "pocket.gguf", questions) == wanted
 
 
-def learned(kind: str, rows: list[dict], **changes):
-    """Return the tiny model after it has learned the rows by heart, so that it is sure of each token, and tokenizer."""
-    model, tokenizer = tiny(kind, hidden_size=64, initializer_range=0.05, **changes)
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", LLAMAS)
+def test_llama_cpp_asks_and_answers_as_models_of_llamas_type_do(name, llama_cpp, tmp_path):
+    """After it has learned some rows by heart, so that it is sure of each token."""
+    rows = [row for row in rows_of_the_pocket() if not row["input"]]
+    model, tokenizer = tiny(name.split()[0], hidden_size=64, initializer_range=0.05, **LLAMAS[name])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     made = tokenize({name: [row[name] for row in rows] for name in rows[0]}, tokenizer, "document+eos", 96)
     batch = {name: torch.tensor(values) for name, values in made.items()}
@@ -403,14 +392,6 @@ def learned(kind: str, rows: list[dict], **changes):
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return model, tokenizer
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("name", LLAMAS)
-def test_llama_cpp_asks_and_answers_as_models_of_llamas_type_do(name, llama_cpp, tmp_path):
-    rows = [row for row in rows_of_the_pocket() if not row["input"]]
-    model, tokenizer = learned(name.split()[0], rows, **LLAMAS[name])
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     export_run(tmp_path, std=0.002, gguf=True)

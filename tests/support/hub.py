@@ -16,9 +16,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import datasets
 import torch
 import yaml
-from datasets import Dataset
+from huggingface_hub import constants
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 
@@ -182,6 +183,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.log.append(f"{self.command} {unquote(self.path)} {status} {len(sent)}")
 
 
+def point_to(url: str, home: Path, monkeypatch) -> None:
+    """Do what HF_ENDPOINT and HF_HOME do at start."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "datasets")
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", url)
+
+
 # What the two repositories hold
 
 MODEL, MODEL_COMMIT = "models/openai-community/gpt2-medium", "6dcaa7a952f72f9298047fd5137cd6e4f05f41da"
@@ -226,7 +236,7 @@ def write_dataset(folder: Path, rows: list[dict], count: int) -> None:
         row["instruction"] += f" (variant {copy})" if copy else ""
         table.append({column: row[column] for column in columns})
     (folder / "data").mkdir(parents=True)
-    Dataset.from_list(table).to_parquet(folder / ALPACA_FILE)
+    datasets.Dataset.from_list(table).to_parquet(folder / ALPACA_FILE)
     features = [{"name": column, "dtype": "string"} for column in columns]
     info = {"features": features, "splits": [{"name": "train", "num_examples": count}]}
     card = yaml.safe_dump({"license": "cc-by-nc-4.0", "pretty_name": "Alpaca", "dataset_info": info})
