@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -13,7 +12,7 @@ import pytest
 import torch
 from huggingface_hub import constants, hf_hub_download
 from safetensors.torch import load_file
-from support import PROJECT
+from support import PROJECT, free_port
 from support.hub import DATASET, DATASET_COMMIT, MODEL, MODEL_COMMIT, Fault, Hub, Repository, point_to, stand_in
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,13 +41,6 @@ def server(repositories, tmp_path, monkeypatch):
     with Hub(dict(repositories.repositories)) as running:
         point_to(running.url, tmp_path, monkeypatch)
         yield running
-
-
-def refused() -> str:
-    """The address of a port that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{free.getsockname()[1]}"
 
 
 NOT_HERE = "is not wholly in the cache"
@@ -115,7 +107,7 @@ def test_without_a_pin_what_the_cache_lacks_is_fetched_and_then_kept(server, cap
     fetch_model(NAME), load_rows(ALPACA)
     missing = "generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json"
     assert f"once: {missing}\n" in capsys.readouterr().out
-    point_to(refused(), tmp_path, monkeypatch)
+    point_to(f"http://127.0.0.1:{free_port()}", tmp_path, monkeypatch)
     fetch_model(NAME)
     assert len(load_rows(ALPACA)) == ROWS
 
@@ -125,7 +117,7 @@ def test_without_a_pin_what_the_cache_lacks_is_fetched_and_then_kept(server, cap
 
 @pytest.mark.parametrize("name", LOADERS)
 def test_a_hub_that_refuses_or_breaks_off_is_one_sentence_and_the_next_run_works(name, server, tmp_path, monkeypatch):
-    point_to(refused(), tmp_path, monkeypatch)
+    point_to(f"http://127.0.0.1:{free_port()}", tmp_path, monkeypatch)
     sentence(LOADERS[name], NOT_HERE, name, "refused", "PROFILE=pocket")
     point_to(server.url, tmp_path, monkeypatch)
     for fault in (Fault("GET cdn/*", status=503), *[Fault("GET cdn/*", cut_at=10_000)] * 2):
@@ -178,7 +170,7 @@ def test_what_is_not_on_the_hub_is_named(server, tmp_path, monkeypatch):
     (tmp_path / "other" / "test.jsonl").write_text('{"instruction": "a", "output": "b"}')
     server.repositories["datasets/some/test"] = Repository(tmp_path / "other", MODEL_COMMIT)
     sentence(lambda: load_rows("some/test"), "in", "some/test", "no train split")
-    point_to(refused(), tmp_path, monkeypatch)
+    point_to(f"http://127.0.0.1:{free_port()}", tmp_path, monkeypatch)
     sentence(lambda: fetch_model("some/bert"), "cannot be used", "bert")  # from the cache too
 
 

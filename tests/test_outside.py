@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -16,7 +15,7 @@ import gguf
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
-from support import PROJECT
+from support import PROJECT, free_port
 from support.fresh import fresh_python, run
 from support.models import tiny
 from support.runs import finished_run, notebook_03, prepare_run
@@ -295,9 +294,7 @@ print(pipe("The capital of Japan is", max_new_tokens=6, do_sample=False)[0]["gen
 def test_the_server_of_transformers_answers_and_refuses_a_second_turn(pocket_run, tmp_path):
     python = environment(tmp_path, "transformers[serving]")
     command = [python, "-m", "transformers.cli.transformers", "serve", "runs/pocket/merged", "--device", "cpu"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command, address = [*command, "--port", str(port)], f"http://127.0.0.1:{port}/v1/chat/completions"
     with subprocess.Popen(command, cwd=pocket_run, env=OFFLINE, stderr=subprocess.PIPE) as server:
         try:
