@@ -76,6 +76,12 @@ def wait(box, until=None):
         tick(box)
 
 
+def say(box, text):
+    """Type, press Enter and wait for the answers."""
+    enter(box, text)
+    wait(box)
+
+
 def exchanges(box):
     return box.conversation.exchanges
 
@@ -191,8 +197,7 @@ def test_stop_ends_an_answer_at_once_and_clear_forgets_also_what_waits(box, step
     assert exchanges(box) == [] and box.messages.children == ()
     steps.release(100)
     wait(box)
-    enter(box, "three")
-    wait(box)
+    say(box, "three")
     assert [exchange.replies[1].answer.tokens for exchange in exchanges(box)] == [12] and steps.most == 1
 
 
@@ -207,15 +212,13 @@ def test_exit_closes_and_the_cell_run_again_opens(box, steps):
     assert [(exchange.instruction, exchange.state) for exchange in exchanges(box)] == [("one", "done")]
     box._ipython_display_()
     assert box.composer.layout.display == "" and not box.status.value
-    enter(box, "two")
-    wait(box)
+    say(box, "two")
     assert [exchange.instruction for exchange in exchanges(box)] == ["one", "two"]
 
 
 def test_the_tuned_side_answers_alone_where_asked_or_where_there_is_no_adapter(box, pocket_tokenizer):
     type_in(box.compare, False)
-    enter(box, "Hi")
-    wait(box)
+    say(box, "Hi")
     assert [reply.side for reply in exchanges(box)[0].replies] == ["tuned"]
     plain = ChatBox(box.conversation.model.unload(), pocket_tokenizer, max_new_tokens=3)
     assert [reply.side for reply in plain.ask("Hi").replies] == ["tuned"] and plain.compare.disabled
@@ -237,8 +240,7 @@ def test_input_and_settings_reach_the_model_as_in_training(box, monkeypatch):
     type_in(box.input, "le chat\nle chien")
     for shown in (True, False):
         type_in(box.with_input, shown)
-        enter(box, "Translate")
-        wait(box)
+        say(box, "Translate")
     with_input, without = (format_prompt("Translate", text) for text in ("le chat\nle chien", ""))
     assert given == [([prompt] * 2, ["base", "tuned"], values) for prompt in (with_input, without)]
     assert {reply.ending for exchange in exchanges(box) for reply in exchange.replies} == {"ended by itself"}
@@ -261,8 +263,7 @@ def test_hostile_text_is_only_ever_text(tiny_model, pocket_tokenizer, monkeypatc
     note(lambda _, __, named: fed.append(named["input_ids"][0].tolist()), with_kwargs=True)
     for name, raw in HOSTILE.items():
         fed.clear()
-        enter(box, raw)
-        wait(box)
+        say(box, raw)
         exchange, text = exchanges(box)[-1], well_formed(raw)
         assert exchange.instruction == text and exchange.replies[0].answer.tokens == 2 and not exchange.error, name
         (prompt,) = encode([format_prompt(text)], pocket_tokenizer)
@@ -327,15 +328,13 @@ def test_an_error_is_a_sentence_in_the_box_and_the_next_message_works(box, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(conversation, "stream", fail)
-        enter(box, "Hi")
-        wait(box)
+        say(box, "Hi")
         with pytest.raises(AlpacaError) as raised:
             box.ask("Hi")
     assert sentence in str(raised.value) and "\n" not in str(raised.value)
     assert html.escape(sentence) in box.messages.children[0].value
     assert [(reply.ending, reply.answer.tokens) for reply in exchanges(box)[0].replies] == [("broken off", said)] * 2
-    enter(box, "Hi")
-    wait(box)
+    say(box, "Hi")
     assert exchanges(box)[2].replies[0].answer.tokens == 12
 
 
