@@ -17,7 +17,7 @@ from nbclient import NotebookClient
 from safetensors.torch import load_file
 from support import PROJECT
 from support.models import save
-from support.notebooks import ENGLISH, execute, made_of
+from support.notebooks import ENGLISH, made_of
 
 from alpaca_helpers import AlpacaError, training
 from alpaca_helpers.cells import FURTHER, NAMES, NOTEBOOKS, notebook_parameters
@@ -197,10 +197,16 @@ def run_notebooks(tmp_path, monkeypatch):
         if rows is not None:
             (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
             parameters["dataset_name"] = str(tmp_path / "rows.json")
+        given = SHORT | parameters | {"run": str(tmp_path / "run")}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for notebook in notebooks:
-                execute(notebook, SHORT | parameters | {"run": str(tmp_path / "run")})
+                names: dict = {}
+                for number, cell in enumerate(cells(notebook)):
+                    source = TransformerManager().transform_cell(cell.source)
+                    exec(compile(source, f"{notebook.name}, code cell {number}", "exec"), names)
+                    if not number:  # as papermill sets them
+                        names |= {name: given[name] for name in notebook_parameters(notebook) if name in given}
                 plt.close("all")
         return tmp_path / "run"
 

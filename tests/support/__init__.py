@@ -1,4 +1,4 @@
-"""What the tests share: paths, prepared runs, tiny models, the notebooks' cells, a Hub on loopback."""
+"""What the tests share: paths, prepared runs, tiny models, small rows, a Hub on loopback."""
 
 import os
 import socket
