@@ -1,6 +1,5 @@
 """What the tests share: tiny models made on the spot, and real rows and the real vocabulary where they are at hand."""
 
-import json
 import os
 from pathlib import Path
 
@@ -24,33 +23,24 @@ def pytest_collection_modifyitems(items) -> None:
 
 
 @pytest.fixture(scope="session")
-def real_data() -> Path:
-    """The folder with real Alpaca-style rows and GPT-2's vocabulary; it is not part of the project."""
-    if not REAL.is_dir():
-        pytest.skip(f"real rows and vocabulary are not at {REAL}: set ALPACA_TEST_DATA to their folder")
-    return REAL
-
-
-@pytest.fixture(scope="session")
-def alpaca_like(tmp_path_factory) -> Path:
+def alpaca_like(tmp_path_factory, pocket_tokenizer) -> Path:
     """The folder with real data, or one of the same form made of the pocket's rows and vocabulary."""
     if REAL.is_dir():
         return REAL
     folder = tmp_path_factory.mktemp("alpaca-like")
-    vocabulary = folder / "gpt2-tokenizer"
-    vocabulary.mkdir()
-    bpe = json.loads((pocket.MODEL / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-    (vocabulary / "vocab.json").write_text(json.dumps(bpe["vocab"]), encoding="utf-8")
-    merges = "".join(f"{' '.join(merge)}\n" for merge in bpe["merges"])
-    (vocabulary / "merges.txt").write_text(f"#version: 0.2\n{merges}", encoding="utf-8")
+    (folder / "gpt2-tokenizer").mkdir()
+    pocket_tokenizer.backend_tokenizer.model.save(str(folder / "gpt2-tokenizer"))  # vocab.json, merges.txt
     lines = pocket.TRAIN.read_text(encoding="utf-8").splitlines()
     (folder / "alpaca_en_demo.json").write_text(f"[{','.join(lines)}]", encoding="utf-8")
     return folder
 
 
 @pytest.fixture(scope="session")
-def gpt2_tokenizer(real_data) -> GPT2Tokenizer:
-    vocabulary = real_data / "gpt2-tokenizer"
+def gpt2_tokenizer() -> GPT2Tokenizer:
+    """GPT-2's own, of real data that are not part of the project."""
+    if not REAL.is_dir():
+        pytest.skip(f"real rows and vocabulary are not at {REAL}: set ALPACA_TEST_DATA to their folder")
+    vocabulary = REAL / "gpt2-tokenizer"
     tokenizer = GPT2Tokenizer(vocab=str(vocabulary / "vocab.json"), merges=str(vocabulary / "merges.txt"))
     tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
