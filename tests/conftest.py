@@ -6,10 +6,10 @@ from pathlib import Path
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these tests are the CPU's on every machine; nbval's run takes what is there
 
 import pytest
-import torch
 from support import REAL
 from support.models import with_lora
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+from support.runs import tiny_gpt2
+from transformers import GPT2LMHeadModel, GPT2Tokenizer
 
 from alpaca_helpers import pocket
 from alpaca_helpers.models import load_tokenizer
@@ -54,10 +54,8 @@ def pocket_tokenizer():
 @pytest.fixture
 def tiny_base(pocket_tokenizer) -> GPT2LMHeadModel:
     """A random GPT-2 of 2 layers x 32 with 128 positions, over the pocket's vocabulary."""
-    torch.manual_seed(0)
-    ids = {"bos_token_id": pocket_tokenizer.eos_token_id, "eos_token_id": pocket_tokenizer.eos_token_id}
-    config = GPT2Config(vocab_size=len(pocket_tokenizer), n_layer=2, n_embd=32, n_head=2, n_positions=128, **ids)
-    return GPT2LMHeadModel(config).eval()
+    end = {"bos_token_id": pocket_tokenizer.eos_token_id, "eos_token_id": pocket_tokenizer.eos_token_id}
+    return tiny_gpt2(vocab_size=len(pocket_tokenizer), initializer_range=0.02, **end).eval()
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ import pytest
 import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
-from support import PROJECT, TRAIN_AND_DIE
+from support import ENVIRONMENT, TRAIN_AND_DIE
 from support.models import with_lora
-from support.runs import byte_tokenizer, notebook_03, prepare_run, save_adapter, tiny_gpt2
+from support.runs import byte_tokenizer, history, notebook_03, prepare_run, save_adapter, tiny_gpt2
 
 from alpaca_helpers import AlpacaError, checkpoints, models, training
 from alpaca_helpers.cells import NOTEBOOKS, run_cells
@@ -26,7 +26,6 @@ from alpaca_helpers.lora import WEIGHTS
 from alpaca_helpers.run import Run
 
 FOREIGN = ("checkpoint-best", "checkpoint-1-mine", "checkpoint-3 (copy)", "checkpoint-03", "checkpoint-")
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), str(PROJECT / "tests")])}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,14 +68,6 @@ def resume_point(folder: Path, resume: bool = True, **changes):
     """The checkpoint that a training of the run would go on from, with these settings changed."""
     trainer = notebook_03(folder, "trainer", **settings_of(folder) | changes)
     return checkpoints.resume_point(trainer.run, trainer, resume)
-
-
-def history(folder: Path) -> list[dict]:
-    """The losses by step, from the newest checkpoint, without timings."""
-    newest = checkpoints.last_complete_checkpoint(folder / "checkpoints")
-    kept = ("step", "loss", "grad_norm", "learning_rate", "eval_loss")
-    log = json.loads((newest / "trainer_state.json").read_text())["log_history"]
-    return [{name: entry[name] for name in kept if name in entry} for entry in log]
 
 
 def assert_same_training(folder: Path, whole: Path) -> None:

@@ -120,10 +120,11 @@ def test_a_hub_that_refuses_or_breaks_off_is_one_sentence_and_the_next_run_works
     point_to(f"http://127.0.0.1:{free_port()}", tmp_path, monkeypatch)
     sentence(LOADERS[name], NOT_HERE, name, "refused", "PROFILE=pocket")
     point_to(server.url, tmp_path, monkeypatch)
-    for fault in (Fault("GET cdn/*", status=503), *[Fault("GET cdn/*", cut_at=10_000)] * 2):
-        server.faults = [fault]  # the third begins with a cache that is not whole
+    cut = Fault("GET cdn/*", cut_at=10_000)
+    for fault in (Fault("GET api/*/revision/*", status=503), Fault("GET cdn/*", status=503), cut, cut):
+        server.faults = [fault]  # the last begins with a cache that is not whole
         why = "503" if fault.status else "not be fetched"
-        sentence(LOADERS[name], NOT_HERE, name, "PROFILE=pocket", why)
+        sentence(LOADERS[name], NOT_HERE, name, why, "try again later", "PROFILE=pocket")
     server.faults = []
     LOADERS[name]()
 
@@ -181,11 +182,6 @@ def test_busy_for_a_while_is_waited_for(name, file, server, capsys):
     LOADERS[name]()
     assert "The Hub is busy (503)" in capsys.readouterr().out
     assert [sum(f" {status} " in line for line in server.log) for status in (503, 429)] == [4, 1]
-
-
-def test_busy_for_good_is_one_sentence(server):
-    server.faults = [Fault("GET api/*/revision/*", status=503)]
-    sentence(LOADERS[NAME], NOT_HERE, NAME, "503", "try again later")
 
 
 def test_cut_short_is_taken_up_where_it_broke_off(server, monkeypatch):

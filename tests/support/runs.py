@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from alpaca_helpers.cells import NOTEBOOKS, run_cells
+from alpaca_helpers.checkpoints import last_complete_checkpoint
 from alpaca_helpers.config import choose_profile
 from alpaca_helpers.data import fingerprint, tokenize
 from alpaca_helpers.files import atomic_folder, content_hash
@@ -118,3 +119,11 @@ def notebook_03(folder: Path, until: str, **parameters):
     """Run notebook 03's cells of training on the run until this name is defined, and return what it stands for."""
     given = parameters | {"run": str(folder), "run_earlier": False}
     return run_cells(NOTEBOOKS[2], "training", given, until)[until]
+
+
+def history(folder: Path) -> list[dict]:
+    """The losses by step, from the newest checkpoint, without timings."""
+    newest = last_complete_checkpoint(folder / "checkpoints")
+    kept = ("step", "loss", "grad_norm", "learning_rate", "eval_loss")
+    log = json.loads((newest / "trainer_state.json").read_text())["log_history"]
+    return [{name: entry[name] for name in kept if name in entry} for entry in log]
