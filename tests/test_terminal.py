@@ -172,7 +172,9 @@ def test_ctrl_c_ends_the_answer_and_on_an_empty_line_nothing(tiny_model, pocket_
     terminal.talk(talk)
     replies = talk.exchanges[0].replies
     assert all(reply.ending == "stopped" and reply.answer.tokens < 7 for reply in replies)
-    assert "Type exit to leave." in capsys.readouterr().out and signal.getsignal(signal.SIGINT) is before
+    said = capsys.readouterr().out
+    assert said.count("[stopped · ") == 2 and "Type exit to leave." in said
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 # In earnest
