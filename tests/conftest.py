@@ -1,6 +1,7 @@
 """What the tests share: tiny models made on the spot, and real rows and the real vocabulary where they are at hand."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these tests are the CPU's on every machine; nbval's run takes what is there
@@ -62,3 +63,11 @@ def tiny_base(pocket_tokenizer) -> GPT2LMHeadModel:
 def tiny_model(tiny_base):
     """The tiny base under an adapter that changes its answers."""
     return with_lora(tiny_base)
+
+
+@pytest.fixture
+def interrupts():
+    """Python's own handling of SIGINT, also where the tests run in the background and the shell ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

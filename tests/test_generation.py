@@ -158,9 +158,7 @@ def test_a_setting_out_of_range_is_one_sentence_and_one_at_its_end_gives_an_answ
 
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, MemoryError])
-def test_an_interrupt_or_out_of_memory_leaves_the_model_as_it_was(
-    fault, tiny_model, pocket_tokenizer, ask, monkeypatch
-):
+def test_an_interrupt_or_out_of_memory_leaves_the_model_as_it_was(fault, tiny_model, pocket_tokenizer, ask, interrupts):
     rows = [{"instruction": "Hi", "input": "", "output": "there"}] * 2
 
     def losses(side):
@@ -171,7 +169,6 @@ def test_an_interrupt_or_out_of_memory_leaves_the_model_as_it_was(
 
     before = answers()
     assert before[0][0] != before[1][0] and before[0][1] != before[1][1]
-    shells = signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
     for sides, step in (["base", "tuned"], 1), (["base"], 4), (["tuned"], 4), (["base"], 0), (["tuned"], 0):
         left = [1] * (step or 1)
 
@@ -188,4 +185,3 @@ def test_an_interrupt_or_out_of_memory_leaves_the_model_as_it_was(
             else:  # in mid-evaluation
                 losses(*sides)
         assert answers() == before and not tiny_model.training
-    signal.signal(signal.SIGINT, shells)
