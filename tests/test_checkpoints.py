@@ -207,8 +207,7 @@ def test_resuming_with_other_settings_data_or_base_is_refused_and_the_difference
     refused(run, "seed 0 -> 1; lora_rank 8 -> 4", lora_rank=4, seed=1)
     refused(run, "batch_size 8 -> 16", batch_size=16)
     manifest = (run / "manifest.json").read_text()
-    # another revision: nobody named one, notebook 02 ran again, and the Hub's newest is another
-    for name, value in (("fingerprint", "other"), ("recipe", "document"), ("model_revision", "2" * 40)):
+    for name, value in (("fingerprint", "other"), ("recipe", "document")):
         change_manifest(run, "data", **{name: value})
         refused(run, f"{name} .* -> {value}")
         (run / "manifest.json").write_text(manifest)
@@ -219,6 +218,16 @@ def test_resuming_with_other_settings_data_or_base_is_refused_and_the_difference
     for record in (None, [1], "x", 3):
         Run(run).write_record("training", record)
         refused(run, ".*batch_size None -> 8.*")
+
+
+def test_another_revision_of_a_base_on_the_hub_is_not_gone_on_with(run, monkeypatch):
+    """Nobody named one, notebook 02 ran again, and the Hub's newest is another."""
+    monkeypatch.setattr(models, "cached_folder", lambda *_: run / "base")
+    change_manifest(run, "data", "training", model="owner/name", model_revision="1" * 40)
+    change_manifest(run, "training", base=None)
+    assert resume_point(run).name == "checkpoint-24"
+    change_manifest(run, "data", model_revision="2" * 40)
+    refused(run, "model_revision 1{40} -> 2{40}")
 
 
 EDITED = [{"lr_scheduler_kwargs": {"min_lr": 1e-4}}, {"neftune_noise_alpha": 5.0}, {"weight_decay": 0.1}]
