@@ -6,6 +6,7 @@ import shutil
 import socket
 import sys
 import warnings
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,29 +14,20 @@ from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.models import save, tiny, with_lora
-from support.runs import byte_tokenizer, record_adapter, save_adapter, tiny_gpt2
+from support.runs import byte_tokenizer, finished_run, save_adapter, tiny_gpt2
 from transformers import AutoModelForCausalLM, AutoTokenizer, BartConfig, BertConfig, MambaConfig, T5Config, ViTConfig
 from transformers.utils import logging
 
 from alpaca_helpers import AlpacaError, pocket
 from alpaca_helpers.card import model_card
 from alpaca_helpers.chat import terminal
-from alpaca_helpers.files import CHECKSUMS, write_checksums
+from alpaca_helpers.files import CHECKSUMS, WEIGHTS, write_checksums
 from alpaca_helpers.generation import generate
 from alpaca_helpers.hub import fetch
-from alpaca_helpers.lora import (
-    BASE,
-    WEIGHTS,
-    base_hash,
-    check_trained,
-    choose_targets,
-    load_adapter,
-    lora_config,
-)
+from alpaca_helpers.lora import BASE, CONFIG, base_hash, check_trained, choose_targets, load_adapter, lora_config
 from alpaca_helpers.models import best_device, fetch_model, load_base, load_tokenizer
 from alpaca_helpers.run import Run
 
-CONFIG = "adapter_config.json"
 NAN, INFINITY = float("nan"), float("inf")
 
 
@@ -84,12 +76,11 @@ def change_json(path, **changes):
 def test_what_lora_cannot_correct_is_refused_before_the_training(base):
     assert choose_targets(base, ["c_attn", "h.1.attn.c_proj"]) == ["c_attn", "h.1.attn.c_proj"]
     assert choose_targets(base, "c_attn") == ["c_attn"]  # a name, not its letters
-    with pytest.raises(AlpacaError, match="`c_att`"):
-        choose_targets(base, "c_att")
-    for target in ("lm_head", "wte", "nope", "c_att", "ln_1", "attn", "transformer"):
-        with pytest.raises(AlpacaError, match=f"`{target}`.*among c_attn, c_fc, c_proj, or all-linear") as raised:
-            choose_targets(base, ["c_attn", target])
-        assert "LoRA cannot correct" in str(raised.value)
+    others = [["c_attn", name] for name in ("lm_head", "wte", "nope", "c_att", "ln_1", "attn", "transformer")]
+    for wrong in ("c_att", *others):
+        name = wrong if isinstance(wrong, str) else wrong[1]
+        with pytest.raises(AlpacaError, match=f"LoRA cannot correct `{name}`.*among c_attn, c_fc, c_proj, or all-lin"):
+            choose_targets(base, wrong)
 
 
 def test_plain_peft_loads_it_without_a_warning(saved, base):
@@ -100,13 +91,12 @@ def test_plain_peft_loads_it_without_a_warning(saved, base):
     assert answers(model) == saved[1]
 
 
-def test_a_base_held_in_another_precision_is_the_same_base(base, tmp_path):
-    save_adapter(with_lora(tiny_gpt2().bfloat16()), byte_tokenizer(), tmp_path / "adapter")
-    load_adapter(base, tmp_path / "adapter")  # the other way: tests/test_architectures.py
-
-
-def test_a_base_rounded_to_float16_is_told_to_be_loaded_in_float32(base, adapter):
-    refused(base.half(), adapter, "held in float16; load .* in float32")
+def test_a_base_in_bfloat16_is_the_same_base_and_one_rounded_to_float16_is_told_to_be_loaded_in_float32(
+    base, adapter, tmp_path
+):
+    save_adapter(with_lora(tiny_gpt2().bfloat16()), byte_tokenizer(), tmp_path / "of bfloat16")
+    load_adapter(base, tmp_path / "of bfloat16")  # the other way: tests/test_architectures.py
+    refused(tiny_gpt2().half(), adapter, "held in float16; load .* in float32")
 
 
 MORE = [{"bias": "lora_only"}, {"bias": "all"}, {"lora_bias": True}, {"use_dora": True}]
@@ -120,9 +110,8 @@ def test_what_changes_more_than_loras_matrices_is_refused_before_the_training_an
     for name, value in more.items():
         setattr(config, name, value)
     model = get_peft_model(tiny_gpt2(), config)
-    with pytest.raises(AlpacaError, match="more than LoRA's matrices A and B") as raised:
+    with pytest.raises(AlpacaError, match="changes more than LoRA's matrices A and B"):
         check_trained(model)
-    assert "changes more than LoRA's matrices" in str(raised.value)
     for name, value in model.named_parameters():
         if "lora_" in name:
             value.data.fill_(0.1)
@@ -136,22 +125,17 @@ def test_a_useless_adapter_does_not_take_the_place_of_a_good_one(number, phrase,
     for name, value in model.named_parameters():
         if "lora_B" in name:
             value.data.fill_(number)
-    with pytest.raises(AlpacaError, match="`learning_rate` and `resume = False`") as raised:
+    with pytest.raises(AlpacaError, match=f"{adapter}.*{phrase}.*`learning_rate` and `resume = False`"):
         save_adapter(model, byte_tokenizer(), adapter)
-    assert phrase in str(raised.value) and str(adapter) in str(raised.value)
     assert answers(load_adapter(base, adapter)) == saved[1]
 
 
-def test_the_chat_answers_for_a_manifest_of_an_early_version_without_a_revision(
-    base_folder, tmp_path, monkeypatch, capsys
-):
-    tokenizer = load_tokenizer(str(base_folder))
-    save_adapter(with_lora(load_base(str(base_folder))), tokenizer, tmp_path / "run" / "adapter")
-    record_adapter(tmp_path / "run", model=str(base_folder))
-    record = Run(tmp_path / "run").record("adapter")
+def test_the_chat_answers_for_a_manifest_of_an_early_version_without_a_revision(tmp_path, monkeypatch, capsys):
+    run = Run(finished_run(tmp_path / "run"))
+    record = run.record("adapter")
     del record["model_revision"]
-    Run(tmp_path / "run").write_record("adapter", record)
-    monkeypatch.setattr(sys, "argv", ["chat", "--run", str(tmp_path / "run"), "--once", "Hi", "--max-new-tokens", "2"])
+    run.write_record("adapter", record)
+    monkeypatch.setattr(sys, "argv", ["chat", "--run", str(run.folder), "--once", "Hi", "--max-new-tokens", "8"])
     terminal.main()
     assert capsys.readouterr().out.strip()
 
@@ -303,9 +287,8 @@ def test_a_base_that_lacks_a_tensor_or_has_another_shape_is_refused(base_folder)
 def test_weights_with_nan_or_infinity_are_named(number, base_folder):
     name = "transformer.h.1.mlp.c_fc.weight"
     change_weights(base_folder / "model.safetensors", lambda weights: weights[name][3, 3:4].fill_(number))
-    with pytest.raises(AlpacaError, match=f"NaN or infinity in {name}") as raised:
+    with pytest.raises(AlpacaError, match=f"holds NaN or infinity in {name}"):
         load_base(str(base_folder))
-    assert "holds NaN or infinity" in str(raised.value)
 
 
 def test_a_model_that_does_not_continue_text_and_an_adapters_folder_are_no_base(adapter, base_folder):
@@ -354,22 +337,11 @@ def test_the_device_is_the_gpu_that_torch_has(monkeypatch):
         assert best_device() == device
 
 
-@pytest.fixture
-def no_network(monkeypatch):
-    """Every address that somebody tries to reach, none of them reached; the Hub is not switched off."""
-    asked = []
-
-    def refuse(*arguments, **kwargs):
-        asked.append(arguments)
-        raise OSError("no network here")
-
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+def test_no_path_is_looked_up_on_the_hub(base_folder, tmp_path, monkeypatch):
+    reached = Mock(side_effect=OSError("no network here"))
+    monkeypatch.setattr(socket, "getaddrinfo", reached)
+    monkeypatch.setattr(socket.socket, "connect", reached)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    return asked
-
-
-def test_no_path_is_looked_up_on_the_hub(no_network, base_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tokenizer, folder = load_tokenizer(str(base_folder)), tmp_path / "run" / "adapter"
     save_adapter(with_lora(load_base(str(base_folder))), tokenizer, folder)
@@ -379,11 +351,10 @@ def test_no_path_is_looked_up_on_the_hub(no_network, base_folder, tmp_path, monk
         with pytest.raises(AlpacaError):
             load_adapter(load_base("base"), wrong)
     for wrong in ("./base2", str(tmp_path / "base2"), "~/base2", "some/where/base2", "base/config.json"):
-        with pytest.raises(AlpacaError, match="no model folder") as raised:
+        with pytest.raises(AlpacaError, match="There is no model folder"):
             fetch_model(wrong)
-        assert "There is no model folder" in str(raised.value)
     AutoTokenizer.from_pretrained(fetch_model("base")), AutoModelForCausalLM.from_pretrained(fetch_model("base"))
-    assert no_network == []
+    assert not reached.called
     with pytest.raises(AlpacaError):
         fetch("owner/name", None, "model", ["*"])
-    assert no_network  # the trap holds
+    assert reached.called  # the trap holds

@@ -3,7 +3,6 @@
 The package comes from a git address by the notebook's own `%pip install`; the other libraries are this environment's.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -14,9 +13,10 @@ from papermill.parameterize import parameterize_notebook
 from support import PROJECT
 from support.fresh import copy_project, fresh_python, run
 
+from alpaca_helpers.cells import NAMES, NOTEBOOKS
+
 pytestmark = pytest.mark.nightly
 
-NOTEBOOKS = {path.stem: path for path in sorted((PROJECT / "notebooks").glob("*.ipynb"))}
 EXECUTE = "from nbclient.cli import main; main()"  # `jupyter execute`; the working folder is the notebook's
 SETTINGS = {"03_lora_finetuning": {"num_train_epochs": 1}, "04_comparison_and_chat": {"max_heldout_rows": 40}}
 
@@ -35,18 +35,12 @@ def address(tmp_path_factory) -> str:
 def alone(name: str, folder: Path, **parameters) -> Path:
     """Return a copy of the notebook with these parameters, alone in a new folder."""
     folder.mkdir()
-    notebook = parameterize_notebook(load_notebook_node(str(NOTEBOOKS[name])), parameters)
+    notebook = parameterize_notebook(load_notebook_node(str(PROJECT / "notebooks" / f"{name}.ipynb")), parameters)
     nbformat.write(notebook, folder / f"{name}.ipynb")
     return folder / f"{name}.ipynb"
 
 
-def printed(notebook: Path) -> str:
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    outputs = [output for cell in cells for output in cell.get("outputs", [])]
-    return "".join("".join(output.get("text", "")) for output in outputs)
-
-
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_alone_installs_the_package_makes_what_it_needs_and_runs_through(name, address, tmp_path):
     notebook = alone(name, tmp_path / "alone", repo_url=address, profile="pocket", **SETTINGS.get(name, {}))
     python, site = fresh_python(tmp_path)
@@ -55,8 +49,8 @@ def test_a_notebook_alone_installs_the_package_makes_what_it_needs_and_runs_thro
     assert (site / "alpaca_helpers" / "pocket" / "model").is_dir()
     earlier = {"03_lora_finetuning": 1, "04_comparison_and_chat": 2}.get(name, 0)
     run_folder = tmp_path / "alone" / "runs" / "pocket"
-    assert [path.stem for path in sorted(run_folder.glob("*.ipynb"))] == list(NOTEBOOKS)[1 : 1 + earlier]
-    assert (" first. (If you have such a run elsewhere" in printed(notebook)) == bool(earlier)
+    assert [path.stem for path in sorted(run_folder.glob("*.ipynb"))] == [*NAMES[1 : 1 + earlier]]
+    assert (" first. (If you have such a run elsewhere" in notebook.read_text(encoding="utf-8")) == bool(earlier)
 
 
 def test_without_an_address_the_first_cell_says_so_in_a_sentence(tmp_path):
@@ -72,7 +66,7 @@ def test_with_run_earlier_off_the_notebook_that_is_missing_is_named(tmp_path):
 
 
 def test_papermill_alone_runs_a_notebook_and_nbval_checks_it(tmp_path):
-    notebook, executed = NOTEBOOKS["02_dataset_and_tokenizer"], tmp_path / "02.ipynb"
+    notebook, executed = NOTEBOOKS[1], tmp_path / "02.ipynb"
     command = [sys.executable, "-m", "papermill", notebook, executed, "-p", "profile", "pocket"]
     done = run([*command, "-p", "run", tmp_path / "r"], PROJECT, PYTHONPATH=str(PROJECT))
     assert not done.returncode and (tmp_path / "r" / "data").is_dir(), done.stderr

@@ -6,7 +6,6 @@ What it looked like is left in build/browser/*.png.
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ from nbformat.v4 import new_code_cell
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from playwright.sync_api import sync_playwright
-from support import PROJECT
+from support import PROJECT, free_port
 
 from alpaca_helpers.cells import NOTEBOOKS
 from alpaca_helpers.series import run_series
@@ -30,10 +29,7 @@ pytestmark = pytest.mark.nightly
 
 FOLDER = PROJECT / "build" / "browser"
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 HOSTILE = '<img src=x onerror="window.harmed = 1"> <script>window.harmed = 1</script> $x^2$ ![x](/x.png) שלום 👋'
 SETTINGS = {  # of JupyterLab, so that nothing stands before the notebook
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
@@ -70,9 +66,7 @@ def lab(tmp_path_factory):
         path = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(value))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     address = f"http://127.0.0.1:{port}"
     folders = {f"JUPYTER_{kind}_DIR": str(home / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
     folders |= {f"JUPYTERLAB_{kind}_DIR": str(home / kind.lower()) for kind in ("SETTINGS", "WORKSPACES")}
@@ -134,11 +128,8 @@ def test_a_conversation_in_notebook_04(page, notebook, lab):
         """Type settings into their fields, a slider's into the number beside it."""
         button("Settings").click()
         for name, value in values.items():
-            number, slider = (
-                f".widget-text:has-text('{name}') input",
-                f".widget-slider:has-text('{name}') .widget-readout",
-            )
-            typed = box.locator(f"{number}, {slider}")
+            slider = f".widget-slider:has-text('{name}') .widget-readout"
+            typed = box.locator(f".widget-text:has-text('{name}') input, {slider}")
             typed.fill(str(value))
             typed.press("Enter")
         button("Settings").click()
@@ -189,16 +180,13 @@ def test_a_conversation_in_notebook_04(page, notebook, lab):
     answered(scripted + 4)
     assert "half" in box.locator(".you .bubble").last.inner_text()
 
-    # a file of the user's is kept, another name is taken
-    (FOLDER / "mine.md").write_text("my own notes", encoding="utf-8")
+    # it is saved under the name typed
     button("Settings").click()
     path = box.locator(".widget-text:has-text('save as') input")
-    for name, said in (("mine.md", "choose another name"), ("talk.md", "Saved to")):
-        path.fill(name)
-        path.press("Tab")
-        button("Save").click()
-        box.get_by_text(said).wait_for()
-    assert (FOLDER / "mine.md").read_text(encoding="utf-8") == "my own notes"
+    path.fill("talk.md")
+    path.press("Tab")
+    button("Save").click()
+    box.get_by_text("Saved to").wait_for()
     assert HOSTILE in (FOLDER / "talk.md").read_text(encoding="utf-8")
     shot("settings")
     button("Settings").click()

@@ -5,8 +5,9 @@ import json
 import re
 import threading
 import time
-from html.parser import HTMLParser
 from pathlib import Path
+from unittest.mock import DEFAULT, Mock
+from xml.etree import ElementTree
 
 import ipywidgets as widgets
 import nbformat
@@ -75,6 +76,12 @@ def wait(box, until=None):
         tick(box)
 
 
+def say(box, text):
+    """Type, press Enter and wait for the answers."""
+    enter(box, text)
+    wait(box)
+
+
 def exchanges(box):
     return box.conversation.exchanges
 
@@ -104,20 +111,8 @@ def steps(monkeypatch):
     return permits
 
 
-class Page(HTMLParser):
-    """The tags, attributes and text of some HTML."""
-
-    def __init__(self, source):
-        super().__init__()
-        self.tags, self.attributes, self.text = set(), set(), ""
-        self.feed(source)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.add(tag)
-        self.attributes |= {name for name, _ in attributes}
-
-    def handle_data(self, data):
-        self.text += data
+def text_of(page):
+    return "".join(page.itertext())
 
 
 # What it does
@@ -151,7 +146,7 @@ def test_enter_and_the_button_send_and_the_answers_are_those_of_generate(box, ti
         (answer,) = generate(tiny_model, pocket_tokenizer, prompts, side=reply.side, max_new_tokens=12)
         assert (reply.answer, answer.tokens, reply.ending) == (answer, 12, "cut at the limit") and reply.seconds > 0
     for exchange, view in zip(exchanges(box), box.messages.children, strict=True):
-        shown = Page(view.value).text
+        shown = text_of(ElementTree.fromstring(view.value))
         assert all(visible(reply.answer.text) in shown and notes(reply) in shown for reply in exchange.replies)
 
 
@@ -202,8 +197,7 @@ def test_stop_ends_an_answer_at_once_and_clear_forgets_also_what_waits(box, step
     assert exchanges(box) == [] and box.messages.children == ()
     steps.release(100)
     wait(box)
-    enter(box, "three")
-    wait(box)
+    say(box, "three")
     assert [exchange.replies[1].answer.tokens for exchange in exchanges(box)] == [12] and steps.most == 1
 
 
@@ -218,15 +212,13 @@ def test_exit_closes_and_the_cell_run_again_opens(box, steps):
     assert [(exchange.instruction, exchange.state) for exchange in exchanges(box)] == [("one", "done")]
     box._ipython_display_()
     assert box.composer.layout.display == "" and not box.status.value
-    enter(box, "two")
-    wait(box)
+    say(box, "two")
     assert [exchange.instruction for exchange in exchanges(box)] == ["one", "two"]
 
 
 def test_the_tuned_side_answers_alone_where_asked_or_where_there_is_no_adapter(box, pocket_tokenizer):
     type_in(box.compare, False)
-    enter(box, "Hi")
-    wait(box)
+    say(box, "Hi")
     assert [reply.side for reply in exchanges(box)[0].replies] == ["tuned"]
     plain = ChatBox(box.conversation.model.unload(), pocket_tokenizer, max_new_tokens=3)
     assert [reply.side for reply in plain.ask("Hi").replies] == ["tuned"] and plain.compare.disabled
@@ -248,8 +240,7 @@ def test_input_and_settings_reach_the_model_as_in_training(box, monkeypatch):
     type_in(box.input, "le chat\nle chien")
     for shown in (True, False):
         type_in(box.with_input, shown)
-        enter(box, "Translate")
-        wait(box)
+        say(box, "Translate")
     with_input, without = (format_prompt("Translate", text) for text in ("le chat\nle chien", ""))
     assert given == [([prompt] * 2, ["base", "tuned"], values) for prompt in (with_input, without)]
     assert {reply.ending for exchange in exchanges(box) for reply in exchange.replies} == {"ended by itself"}
@@ -272,8 +263,7 @@ def test_hostile_text_is_only_ever_text(tiny_model, pocket_tokenizer, monkeypatc
     note(lambda _, __, named: fed.append(named["input_ids"][0].tolist()), with_kwargs=True)
     for name, raw in HOSTILE.items():
         fed.clear()
-        enter(box, raw)
-        wait(box)
+        say(box, raw)
         exchange, text = exchanges(box)[-1], well_formed(raw)
         assert exchange.instruction == text and exchange.replies[0].answer.tokens == 2 and not exchange.error, name
         (prompt,) = encode([format_prompt(text)], pocket_tokenizer)
@@ -282,31 +272,25 @@ def test_hostile_text_is_only_ever_text(tiny_model, pocket_tokenizer, monkeypatc
         answers = Answer(text, [0] * 3, False, 0), Answer("fine", [0] * 3, False, 0)
         exchange.replies = [Reply("tuned", answer, "stopped") for answer in answers]
         for source in (as_html(exchange), exchange._repr_html_().partition("</style>")[2]):
-            page = Page(source)
-            assert page.tags <= {"div", "b", "pre", "bdi", "small"}, name
-            assert page.attributes <= {"class", "dir", "role"}, name
+            page = ElementTree.fromstring(source)
+            assert {part.tag for part in page.iter()} <= {"div", "b", "pre", "bdi", "small"}, name
+            assert {about for part in page.iter() for about in part.attrib} <= {"class", "dir", "role"}, name
             if len(text) <= SHOWN:
-                assert page.text.count(visible(text)) == 2, name
+                assert text_of(page).count(visible(text)) == 2, name
             else:
-                assert len(page.text) < 3 * SHOWN and "characters not shown" in page.text, name
+                assert len(text_of(page)) < 3 * SHOWN and "characters not shown" in text_of(page), name
         fences = re.findall(rf"^(`{{3,}})text\n{re.escape(text)}\n\1$", as_markdown([exchange]), re.MULTILINE)
         assert len(fences) == 2 and fences[0] not in text, name
         unseen = {*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)}
         assert not set(map(ord, visible(text))) & unseen, name
 
 
-@pytest.mark.parametrize("tokens, limit, cut", [(116, 12, 0), (117, 12, 1), (129, 1, 2)])
-def test_prompt_and_answer_stay_within_the_positions(box, pocket_tokenizer, tokens, limit, cut):
+def test_a_question_over_the_positions_is_cut_and_a_note_says_so(box, pocket_tokenizer):
     frame = len(encode([format_prompt(" a")], pocket_tokenizer)[0]) - 1
-    exchange = box.ask(" a" * (tokens - frame), max_new_tokens=limit)  # the tiny model has 128
-    assert [(reply.answer.prompt_cut, reply.answer.tokens) for reply in exchange.replies] == [(cut, limit)] * 2
-    assert (f"its first {cut} tokens were not read" in as_html(exchange)) == bool(cut)
-
-
-SETTINGS = [("temprature", 1), ("seed", -1)]
-SETTINGS += [("temperature", value) for value in (-1, "hot", None, True, [1])]
-SETTINGS += [("top_p", value) for value in (-0.1, 1.5, "all")]
-SETTINGS += [("max_new_tokens", value) for value in (4096, 0, 2.5)] + [("top_k", value) for value in (-1, None, "5")]
+    for tokens, cut in ((116, 0), (117, 1)):  # with 12 of an answer, the tiny model has 128
+        exchange = box.ask(" a" * (tokens - frame))
+        assert [(reply.answer.prompt_cut, reply.answer.tokens) for reply in exchange.replies] == [(cut, 12)] * 2
+        assert (f"its first {cut} tokens were not read" in as_html(exchange)) == bool(cut)
 
 
 def test_a_message_or_setting_that_is_none_is_refused_in_a_sentence(box, tiny_model, pocket_tokenizer):
@@ -317,14 +301,12 @@ def test_a_message_or_setting_that_is_none_is_refused_in_a_sentence(box, tiny_mo
         assert "blank" in box.status.value
         box._say("")
     for given in (("",), (" \n",), (None,), (3,), ("Hi", None)):
-        with pytest.raises(AlpacaError) as raised:
+        with pytest.raises(AlpacaError, match="The message is blank"):
             box.ask(*given)
-        assert "The message is blank" in str(raised.value)
-    for name, value in SETTINGS:
-        for refuse in (lambda **s: box.ask("Hi", **s), lambda **s: ChatBox(tiny_model, pocket_tokenizer, **s)):
-            with pytest.raises(AlpacaError, match=name) as raised:
+    for refuse in (lambda **s: box.ask("Hi", **s), lambda **s: ChatBox(tiny_model, pocket_tokenizer, **s)):
+        for name, value in (("temprature", 1), ("seed", -1)):  # all of them: test_generation
+            with pytest.raises(AlpacaError, match=f"{name}.*choose"):
                 refuse(**{name: value})
-            assert "choose" in str(raised.value)
     assert exchanges(box) == [] and box.ask("Hi").replies[0].answer.tokens == 12
 
 
@@ -332,11 +314,8 @@ def test_a_message_or_setting_that_is_none_is_refused_in_a_sentence(box, tiny_mo
 @pytest.mark.parametrize(
     "failure, sentence",
     [
-        (
-            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
-            "OutOfMemoryError: CUDA out of memory",
-        ),
-        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate"), "shorten the message"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "OutOfMemoryError: CUDA out of memory"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory"), "shorten the message"),
         (ValueError("<b>two\nlines</b>"), "ValueError: <b>two lines</b>"),
     ],
 )
@@ -349,27 +328,28 @@ def test_an_error_is_a_sentence_in_the_box_and_the_next_message_works(box, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(conversation, "stream", fail)
-        enter(box, "Hi")
-        wait(box)
+        say(box, "Hi")
         with pytest.raises(AlpacaError) as raised:
             box.ask("Hi")
     assert sentence in str(raised.value) and "\n" not in str(raised.value)
     assert html.escape(sentence) in box.messages.children[0].value
     assert [(reply.ending, reply.answer.tokens) for reply in exchanges(box)[0].replies] == [("broken off", said)] * 2
-    enter(box, "Hi")
-    wait(box)
+    say(box, "Hi")
     assert exchanges(box)[2].replies[0].answer.tokens == 12
 
 
-def test_an_interrupted_cell_leaves_a_box_that_works(box, monkeypatch):
-    def interrupt():
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(box, "_show", interrupt)
-        box.ask("Hi")
-    assert box.ask("Hi").replies[0].answer.tokens == 12
-    assert exchanges(box)[0].state == "done" and exchanges(box)[0].replies[0].ending == "stopped"
+def test_an_interrupted_cell_leaves_a_box_that_works(box, tiny_model, pocket_tokenizer, monkeypatch):
+    """Interrupted in the box after a token, or in the model after two."""
+    for place, name, before in ((box, "_show", []), (tiny_model.get_output_embeddings(), "forward", [DEFAULT] * 2)):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupted = Mock(wraps=getattr(place, name), side_effect=[*before, KeyboardInterrupt])
+            patch.setattr(place, name, interrupted)
+            box.ask("Hi")
+    said = [[(reply.answer.tokens, reply.ending) for reply in exchange.replies] for exchange in exchanges(box)]
+    assert said == [[(1, "stopped")] * 2, [(2, "stopped")] * 2] and {e.state for e in exchanges(box)} == {"done"}
+    for reply in box.ask("Hi", temperature=0).replies:
+        prompts = [format_prompt("Hi")]
+        assert [reply.answer] == generate(tiny_model, pocket_tokenizer, prompts, side=reply.side, max_new_tokens=12)
 
 
 # What is kept
@@ -382,57 +362,34 @@ def save(box, path):
     return box.status.value
 
 
-def test_a_conversation_is_saved_whole_with_its_settings(box, tmp_path):
+def test_a_conversation_is_saved_whole_with_its_settings_and_replaces_no_file(box, tmp_path):
+    mine = ("notes.md", "talk.md.part")
+    for name in mine:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "folder.md").mkdir()
+    (tmp_path / "link.md").symlink_to("gone")
     exchange = box.ask("Hi", "some input")
+    for taken in ("notes.md", "folder.md", "link.md", "talk.json", "nowhere/talk.md", "notes.md/in.md"):
+        said = save(box, tmp_path / taken)
+        assert str(tmp_path / taken) in said and "Saved" not in said
+    assert "~no-one/talk.md" in save(box, "~no-one/talk.md")
+    with pytest.raises(AlpacaError, match="cannot be written"):
+        box.conversation.save("a\0.md")
+    if Path("/dev/full").exists():  # a disk that is always full, where the system has one
+        (tmp_path / ".alpaca-talk.md.part").symlink_to("/dev/full")
+        assert "No space left on device" in save(box, tmp_path / "talk.md") and not (tmp_path / "talk.md").exists()
+
     assert "Saved to" in save(box, tmp_path / "talk.md")
     saved = (tmp_path / "talk.md").read_text(encoding="utf-8")
+    assert saved == as_markdown(exchanges(box))
     assert all(f"{name} {value}" in saved for name, value in (DEFAULTS | {"max_new_tokens": 12}).items())
     assert "\nHi\n" in saved and "\nsome input\n" in saved and saved.count(" · 12 tokens · ") == 2
     for reply in exchange.replies:
         assert f"**{reply.side}** ({notes(reply)})\n\n```text\n{reply.answer.text}\n```" in saved
-    for bad in (f"{tmp_path}/talk.json", f"{tmp_path}/nowhere/talk.md", f"{tmp_path}/talk.md/in.md", "~no-one/talk.md"):
-        said = save(box, bad)
-        assert "Saved" not in said and bad[-7:] in said
-    with pytest.raises(AlpacaError) as raised:
-        box.conversation.save("a\0.md")
-    assert "cannot be written" in str(raised.value) and [path.name for path in tmp_path.iterdir()] == ["talk.md"]
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full, a disk that is always full")
-def test_a_full_disk_leaves_no_half_transcript_and_other_files_as_they_are(tiny_model, pocket_tokenizer, tmp_path):
-    talk, path = conversation.Conversation(tiny_model, pocket_tokenizer), tmp_path / "talk.md"
-    before = talk.save(tmp_path / "earlier.md").read_bytes()
-    talk.add("Hi")
-    (tmp_path / ".alpaca-talk.md.part").symlink_to("/dev/full")
-    with pytest.raises(AlpacaError, match="No space left on device"):
-        talk.save(path)
-    assert [found.name for found in tmp_path.iterdir()] == ["earlier.md"]
-    assert (tmp_path / "earlier.md").read_bytes() == before
-    assert talk.save(path).read_bytes() != before
-
-
-def test_save_replaces_no_file(box, tmp_path):
-    mine, path = tmp_path / "notes.md", tmp_path / "talk.md"
-    mine.write_text("my own notes", encoding="utf-8")
-    (tmp_path / "folder.md").mkdir()
-    (tmp_path / "talk.md.part").write_text("mine")
-    box.ask("One")
-    (tmp_path / "link.md").symlink_to("gone")
-    for taken in (mine, tmp_path / "folder.md", tmp_path / "link.md"):
-        said = save(box, taken)
-        assert str(taken) in said and "exists" in said
-    (tmp_path / "link.md").unlink()
-    assert mine.read_text(encoding="utf-8") == "my own notes"
-    assert "Saved to" in save(box, path)
-    saved = path.read_text(encoding="utf-8")
-    assert saved == as_markdown(exchanges(box))
     box.ask("Two")
-    assert "exists" in save(box, path) and path.read_text(encoding="utf-8") == saved
-    assert "Saved to" in save(box, tmp_path / "two.md")
-    assert (tmp_path / "two.md").read_text(encoding="utf-8") == as_markdown(exchanges(box))
-    left = ["folder.md", "notes.md", "talk.md", "talk.md.part", "two.md"]
-    assert sorted(file.name for file in tmp_path.iterdir()) == left
-    assert (tmp_path / "talk.md.part").read_text() == "mine"
+    assert "exists" in save(box, tmp_path / "talk.md") and (tmp_path / "talk.md").read_text(encoding="utf-8") == saved
+    assert all((tmp_path / name).read_text() == "mine" for name in mine)
+    assert {path.name for path in tmp_path.iterdir()} == {*mine, "folder.md", "link.md", "talk.md"}
 
 
 def test_the_transcript_is_static_the_same_whatever_the_speed_and_says_how_each_answer_ended(box):

@@ -8,12 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from peft import get_peft_model
+from support.models import with_lora
 
 from alpaca_helpers import AlpacaError, evaluation
 from alpaca_helpers.evaluation import answer_losses, evaluate
 from alpaca_helpers.generation import Answer
-from alpaca_helpers.lora import lora_config
 from alpaca_helpers.metrics import METRICS, chrf, contains, echoes, exact_match, repetition, rouge_l
 from alpaca_helpers.prompts import encode, format_prompt
 from alpaca_helpers.report import comparison, conclusion, verdict
@@ -192,9 +191,8 @@ def test_metrics_without_a_fact_or_a_row_to_check_are_none(tiny_model, pocket_to
     assert metrics["change"]["intervals"]["contains"] is None
     assert "holds the fact" not in conclusion(metrics) and "answer holds the fact" not in comparison(metrics).index
     assert answers["tuned_right"].isna().all()
-    with pytest.raises(AlpacaError) as error:
+    with pytest.raises(AlpacaError, match="There are no held-out rows"):
         evaluate(tiny_model, pocket_tokenizer, [])
-    assert "There are no held-out rows" in str(error.value)
 
 
 def estimated(contains, questions=None, seed=0):
@@ -228,7 +226,7 @@ def test_copies_of_a_question_do_not_narrow_its_interval(tiny_model, pocket_toke
 
 def test_a_fresh_adapter_is_found_to_change_nothing(tiny_base, pocket_tokenizer):
     """What notebook 04 concludes after zero training steps."""
-    model = get_peft_model(tiny_base, lora_config()).eval()
+    model = with_lora(tiny_base, std=0.0)
     rows = [{**row, "instruction": f"{number}. {row['instruction']}"} for number in range(10) for row in ROWS]
     metrics, _ = evaluate(model, pocket_tokenizer, rows, max_new_tokens=6)
     assert {name for name in METRICS if metrics["change"][name] not in (0, None)} == set()

@@ -10,13 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import get_peft_model
-from support import PROJECT
-from support import models as tiny_models
+from support.models import tiny, with_lora
 
 from alpaca_helpers import pocket
+from alpaca_helpers.cells import FURTHER, NOTEBOOKS
 from alpaca_helpers.data import IGNORED
-from alpaca_helpers.lora import lora_config
 from alpaca_helpers.models import load_base, load_tokenizer
 from alpaca_lessons import exercises
 
@@ -24,21 +22,20 @@ ROW = {"instruction": "Name the capital of this country.", "input": "France", "o
 CHECKS = {name: check for name, check in vars(exercises).items() if name.startswith("check_")}
 
 
-def found(edition: str) -> list[tuple[str, str, str]]:
-    """Return each exercise's check, starter cell and solution, in whichever notebook it stands."""
-    made = []
-    for notebook in sorted([*PROJECT.glob(f"{edition}/*.ipynb"), *PROJECT.glob(f"{edition}/further/*.ipynb")]):
+def found() -> dict[str, tuple[str, str]]:
+    """Return each exercise's starter cell and solution by its check, in whichever notebook it stands."""
+    made = {}
+    for notebook in (*NOTEBOOKS, *FURTHER):
         cells = nbformat.read(notebook, as_version=4).cells
         for cell, after in zip(cells, cells[1:]):
             if cell.source.startswith("from alpaca_lessons.exercises import "):
                 hint, solved = re.findall(r"<details>.*?</details>", after.source, re.DOTALL)[:2]
-                assert "```" not in hint  # a hint is no solution
-                solution = re.search(r"```python\n(.*?)```", solved, re.DOTALL)[1]
-                made.append((cell.source.split()[3], cell.source, solution))
+                assert "```" not in hint and cell.source.split()[3] not in made  # a hint is no solution
+                made[cell.source.split()[3]] = cell.source, re.search(r"```python\n(.*?)```", solved, re.DOTALL)[1]
     return made
 
 
-EXERCISES = {name: (starter, solution) for name, starter, solution in found("notebooks")}
+EXERCISES = found()
 ARCHITECTURES = [
     (name, kind)
     for name, check in CHECKS.items()
@@ -52,13 +49,9 @@ def given():
     """What the checks are given by these names, with an adapter that changes what the model says."""
     made, path = {}, str(pocket.MODEL)
     for kind in ("pocket", "half", "llama"):  # half: the pocket in half precision, where some logits are the same
-        base, tokenizer = tiny_models.tiny(kind) if kind == "llama" else (load_base(path), load_tokenizer(path))
+        base, tokenizer = tiny(kind) if kind == "llama" else (load_base(path), load_tokenizer(path))
         base = base.bfloat16() if kind == "half" else base.float()
-        model = get_peft_model(base, lora_config(fan_in_fan_out=kind != "llama")).eval()
-        for name, value in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(value)
-        made[kind] = {"model": model, "tokenizer": tokenizer, "row": ROW}
+        made[kind] = {"model": with_lora(base, std=1.0), "tokenizer": tokenizer, "row": ROW}
     return made
 
 
@@ -80,10 +73,9 @@ def defined(name: str) -> str:
     return function.name
 
 
-def test_each_check_has_one_exercise_and_the_french_edition_the_same():
-    english = found("notebooks")
-    assert sorted(name for name, *_ in english) == sorted(CHECKS) and len(CHECKS) == 8
-    assert sorted(found("notebooks/fr")) == sorted(english)
+def test_each_check_has_one_exercise():
+    """In the French edition too, where the code is the same: tests/test_notebooks.py."""
+    assert EXERCISES.keys() == CHECKS.keys() and len(CHECKS) == 8
 
 
 @pytest.mark.parametrize("name, kind", [*ARCHITECTURES, ("check_next_token", "half"), ("check_ranks", "half")])

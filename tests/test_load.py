@@ -31,9 +31,8 @@ def left() -> tuple[int, int, int]:
 def test_questions_and_turns_one_after_the_other_leave_nothing_behind(tiny_model, pocket_tokenizer):
     def ask(number):
         for n in range(number):
-            generate(
-                tiny_model, pocket_tokenizer, [format_prompt(f"Question {n}: {'word ' * (n % 40)}")], max_new_tokens=10
-            )
+            prompt = format_prompt(f"Question {n}: {'word ' * (n % 40)}")
+            generate(tiny_model, pocket_tokenizer, [prompt], max_new_tokens=10)
 
     def talk(number):
         for turn in range(number):
@@ -55,7 +54,4 @@ def test_a_large_dataset_is_filtered_and_tokenized(tmp_path, pocket_tokenizer):
             file.write(json.dumps(row) + "\n")
     kept = load_rows(str(tmp_path / "rows.jsonl")).filter(lambda row: not drop_reason(row))
     rows = kept.map(tokenize, batched=True, fn_kwargs={"tokenizer": pocket_tokenizer})
-    assert (
-        len(rows) == ROWS - ROWS // 10
-        and rows[-1]["instruction"] == f"Question {ROWS - 1} about the thing that is asked for"
-    )
+    assert len(rows) == ROWS - ROWS // 10 and rows[-1]["instruction"].startswith(f"Question {ROWS - 1} about")

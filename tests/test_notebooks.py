@@ -17,7 +17,7 @@ from nbclient import NotebookClient
 from safetensors.torch import load_file
 from support import PROJECT
 from support.models import save
-from support.notebooks import ENGLISH, execute, made_of
+from support.notebooks import ENGLISH, made_of
 
 from alpaca_helpers import AlpacaError, training
 from alpaca_helpers.cells import FURTHER, NAMES, NOTEBOOKS, notebook_parameters
@@ -63,9 +63,7 @@ def in_french(path: Path) -> Path:
         (["peft"], "alpaca_helpers", "https://a/b", "restart the session"),
     ],
 )
-def test_the_opening_cell_changes_libraries_on_colab_alone_and_never_loaded_ones(
-    path, loaded, absent, repo_url, wanted
-):
+def test_the_opening_cell_changes_libraries_on_colab_alone_and_no_loaded_ones(path, loaded, absent, repo_url, wanted):
     """What is loaded stays as it was until the session is restarted, whatever pip does."""
     calls = []
     shell = SimpleNamespace(run_line_magic=lambda *words: calls.append(" ".join(words).format(repo_url=repo_url)))
@@ -83,11 +81,9 @@ def test_the_opening_cell_changes_libraries_on_colab_alone_and_never_loaded_ones
 def test_the_parts_are_the_documents():
     headings = {"01": ["1."], "02": ["2.", "2.1", "2.2"], "03": ["3.", "3.1", "3.2", "3.3"]}
     headings["04"] = ["4.", "4.1", "4.2", "4.3"]
-    found = {
-        path.stem[:2]: re.findall(r"^#+ (\d[\d.]*)", "\n".join(cell.source for cell in cells(path, "markdown")), re.M)
-        for path in NOTEBOOKS
-    }
-    assert found == headings
+    for path in NOTEBOOKS:
+        text = "\n".join(cell.source for cell in cells(path, "markdown"))
+        assert re.findall(r"^#+ (\d[\d.]*)", text, re.M) == headings[path.stem[:2]]
 
 
 def test_the_parameters_are_one_flat_typed_cell_before_all_other_code(path):
@@ -153,8 +149,9 @@ def test_the_french_edition_differs_in_its_prose_alone(path):
             assert cell == other, cell.id
         else:
             assert cell.source != other.source or cell.source.startswith("<"), f"{cell.id} is still in English"
-            code = re.compile(r"```.*?```|\$[^$]+\$", re.DOTALL)  # code and formulas
-            assert sorted(code.findall(cell.source)) == sorted(code.findall(other.source)), cell.id
+            code, formulas = re.compile(r"```.*?```|</?\w+>", re.DOTALL), re.compile(r"\$[^$]+\$")
+            assert code.findall(cell.source) == code.findall(other.source), cell.id
+            assert sorted(formulas.findall(cell.source)) == sorted(formulas.findall(other.source)), cell.id
 
 
 @pytest.mark.parametrize("edition", [lambda path: path, in_french], ids=["english", "french"])
@@ -165,10 +162,8 @@ def test_each_link_of_a_notebook_leads_to_a_file(path, edition):
 
 
 def test_the_template_is_spelled_in_one_module():
-    spelled = [
-        path.name for path in (PROJECT / "alpaca_helpers").rglob("*.py") if "\\nRéponse:" in path.read_text("utf-8")
-    ]
-    assert spelled == ["prompts.py"]
+    modules = (PROJECT / "alpaca_helpers").rglob("*.py")
+    assert [path.name for path in modules if "\\nRéponse:" in path.read_text("utf-8")] == ["prompts.py"]
 
 
 def test_the_stored_outputs_bear_out_what_the_prose_says_of_the_pocket():
@@ -202,10 +197,16 @@ def run_notebooks(tmp_path, monkeypatch):
         if rows is not None:
             (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
             parameters["dataset_name"] = str(tmp_path / "rows.json")
+        given = SHORT | parameters | {"run": str(tmp_path / "run")}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for notebook in notebooks:
-                execute(notebook, SHORT | parameters | {"run": str(tmp_path / "run")})
+                names: dict = {}
+                for number, cell in enumerate(cells(notebook)):
+                    source = TransformerManager().transform_cell(cell.source)
+                    exec(compile(source, f"{notebook.name}, code cell {number}", "exec"), names)
+                    if not number:  # as papermill sets them
+                        names |= {name: given[name] for name in notebook_parameters(notebook) if name in given}
                 plt.close("all")
         return tmp_path / "run"
 
@@ -264,19 +265,19 @@ def test_odd_rows_become_data(rows, run_notebooks, capsys):
     assert "it adds up: True" in capsys.readouterr().out and not list(folder.rglob("cache-*.arrow"))
 
 
-@pytest.mark.parametrize(
-    "rows",
-    {
-        "one question": [{"instruction": "Who?", "output": f"{n}."} for n in range(9)],
-        "one row": made_of(ENGLISH, 1)[:1],
-        "no room": [{"instruction": f"{n} " + "word " * 400, "output": "A."} for n in range(9)],
-        "all too long": [{"instruction": f"{n}", "output": "word " * 100} for n in range(9)],
-    }.values(),
-)
+NOTHING_LEFT = {
+    "one question": [{"instruction": "Who?", "output": f"{n}."} for n in range(9)],
+    "one row": made_of(ENGLISH, 1)[:1],
+    "no room": [{"instruction": f"{n} " + "word " * 400, "output": "A."} for n in range(9)],
+    "all too long": [{"instruction": f"{n}", "output": "word " * 100} for n in range(9)],
+}
+
+
+@pytest.mark.parametrize("rows", NOTHING_LEFT.values(), ids=NOTHING_LEFT)
 def test_rows_that_leave_nothing_are_one_sentence_in_notebook_02(rows, run_notebooks, tmp_path):
-    with pytest.raises(AlpacaError) as refused:
+    with pytest.raises(AlpacaError, match="are left to train on"):
         run_notebooks(NOTEBOOKS[1:2], rows)
-    assert "are left to train on" in str(refused.value) and not (tmp_path / "run" / "data").exists()
+    assert not (tmp_path / "run" / "data").exists()
 
 
 @pytest.mark.parametrize("recipe", ["document", "document+eos"])

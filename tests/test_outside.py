@@ -3,27 +3,27 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import gguf
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
-from support import PROJECT
+from support import PROJECT, free_port
 from support.fresh import fresh_python, run
-from support.models import save, tiny, with_lora
-from support.runs import notebook_03, prepare_run, record_adapter, save_adapter
+from support.models import tiny
+from support.runs import finished_run, notebook_03, prepare_run
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from alpaca_export import __main__ as command
 from alpaca_export import export, push
-from alpaca_export.llama_cpp import ollama_settings, save_gguf
+from alpaca_export.llama_cpp import save_gguf
 from alpaca_export.merged import generation_settings
 from alpaca_helpers import AlpacaError, card, pocket
 from alpaca_helpers.cells import NOTEBOOKS
@@ -43,13 +43,11 @@ def messages(question: str) -> list[dict]:
     return [{"role": "user", "content": question}]
 
 
-def finished_run(folder: Path, kind: str = "gpt2", std: float = 0.2) -> SimpleNamespace:
-    """Write base (if need be), adapter and record of a run of the tiny model; return the settings of its export."""
-    base = folder / "base" if (folder / "base").is_dir() else save(kind, folder / "base")
-    tuned = with_lora(load_base(str(base)), std, target_modules="all-linear")
-    save_adapter(tuned, load_tokenizer(str(base)), folder / "adapter")
-    record_adapter(folder, model=str(base))
-    return SimpleNamespace(model=str(base), model_revision=None, merged=True, gguf=False, push_to="")
+def export_run(folder: Path, kind: str = "gpt2", std: float = 0.2, gguf: bool = False) -> None:
+    """Write a finished run of the tiny model and export it."""
+    finished_run(folder, kind, std)
+    about = {"model": str(folder / "base"), "model_revision": None}
+    export(folder, SimpleNamespace(**about, merged=True, gguf=gguf, push_to=""))
 
 
 def answers(folder: Path, questions=QUESTIONS, new: int = 12):
@@ -60,8 +58,7 @@ def answers(folder: Path, questions=QUESTIONS, new: int = 12):
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_messages_are_answered_in_a_batch_and_from_any_folder(kind, tmp_path, monkeypatch):
-    settings = finished_run(tmp_path / "run", kind)
-    export(tmp_path / "run", settings)
+    export_run(tmp_path / "run", kind)
     wanted = [answer.ids for answer in answers(tmp_path / "run")]
     monkeypatch.chdir(tmp_path)
     for name, load in (("adapter", AutoPeftModelForCausalLM), ("merged", AutoModelForCausalLM)):
@@ -70,16 +67,14 @@ def test_messages_are_answered_in_a_batch_and_from_any_folder(kind, tmp_path, mo
         options = {"padding": True, "return_dict": True, "return_tensors": "pt"}
         batch = tokenizer.apply_chat_template(list(map(messages, QUESTIONS)), **options)
         made = model.generate(**batch, max_new_tokens=12, do_sample=False)[:, batch["input_ids"].shape[1] :]
-        ended = [
-            [id for id in row if id not in (tokenizer.pad_token_id, tokenizer.eos_token_id)] for row in made.tolist()
-        ]
-        assert ended == wanted
+        ends = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+        assert [[id for id in row if id not in ends] for row in made.tolist()] == wanted
         missing = tokenizer.apply_chat_template([{"role": "user"}])["input_ids"]
         assert missing == tokenizer.apply_chat_template(messages(""))["input_ids"]
 
 
 def test_an_answer_ends_with_the_context_and_a_question_over_it_is_a_sentence(tmp_path):
-    export(tmp_path, finished_run(tmp_path))
+    export_run(tmp_path)
     pipe = pipeline("text-generation", model=str(tmp_path / "merged"))
     assert pipe.model.generation_config.max_length == 256 == pipe.model.config.n_positions
     for times in (1, 40, 70):
@@ -105,13 +100,9 @@ def test_a_push_names_no_folder_of_this_machine(tmp_path, monkeypatch):
 
 
 def test_a_push_that_the_hub_refuses_is_one_sentence(tmp_path, monkeypatch):
-    def refuse(*arguments, **kwargs):
-        raise OSError("401 Unauthorized\nmore")
-
-    monkeypatch.setattr(push, "create_repo", refuse)
-    with pytest.raises(AlpacaError, match=r"me/it \(401 Unauthorized\)") as refused:
+    monkeypatch.setattr(push, "create_repo", Mock(side_effect=OSError("401 Unauthorized\nmore")))
+    with pytest.raises(AlpacaError, match=r"was not pushed to .*me/it \(401 Unauthorized\)[^\n]*$"):
         push.push_adapter(tmp_path, "me/it")
-    assert "was not pushed to" in str(refused.value) and "\n" not in str(refused.value)
 
 
 # GGUF
@@ -119,9 +110,7 @@ def test_a_push_that_the_hub_refuses_is_one_sentence(tmp_path, monkeypatch):
 
 def test_a_gguf_is_replaced_only_where_it_is_recorded_and_a_cut_leaves_none_that_is_not(tmp_path, monkeypatch):
     folder = tmp_path / "mine"
-    settings = finished_run(folder)
-    settings.gguf, settings.merged = True, False
-    export(folder, settings)
+    export_run(folder, gguf=True)
     path, modelfile = folder / "mine.gguf", folder / "Modelfile"
     assert Run(folder).manifest()["gguf"] == {place.name: content_hash(place) for place in (path, modelfile)}
     assert modelfile.read_text().splitlines() == [
@@ -137,14 +126,13 @@ def test_a_gguf_is_replaced_only_where_it_is_recorded_and_a_cut_leaves_none_that
     save_gguf(folder)
     assert path.read_bytes() == whole
     modelfile.write_text("mine")
-    with pytest.raises(AlpacaError, match=r"Modelfile is in the way.*move it elsewhere") as refused:
+    with pytest.raises(AlpacaError, match=r"Modelfile is in the way.*move it elsewhere"):
         save_gguf(folder)
-    assert "is in the way" in str(refused.value) and modelfile.read_text() == "mine" and path.read_bytes() == whole
+    assert modelfile.read_text() == "mine" and path.read_bytes() == whole
 
 
 def test_the_gguf_holds_the_merged_weights_under_llama_cpps_names(tmp_path):
-    settings = finished_run(tmp_path)
-    export(tmp_path, SimpleNamespace(**vars(settings) | {"gguf": True}))
+    export_run(tmp_path, gguf=True)
     read = gguf.GGUFReader(tmp_path / f"{tmp_path.name}.gguf")
     found = {tensor.name: torch.tensor(tensor.data) for tensor in read.tensors}
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -154,35 +142,29 @@ def test_the_gguf_holds_the_merged_weights_under_llama_cpps_names(tmp_path):
     assert torch.equal(found["blk.1.ffn_down.bias"], block.mlp.c_proj.bias)
 
 
-def test_the_ends_of_a_text_are_tokens_of_the_tokenizer(tmp_path):
+def test_the_ends_of_a_text_are_tokens_of_the_tokenizer():
     """GPT-2's default for its end lies beyond a small vocabulary, and would be the word None to Ollama."""
     model, tokenizer = tiny("gpt2", eos_token_id=50256)
     assert model.generation_config.eos_token_id == 50256
-    generation_settings(model, tokenizer).save_pretrained(tmp_path)
-    model.save_pretrained(tmp_path / "model")
-    for part in (tmp_path / "model", tmp_path):
-        tokenizer.save_pretrained(part)
-    (tmp_path / "config.json").write_text((tmp_path / "model" / "config.json").read_text())
-    assert "None" not in ollama_settings(tmp_path, "x.gguf")
+    assert generation_settings(model, tokenizer).eos_token_id == tokenizer.eos_token_id
 
 
 def test_what_cannot_be_written_as_gguf_is_one_sentence(tmp_path, monkeypatch):
     refusals = {"gpt_neox": "architecture, gpt_neox,", "llama": "rotary positions, linear,", "qwen3": "tokenizer"}
     for kind, reason in refusals.items():
         folder = tmp_path / kind
-        export(folder, finished_run(folder, kind))
+        export_run(folder, kind)
         config, tokenizer = folder / "merged" / "config.json", folder / "merged" / "tokenizer.json"
         if kind == "llama":
             scaling = {"rope_type": "linear", "factor": 2.0}
             config.write_text(json.dumps(json.loads(config.read_text()) | {"rope_scaling": scaling}))
         if kind == "qwen3":
             tokenizer.write_text(tokenizer.read_text().replace(r"\\p{N}|", r"\\p{N}{2}|"))
-        with pytest.raises(AlpacaError, match=f"merged cannot be written as GGUF: its {reason}.*known here") as refused:
+        with pytest.raises(AlpacaError, match=rf"^[^\n]*merged cannot be written as GGUF: its {reason}.*known here.*$"):
             save_gguf(folder)
-        assert "cannot be written as GGUF" in str(refused.value) and "\n" not in str(refused.value)
         assert not list(folder.glob("*.gguf")) and not list(folder.glob(".alpaca-*"))
     folder = tmp_path / "gpt2"
-    export(folder, finished_run(folder, "gpt2"))
+    export_run(folder)
     for file, part, other, reason in (
         ("config", '"gelu_new"', '"relu"', "configuration, activation_function relu,"),
         ("config", '"scale_attn_weights": true', '"scale_attn_weights": false', "configuration, scale_attn_weights"),
@@ -196,9 +178,8 @@ def test_what_cannot_be_written_as_gguf_is_one_sentence(tmp_path, monkeypatch):
         path.write_text(whole)
     save_gguf(folder)
     monkeypatch.setitem(sys.modules, "alpaca_export.gguf", None)
-    with pytest.raises(AlpacaError, match="gguf is not installed: `pip install") as refused:
+    with pytest.raises(AlpacaError, match="gguf is not installed: `pip install"):
         save_gguf(folder)
-    assert "is not installed" in str(refused.value)
 
 
 def test_the_command_line_writes_the_gguf_of_a_finished_run_under_its_lock(tmp_path, monkeypatch, capsys):
@@ -212,23 +193,14 @@ def test_the_command_line_writes_the_gguf_of_a_finished_run_under_its_lock(tmp_p
 
 
 def test_report_to_shows_the_losses_in_the_run(tmp_path, monkeypatch):
-    shown = []
-
-    class Writer(SimpleNamespace):
-        def __init__(self, log_dir):
-            super().__init__(add_text=lambda *given: None, flush=lambda: None, close=lambda: None)
-            assert Path(log_dir).is_relative_to(tmp_path)
-
-        def add_scalar(self, name, value, step):
-            shown.append((name, value, step))
-
-    settings = prepare_run(tmp_path)
+    tensorboard, settings = Mock(), prepare_run(tmp_path)
     assert notebook_03(tmp_path, "trainer", **settings).args.report_to == []
     monkeypatch.setattr("transformers.integrations.integration_utils.is_tensorboard_available", lambda: True)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", ModuleType("tensorboard"))
-    sys.modules["torch.utils.tensorboard"].SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
     trainer = notebook_03(tmp_path, "trainer", report_to="tensorboard", **settings)
     trainer.train(resume_from_checkpoint=False)
+    assert Path(tensorboard.SummaryWriter.call_args.kwargs["log_dir"]).is_relative_to(tmp_path)
+    shown = [call.args for call in tensorboard.SummaryWriter.return_value.add_scalar.call_args_list]
     for name in ("loss", "eval_loss"):
         told = [(entry[name], entry["step"]) for entry in trainer.state.log_history if name in entry]
         where = name.replace("eval_", "eval/") if "eval" in name else "train/loss"
@@ -270,8 +242,6 @@ def said(python: Path, code: str, folder: Path, *given: str) -> str:
 
 TOKYO = "The capital of Japan is Tokyo."
 VERSION = "\nimport transformers; assert transformers.__version__.startswith('{}'), transformers.__version__"
-
-
 LONG = "It is. " * 30
 LOGITS = """
 import json, sys, torch
@@ -300,16 +270,13 @@ pipe = pipeline("text-generation", model={str(pocket.MODEL)!r})
 print(pipe("The capital of Japan is", max_new_tokens=6, do_sample=False)[0]["generated_text"].splitlines()[0])"""
     assert said(python, base, tmp_path) == TOKYO
 
-    for (
-        name,
-        changes,
-    ) in LLAMAS.items():  # of other positions and tokenizers
+    for name, changes in LLAMAS.items():  # of other positions and tokenizers
         folder = tmp_path / name
         rope = changes or {"rope_parameters": {"rope_theta": 1e5, "rope_type": "default"}}
         model, tokenizer = tiny(name.split()[0], **rope)
         model.save_pretrained(folder / "base")
         tokenizer.save_pretrained(folder / "base")
-        export(folder, finished_run(folder))
+        export_run(folder)
         ids = AutoTokenizer.from_pretrained(folder / "merged")(LONG)["input_ids"]
         with torch.inference_mode():
             wanted = AutoModelForCausalLM.from_pretrained(folder / "merged")(torch.tensor([ids])).logits[0, -1]
@@ -322,9 +289,7 @@ print(pipe("The capital of Japan is", max_new_tokens=6, do_sample=False)[0]["gen
 def test_the_server_of_transformers_answers_and_refuses_a_second_turn(pocket_run, tmp_path):
     python = environment(tmp_path, "transformers[serving]")
     command = [python, "-m", "transformers.cli.transformers", "serve", "runs/pocket/merged", "--device", "cpu"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command, address = [*command, "--port", str(port)], f"http://127.0.0.1:{port}/v1/chat/completions"
     with subprocess.Popen(command, cwd=pocket_run, env=OFFLINE, stderr=subprocess.PIPE) as server:
         try:
@@ -392,15 +357,12 @@ def rows_of_the_pocket() -> list[dict]:
     return [json.loads(line) for line in lines[::9][:30]]
 
 
-def question_of(row: dict) -> str:
-    return "\n".join(filter(None, (row["instruction"], row["input"])))
-
-
 @pytest.mark.nightly
 def test_llama_cpp_asks_with_the_same_ids_and_answers_as_the_pocket_does(pocket_run, llama_cpp):
     folder = pocket_run / "runs" / "pocket"
     assert said(llama_cpp, examples("llama.cpp and Ollama"), pocket_run) == TOKYO
-    questions = [*map(question_of, rows_of_the_pocket()), "Don't say 12345.", "What\n\n is  é 東京? 😀"]
+    questions = [f"{row['instruction']}\n{row['input']}".strip() for row in rows_of_the_pocket()]
+    questions += ["Don't say 12345.", "What\n\n is  é 東京? 😀"]
     prompts = list(map(format_prompt, questions))
     model, tokenizer = load_base(str(folder / "merged")), load_tokenizer(str(folder / "merged"))
     ours = [answer.text for answer in generate(model, tokenizer, prompts)]
@@ -408,9 +370,12 @@ def test_llama_cpp_asks_with_the_same_ids_and_answers_as_the_pocket_does(pocket_
     assert asked_llama_cpp(llama_cpp, folder / "pocket.gguf", questions) == wanted
 
 
-def learned(kind: str, rows: list[dict], **changes):
-    """Return the tiny model after it has learned the rows by heart, so that it is sure of each token, and tokenizer."""
-    model, tokenizer = tiny(kind, hidden_size=64, initializer_range=0.05, **changes)
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", LLAMAS)
+def test_llama_cpp_asks_and_answers_as_models_of_llamas_type_do(name, llama_cpp, tmp_path):
+    """After it has learned some rows by heart, so that it is sure of each token."""
+    rows = [row for row in rows_of_the_pocket() if not row["input"]]
+    model, tokenizer = tiny(name.split()[0], hidden_size=64, initializer_range=0.05, **LLAMAS[name])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     made = tokenize({name: [row[name] for row in rows] for name in rows[0]}, tokenizer, "document+eos", 96)
     batch = {name: torch.tensor(values) for name, values in made.items()}
@@ -419,19 +384,9 @@ def learned(kind: str, rows: list[dict], **changes):
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return model, tokenizer
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("name", LLAMAS)
-def test_llama_cpp_asks_and_answers_as_models_of_llamas_type_do(name, llama_cpp, tmp_path):
-    rows = [row for row in rows_of_the_pocket() if not row["input"]]
-    model, tokenizer = learned(name.split()[0], rows, **LLAMAS[name])
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    settings = finished_run(tmp_path, std=0.002)
-    settings.gguf = True
-    export(tmp_path, settings)
+    export_run(tmp_path, std=0.002, gguf=True)
     questions = [row["instruction"] for row in rows]
     ours = [answer.text for answer in answers(tmp_path, questions, 80)]
     assert sum(answer == row["output"] for answer, row in zip(ours, rows)) > 0.9 * len(rows)

@@ -22,16 +22,12 @@ STEPS = [{"loss": 3.0, "learning_rate": 2e-3, "step": 10}, {"loss": 1.0, "learni
 LOG = [*STEPS, {"eval_loss": 1.5, "step": 20}, {"train_runtime": 3.0, "train_loss": 2.0, "step": 20}]
 SHADED = {"base": [(" Paris", "unsure"), ("\n", "unsure")], "tuned": [(" Paris", "sure"), (".", "sure")]}
 NEXT = {"base": torch.eye(2048)[[3, 4, 5]], "tuned": torch.eye(2048)[[3, 4, 0]]}  # after the prompt and two tokens
-ANSWERS = pd.DataFrame(
-    [
-        ["What <b>is</b> $a$?", "", "Paris.", 3, "on and\non", 80, False, False, "Paris.", 3, True, True],
-        ["Say.", "1 | 2", "x " * 200, 4, "", 80, False, None, "x", 5, True, None],
-    ],
-    columns=[
-        *("instruction", "input", "output", "output_tokens"),
-        *(side + about for side in ("base", "tuned") for about in ("", "_tokens", "_stopped", "_right")),
-    ],
-)
+OF_A_SIDE = [side + about for side in ("base", "tuned") for about in ("", "_tokens", "_stopped", "_right")]
+ASKED = [
+    ["What <b>is</b> $a$?", "", "Paris.", 3, "on and\non", 80, False, False, "Paris.", 3, True, True],
+    ["Say.", "1 | 2", "x " * 200, 4, "", 80, False, None, "x", 5, True, None],
+]
+ANSWERS = pd.DataFrame(ASKED, columns=["instruction", "input", "output", "output_tokens", *OF_A_SIDE])
 
 
 def metrics(**none):
@@ -74,10 +70,7 @@ PICTURES = {  # how each is made, from the tokenizer; and some of what it says
     "no loss left": (lambda _: (pictures.losses, [{"loss": 0.0, "step": 1}, {"eval_loss": math.nan}], 4.25), "from 0"),
     "next_tokens": (lambda words: (pictures.next_tokens, words, [5, 6], NEXT), "'base': '0.00', 'tuned': '1.00'"),
     "before_after": (lambda _: (pictures.before_after, metrics()), "answer holds the fact 20% to 80%"),
-    "no facts": (
-        lambda _: (pictures.before_after, metrics(contains=None, exact_match=None)),
-        "ROUGE-L 20% to 80%, repeated",
-    ),
+    "no facts": (lambda _: (pictures.before_after, metrics(contains=None, exact_match=None)), "ROUGE-L 20% to 80%, r"),
     "answer_lengths": (lambda _: (pictures.answer_lengths, ANSWERS, 80), "tuned model: mean 4.0 tokens, 0% cut"),
 }
 

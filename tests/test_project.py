@@ -140,6 +140,13 @@ def test_each_import_is_declared_and_each_dependency_imported():
     assert names(NEEDED) - used == set()
 
 
+def test_an_error_is_one_sentence():
+    for path, source in SOURCES.items():
+        for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+            if ast.unparse(call.func) == "AlpacaError":
+                assert len(call.args) == 1, f"{path}, line {call.lineno}"
+
+
 def test_the_pinned_versions_are_within_the_required_ones():
     for file in ("constraints.txt", "constraints-colab.txt"):
         pinned = {requirement.name: str(requirement.specifier)[2:] for requirement in requirements(file)}

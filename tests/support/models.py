@@ -1,7 +1,6 @@
 """A tiny random model of each architecture with a tokenizer of its kind, made on the spot."""
 
 import json
-from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -9,26 +8,18 @@ import torch
 from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BloomConfig,
-    GemmaConfig,
     GemmaTokenizer,
     GenerationConfig,
-    GPT2Config,
     GPT2Tokenizer,
-    GPTNeoXConfig,
     GPTNeoXTokenizer,
-    LlamaConfig,
     LlamaTokenizer,
-    OPTConfig,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    Qwen2Config,
     Qwen2Tokenizer,
-    Qwen3Config,
 )
-from transformers.models.gemma2 import Gemma2Config
-from transformers.models.gemma3 import Gemma3TextConfig
 from transformers.pytorch_utils import Conv1D
 
 from alpaca_helpers import pocket
@@ -59,75 +50,65 @@ def bpe(kind: str, *special: str) -> tuple[dict[str, int], list[tuple[str, str]]
     return model["vocab"], [tuple(merge) for merge in model["merges"]]
 
 
-def gpt2_tokenizer():
-    """Byte-level, without a BOS or padding token."""
-    vocab, merges = bpe("bytes", "<|endoftext|>")
-    return GPT2Tokenizer(vocab=vocab, merges=merges)
-
-
-def llama_tokenizer():
-    """▁ for a space, one put before a text, and BOS before that; no padding token."""
-    vocab, merges = bpe("letters", "<unk>", "<s>", "</s>")
-    return LlamaTokenizer(vocab=vocab, merges=merges, add_bos_token=True)
-
-
-def qwen_tokenizer():
-    """Byte-level, without BOS, with a padding token of its own and a second end token."""
-    vocab, merges = bpe("bytes", "<|endoftext|>", "<|im_start|>", "<|im_end|>")
-    special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    return Qwen2Tokenizer(vocab=vocab, merges=merges, **special, extra_special_tokens=["<|im_start|>"])
-
-
-def neox_tokenizer():
-    """Byte-level, without BOS, with a padding token of its own."""
-    vocab, merges = bpe("bytes", "<|endoftext|>", "<|padding|>")
-    return GPTNeoXTokenizer(vocab=vocab, merges=merges)
-
-
-def opt_tokenizer():
-    """Byte-level, with a BOS that is the end-of-text token too, and a padding token of its own."""
-    vocab, merges = bpe("bytes", "<s>", "<pad>", "</s>")
+def opt_tokenizer(vocab, merges, **special) -> PreTrainedTokenizerFast:
     made = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
     return PreTrainedTokenizerFast(tokenizer_object=made, add_bos_token=True, **special)
 
 
-def gemma_tokenizer():
-    """▁ for a space, none put before a text, BOS, and a padding token of its own."""
-    vocab, merges = bpe("letters", "<pad>", "<eos>", "<bos>", "<unk>")
-    return GemmaTokenizer(vocab=vocab, merges=merges, mask_token=None, add_bos_token=True)
+OPTS_END = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>"}
+QWENS = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "extra_special_tokens": ["<|im_start|>"]}
+TOKENIZERS = {  # what makes it, over which alphabet, its special tokens, settings
+    # without a BOS or padding token
+    "gpt2": (GPT2Tokenizer, "bytes", "<|endoftext|>", {}),
+    # ▁ put before a text too, and BOS before that; no padding token
+    "llama": (LlamaTokenizer, "letters", "<unk> <s> </s>", {"add_bos_token": True}),
+    # without BOS, with a padding token of its own and a second end token
+    "qwen": (Qwen2Tokenizer, "bytes", "<|endoftext|> <|im_start|> <|im_end|>", QWENS),
+    # without BOS, with a padding token of its own
+    "neox": (GPTNeoXTokenizer, "bytes", "<|endoftext|> <|padding|>", {}),
+    # with a BOS that is the end-of-text token too, and a padding token of its own
+    "opt": (opt_tokenizer, "bytes", "<s> <pad> </s>", OPTS_END | {"pad_token": "<pad>"}),
+    # no ▁ put before a text, BOS, and a padding token of its own
+    "gemma": (GemmaTokenizer, "letters", "<pad> <eos> <bos> <unk>", {"mask_token": None, "add_bos_token": True}),
+}
+
+
+def tiny_tokenizer(kind: str) -> PreTrainedTokenizerBase:
+    make, alphabet, special, settings = TOKENIZERS[kind]
+    vocab, merges = bpe(alphabet, *special.split())
+    return make(vocab=vocab, merges=merges, **settings)
 
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 GROUPED = SHAPE | {"num_key_value_heads": 1, "head_dim": 16}
-MODELS: dict[str, tuple[Callable, Callable, dict]] = {  # configuration, tokenizer, what is special
-    "gpt2": (GPT2Config, gpt2_tokenizer, {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256}),
-    "llama": (LlamaConfig, llama_tokenizer, GROUPED | {"tie_word_embeddings": False}),
-    "qwen2": (Qwen2Config, qwen_tokenizer, SHAPE | {"num_key_value_heads": 1, "tie_word_embeddings": True}),
-    "qwen3": (Qwen3Config, qwen_tokenizer, GROUPED | {"tie_word_embeddings": False}),
-    "gpt_neox": (GPTNeoXConfig, neox_tokenizer, SHAPE | {"attention_dropout": 0.1, "hidden_dropout": 0.1}),
-    "opt": (OPTConfig, opt_tokenizer, SHAPE | {"ffn_dim": 64, "word_embed_proj_dim": 32}),
-    "gemma": (GemmaConfig, gemma_tokenizer, GROUPED),
+MODELS = {  # tokenizer, what is special
+    "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256}),
+    "llama": ("llama", GROUPED | {"tie_word_embeddings": False}),
+    "qwen2": ("qwen", SHAPE | {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "qwen3": ("qwen", GROUPED | {"tie_word_embeddings": False}),
+    "gpt_neox": ("neox", SHAPE | {"attention_dropout": 0.1, "hidden_dropout": 0.1}),
+    "opt": ("opt", SHAPE | {"ffn_dim": 64, "word_embed_proj_dim": 32}),
+    "gemma": ("gemma", GROUPED),
 }
-PLACELESS = {"hidden_size": 32, "n_layer": 2, "n_head": 2, "hidden_dropout": 0.1}
 SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 OTHERS = {
-    "bloom": (BloomConfig, neox_tokenizer, PLACELESS),  # without positions, so without a limit
+    # without positions, so without a limit
+    "bloom": ("neox", {"hidden_size": 32, "n_layer": 2, "n_head": 2, "hidden_dropout": 0.1}),
     # look back a few tokens only in some of their layers
-    "gemma2": (Gemma2Config, gemma_tokenizer, GROUPED | SLIDING),
-    "gemma3": (Gemma3TextConfig, gemma_tokenizer, GROUPED | SLIDING),
+    "gemma2": ("gemma", GROUPED | SLIDING),
+    "gemma3_text": ("gemma", GROUPED | SLIDING),
 }
 
 
 def tiny(kind: str, **changes):
     """Return a random model, with weights large enough for its answers to differ, and its tokenizer."""
-    make_config, make_tokenizer, shape = (MODELS | OTHERS)[kind]
-    tokenizer = make_tokenizer()
+    name, shape = (MODELS | OTHERS)[kind]
+    tokenizer = tiny_tokenizer(name)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     more = {"vocab_size": len(tokenizer), "initializer_range": 0.2} | ids
     limit = {} if kind in ("gpt2", "bloom") else {"max_position_embeddings": 256}
-    config = make_config(**shape | more | limit | changes)
+    config = AutoConfig.for_model(kind, **shape | more | limit | changes)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     if kind in ("qwen2", "qwen3"):  # as the published ones have it

@@ -1,22 +1,6 @@
-"""The notebooks' cells executed in this process, and small rows for them."""
-
-import nbformat
-from IPython.core.inputtransformer2 import TransformerManager
-
-from alpaca_helpers.cells import notebook_parameters
+"""Small rows, for the notebooks and for batches."""
 
 ENGLISH = [("Name a bird.", "A robin."), ("Name a fish.", "A pike."), ("Say hello.", "Hello!")]
-
-
-def execute(notebook, parameters):
-    """Return the notebook's variables after its last cell, with the parameters set as papermill sets them."""
-    namespace = {}
-    code = [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
-    for number, source in enumerate(code):
-        exec(compile(TransformerManager().transform_cell(source), f"{notebook.name}, cell {number}", "exec"), namespace)
-        if not number:
-            namespace |= {name: parameters[name] for name in notebook_parameters(notebook) if name in parameters}
-    return namespace
 
 
 def made_of(pairs, times=4, **more):

@@ -15,13 +15,16 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from alpaca_helpers.cells import NOTEBOOKS, read_cells
+from alpaca_helpers.checkpoints import last_complete_checkpoint
 from alpaca_helpers.config import choose_profile
 from alpaca_helpers.data import tokenize
 from alpaca_helpers.files import atomic_folder, content_hash
 from alpaca_helpers.lora import adapter_folder
+from alpaca_helpers.models import load_base, load_tokenizer
 from alpaca_helpers.run import MARK, Run
 from alpaca_lessons.dataset import fingerprint
 from support import PROJECT
+from support.models import save, with_lora
 
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 HOLD = """
@@ -87,6 +90,15 @@ def record_adapter(folder: Path, **made) -> None:
     Run(folder).write_record("adapter", about | made)
 
 
+def finished_run(folder: Path, kind: str = "gpt2", std: float = 0.2) -> Path:
+    """Write base (if need be), adapter and record of a run of the tiny model; return the folder."""
+    base = folder / "base" if (folder / "base").is_dir() else save(kind, folder / "base")
+    tuned = with_lora(load_base(str(base)), std, target_modules="all-linear")
+    save_adapter(tuned, load_tokenizer(str(base)), folder / "adapter")
+    record_adapter(folder, model=str(base))
+    return folder
+
+
 def prepare_run(folder: Path, rows: int = 44, recipe: str = "answers", **changes) -> dict:
     """Write what notebook 02 leaves to notebook 03, and the base model beside it; return notebook 03's parameters."""
     tiny_gpt2(**(NO_DROPOUT if changes.get("lora_dropout") == 0 else {})).save_pretrained(folder / "base")
@@ -114,3 +126,11 @@ def notebook_03(folder: Path, until: str, **parameters):
         if "settings" not in names:
             names |= parameters | {"run": str(folder), "run_earlier": False}
     raise LookupError(until)
+
+
+def history(folder: Path) -> list[dict]:
+    """The losses by step, from the newest checkpoint, without timings."""
+    newest = last_complete_checkpoint(folder / "checkpoints")
+    kept = ("step", "loss", "grad_norm", "learning_rate", "eval_loss")
+    log = json.loads((newest / "trainer_state.json").read_text())["log_history"]
+    return [{name: entry[name] for name in kept if name in entry} for entry in log]
