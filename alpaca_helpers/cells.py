@@ -43,21 +43,15 @@ def notebook_parameters(notebook: Path) -> list[str]:
     except (SyntaxError, ValueError) as error:
         what = f"The cell of parameters in {notebook} is no Python ({error})"
         raise AlpacaError(f"{what}: correct it, or take it from the project again.") from error
-    names = []
-    for line in body:
-        if isinstance(line, ast.AnnAssign):
-            names.append(ast.unparse(line.target))
-        elif isinstance(line, ast.Assign):
-            names.append(ast.unparse(line.targets[0]))
-    return names
+    lines = [line for line in body if isinstance(line, ast.Assign | ast.AnnAssign)]
+    return [ast.unparse(line.target if isinstance(line, ast.AnnAssign) else line.targets[0]) for line in lines]
 
 
 def refuse_dropped(parameters: Iterable[str], notebooks: Iterable[Path]) -> None:
     """Raise AlpacaError for a parameter that none of the notebooks takes: it would be dropped in silence."""
     taken = {"profile"}.union(*map(notebook_parameters, notebooks))
     if dropped := ", ".join(sorted(set(parameters) - taken)):
-        what = f"The notebooks to run take no {dropped}: leave it out, or run those that take it."
-        raise AlpacaError(what)
+        raise AlpacaError(f"The notebooks to run take no {dropped}: leave it out, or run those that take it.")
 
 
 def run_cells(notebook: Path, tag: str, parameters: dict[str, object]) -> None:

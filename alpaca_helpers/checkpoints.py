@@ -18,14 +18,13 @@ from .files import content_hash, refuse_foreign_files, verify_checksums, write_c
 from .run import Run
 
 PART = ".alpaca-part"  # the folder that a checkpoint is written to, before it takes its place among the checkpoints
-LORA = (
-    "bias use_rslora use_dora rank_pattern alpha_pattern layers_to_transform".split()
-)  # of peft's configuration, besides rank, alpha, dropout and targets
+# Of peft's configuration, besides rank, alpha, dropout and targets: those that change the result.
+LORA = "use_rslora rank_pattern alpha_pattern layers_to_transform layers_pattern exclude_modules".split()
 ARGUMENTS = (  # of transformers' TrainingArguments: those that change the result
     "learning_rate num_train_epochs max_steps lr_scheduler_type warmup_steps weight_decay max_grad_norm optim "
     "adam_beta1 adam_beta2 adam_epsilon label_smoothing_factor seed lr_scheduler_kwargs optim_args neftune_noise_alpha"
 ).split()
-# What may differ when a training goes on: it changes rounding and the draws of dropout at most.
+# What may differ when a training goes on: names, and what changes rounding and the draws of dropout at most.
 FREE = {"name", "dataset", "heldout", "micro_batch_size", "versions", "hardware", "dtype", "processes"}
 
 
@@ -103,7 +102,7 @@ def training_record(run: Run, trainer: Trainer) -> dict:
         "lora_rank": lora.r,
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": lora.lora_dropout,
-        "target_modules": sorted(lora.target_modules),
+        "target_modules": lora.target_modules if isinstance(lora.target_modules, str) else sorted(lora.target_modules),
         **{name: getattr(lora, name) for name in LORA},
         **{name: getattr(args, name) for name in ARGUMENTS},
         "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,

@@ -87,7 +87,7 @@ class Parameters(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
-    profile: Literal["auto", "pocket", "gpt2-medium"] = "auto"
+    profile: Literal[("auto", *PROFILES)] = "auto"  # type: ignore[valid-type]
     run: Annotated[Run, BeforeValidator(lambda run: "" if run is None else run)] = ""
     model_name: Name | None = None
     dataset_name: Name | None = None
@@ -154,8 +154,7 @@ def parse_parameters(pairs: Iterable[Sequence[str]], **given: object) -> dict[st
             with suppress(ValueError, RecursionError):  # else it is checked as text
                 value = json.loads(text)
         if values.setdefault(key, value) != value:
-            what = f"The parameter `{key}` is given twice, as {values[key]} and as {text}: give it once."
-            raise AlpacaError(what)
+            raise AlpacaError(f"The parameter `{key}` is given twice, as {values[key]} and as {text}: give it once.")
     return check_parameters(values)
 
 

@@ -19,10 +19,8 @@ DIGEST = re.compile("[0-9a-f]{64}")
 WEIGHTS, CARD = "adapter_model.safetensors", "README.md"  # the card beside an adapter is written after its checksums
 LEFT_BEHIND = ("cache-*.arrow", ".DS_Store", "Thumbs.db", "desktop.ini")  # by datasets, by file browsers
 NO_SPACE = os.strerror(errno.ENOSPC)
-UNWRITABLE = {
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT),
-    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
-}
+REASONS = "EACCES EPERM EROFS EDQUOT EEXIST ENOTDIR EISDIR ELOOP ENAMETOOLONG"  # of the system, not to write
+UNWRITABLE = {getattr(errno, name) for name in REASONS.split()}
 
 
 @contextmanager
@@ -104,8 +102,7 @@ def check_disk_space(path: Path, needed: int = 0) -> Iterator[None]:
 
     def refusal(reason: str) -> AlpacaError:
         room = f"{-(-needed // 100_000) / 10:.1f} MB are needed, " * bool(needed) + f"{free() / 1e6:.1f} MB are free"
-        what = f"{path} cannot be written ({reason}; {room}): make room, or take another `run` or file name."
-        return AlpacaError(what)
+        return AlpacaError(f"{path} cannot be written ({reason}; {room}): make room, or take another `run` or name.")
 
     if free() < needed:
         raise refusal(NO_SPACE)
@@ -134,8 +131,7 @@ def refuse_foreign_files(folder: Path) -> None:
 
 def in_the_way(path: Path) -> AlpacaError:
     """Return the error for a file that somebody else wrote where one is to be written."""
-    what = f"{path} is in the way, and not recorded as written here: move it elsewhere, and run this again."
-    return AlpacaError(what)
+    return AlpacaError(f"{path} is in the way, and not recorded as written here: move it elsewhere, and try again.")
 
 
 def write_checksums(folder: Path) -> None:

@@ -101,8 +101,7 @@ def check_weights(model: PreTrainedModel) -> None:
     """Raise AlpacaError with the first parameter that holds NaN or infinity."""
     for name, value in model.named_parameters():
         if not value.isfinite().all():
-            what = f"The model {model.name_or_path} holds NaN or infinity in {name}: use another copy of it."
-            raise AlpacaError(what)
+            raise AlpacaError(f"The model {model.name_or_path} holds NaN or infinity in {name}: take another copy.")
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:

@@ -136,7 +136,7 @@ READERS = {"json": _read_json, "jsonl": _read_json, "csv": _read_csv, "tsv": _re
 def check_rows(rows: Iterable[Any], source: str) -> Iterator[dict]:
     """Yield each row with only `COLUMNS`; raise AlpacaError naming `source`, the row and what is wrong.
 
-    A question in `input` alone becomes the instruction. A last line names the other columns that hold text.
+    A question in `input` alone becomes the instruction. A last line names the other columns that are not empty.
     """
     number, filled = 0, dict[str, None]()
     for number, row in enumerate(rows, 1):

@@ -67,9 +67,10 @@ class Run:
             if any(part.name == PACKAGE.name and (part / "__init__.py").is_file() for part in folder.parents):
                 raise AlpacaError(f"The folder {folder} lies in {PACKAGE.name}: take another `run`.")
             files = sorted(folder.iterdir()) if folder.is_dir() else []
-            if foreign := [path.name for path in files if not (path.name in LEFT_BEHIND or _is_executed(path))]:
-                what = f"The folder {folder} is not marked as a run's ({MARK}) and holds {foreign[0]}"
-                raise AlpacaError(f"{what}: take another `run`, or move its files away.")
+            for file in files:
+                if not any(map(file.match, LEFT_BEHIND)) and not _is_executed(file):
+                    what = f"The folder {folder} is not marked as a run's ({MARK}) and holds {file.name}"
+                    raise AlpacaError(f"{what}: take another `run`, or move its files away.")
             with check_disk_space(folder, needed=RUN_BYTES):
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / MARK).write_text("A run of alpaca_helpers: what it recorded here, it may replace.\n")

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import re
@@ -30,16 +31,14 @@ POCKET = PROFILES["pocket"]
 PROMPT_TOKENS = 64  # room for a prompt beside the new tokens
 
 
-class ProgressFile:
+class ProgressFile(io.TextIOBase):
     """Takes what the cells print and shows of it what a terminal wants to know: downloads and training steps."""
 
-    def write(self, text: str) -> None:
+    def write(self, text: str) -> int:
         for line in text.splitlines():
             if line.startswith(("step ", "Downloading ", "The Hub is busy", "Note: ", "The training ")):
                 tqdm.write(f"    {line}")
-
-    def flush(self) -> None:
-        pass
+        return len(text)
 
 
 def open_run(notebook: str, values: Mapping[str, object]) -> tuple[SimpleNamespace, Path]:
@@ -108,9 +107,11 @@ def run_series(parameters: Mapping[str, object], notebooks: Sequence[Path] | Non
         Run.named(chosen["other_run"], make=False).record("adapter")
     commit = "" if locate(profile.model).is_dir() else fetch_model(profile.model, profile.model_revision).name
     used = [locate(path) for path in (profile.model, profile.dataset, profile.heldout) if path]
-    sources = [*sorted(PACKAGE.parent.glob("alpaca_*/**/*.py")), *used, pocket.HELDOUT, pocket.DOCUMENT / "adapter"]
+    ours = [PACKAGE.with_name(f"alpaca_{name}") for name in ("helpers", "lessons", "export")]
+    used += [path for package in ours for path in sorted(package.rglob("*.py"))]
+    used += [PACKAGE / "card.md", pocket.HELDOUT, pocket.DOCUMENT / "adapter"]
     with run.lock(), check_disk_space(run.folder, needed=RUN_BYTES):
-        _execute_changed(notebooks or NOTEBOOKS, chosen, run, _hash(commit, *map(content_hash, sources)))
+        _execute_changed(notebooks or NOTEBOOKS, chosen, run, _hash(commit, *map(content_hash, used)))
     return run.folder
 
 
@@ -150,6 +151,7 @@ def _mark(inputs: str, notebook: Path, run: Run) -> str:
     """Return the hash of what a notebook was made from, of what it left, and of the manifest's records of that."""
     made = [part for part, by in PRODUCERS.items() if by == notebook.stem]
     left = [name for part in made for name in (part, BESIDE.get(part, part))]
+    left += run.manifest().get("gguf", {}) if "adapter" in made else []
     left += [f"pictures/{name}" for name in re.findall(r"\w+\.png", "".join(_code(notebook)))]
     return _hash(inputs, *map(run.artifact_hash, left), json.dumps([run.manifest().get(part) for part in made]))
 

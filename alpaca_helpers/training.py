@@ -218,9 +218,7 @@ def explained_out_of_memory(rows: int) -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        remedy = (
-            "a smaller `micro_batch_size`, with the same result, or a smaller `max_length` or model in another `run`"
-        )
+        remedy = "a smaller `micro_batch_size`, with the same result, or a smaller `max_length` in another `run`"
         raise AlpacaError(f"Out of memory with {rows} rows at once: take {remedy}.") from error
 
 
