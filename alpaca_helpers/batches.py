@@ -58,7 +58,7 @@ class LengthGroups(Sampler[int]):
         return math.ceil(len(self.lengths) / self.batch_size) * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch())
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch())  # no two share one
         rows = torch.randperm(len(self.lengths), generator=generator).tolist()
         rows = [rows[i % len(rows)] for i in range(len(self))]
         group = self.STEPS * self.batch_size

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and resuming: from the last one, under the same settings only."""
+"""Atomic checkpoints, and resuming from the last complete one, under the same settings only."""
 
 import json
 import os

@@ -3,7 +3,7 @@
 from .prompts import encode, format_answer, format_prompt
 from .text import plain
 
-# What each recipe does beyond the document's: its name is its definition.
+# What each recipe does beyond that of the document, the text that the series starts from.
 RECIPES = {
     "document": frozenset(),
     "document+eos": frozenset({"eos"}),

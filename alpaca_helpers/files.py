@@ -1,4 +1,4 @@
-"""Files written whole or not at all, never in the place of somebody's; their checksums; a full disk in one sentence."""
+"""Atomic writes that never replace files of others; checksums; a full disk in one sentence."""
 
 import errno
 import hashlib

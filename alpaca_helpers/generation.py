@@ -142,7 +142,7 @@ def check_settings(model, settings: dict) -> dict:
 
 
 def end_tokens(model, tokenizer) -> list[int]:
-    """Return the ids that end an answer, for any `eos_token_id`: the tokenizer's end of text, and the model's own."""
+    """Return the ids that end an answer, to pass as `eos_token_id`: the tokenizer's end of text and the model's."""
     own = model.generation_config.eos_token_id
     ids = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
     return sorted(id for id in ids if id < len(tokenizer))  # a default of GPT-2's may lie beyond a small vocabulary
@@ -165,8 +165,8 @@ def adapter_scalings(model) -> list[dict[str, float]]:
 def only_forward(model, adapters: Sequence[dict], sides: Sequence[str], one_thread: bool = False) -> Iterator[None]:
     """Run a forward of `model` in the block on rows of these `sides`, in evaluation mode, while no other thread does.
 
-    In the base's rows the adapter is scaled by zero: `adapters` are the model's `adapter_scalings`, found once and not
-    at each token. However the block ends, by Ctrl-C too, the model is left as it was.
+    In the base's rows the adapter is scaled by zero: `adapters` are the model's `adapter_scalings`, computed once and
+    not per token. However the block ends, by Ctrl-C too, the model is left as it was.
     """
     with _FORWARD, torch.inference_mode():
         training, scalings, threads = model.training, [{**scaling} for scaling in adapters], torch.get_num_threads()
@@ -176,7 +176,7 @@ def only_forward(model, adapters: Sequence[dict], sides: Sequence[str], one_thre
             if one_thread:
                 torch.set_num_threads(1)
             if "base" in sides:
-                tuned = torch.tensor([[[float(side == "tuned")]] for side in sides], device=model.device)
+                tuned = torch.tensor([float(side == "tuned") for side in sides], device=model.device).view(-1, 1, 1)
                 for scaling in adapters:
                     scaling.update({name: scale * tuned for name, scale in scaling.items()})
             yield

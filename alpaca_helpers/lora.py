@@ -99,7 +99,7 @@ def name_for_older(folder: Path) -> None:
     for name in ("backend", "is_local", "local_files_only"):  # how this one was loaded
         config.pop(name, None)
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    config["model_input_names"] = ["input_ids", "attention_mask"]  # in 4 also segments, which GPT-2 would add up
+    config["model_input_names"] = ["input_ids", "attention_mask"]  # 4 adds token_type_ids, which GPT-2 would embed
     if "extra_special_tokens" in config:
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     write_json(folder / "tokenizer_config.json", config)
@@ -190,7 +190,7 @@ def check_adapter(base, folder: Path) -> None:
         raise AlpacaError(f"{what} {wrong}: run notebook 03 again.") from error
     there, needed = ({(name, value.shape) for name, value in weights.items()} for weights in (saved, wanted))
     odd = sorted(there ^ needed)
-    if odd or trained_on != base_hash(base):  # a base in float16 was rounded twice: another number now and then
+    if odd or trained_on != base_hash(base):  # float16, then bfloat16 rounds otherwise than bfloat16 alone
         reason = f"{odd[0][0]} differs" if odd else "the base's weights are others, or held in float16"
         remedy = "load the base it was trained on, in float32, or run notebook 03 again"
         made_for = f"made for {config.base_model_name_or_path}, does not fit this base model"

@@ -17,7 +17,7 @@ from .hub import cached_folder, fetch, first_line
 TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens*", "added_tokens*", "chat_template*")
 WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 MODEL_FILES = ["config.json", "generation_config.json", "adapter_config.json", *TOKENIZER_FILES, *WEIGHT_FILES]
-FOLDER_ONLY = {"local_files_only": True, "trust_remote_code": False}  # nor runs code that comes with a model
+FOLDER_ONLY = {"local_files_only": True, "trust_remote_code": False}  # no download, no code of a model's own
 
 
 def best_device() -> str:

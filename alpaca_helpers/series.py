@@ -42,7 +42,7 @@ class ProgressFile(io.TextIOBase):
 
 
 def open_run(notebook: str, values: Mapping[str, object]) -> tuple[SimpleNamespace, Path]:
-    """Return the settings of an open notebook, and the folder of its run: what its one cell of set-up calls.
+    """Return the settings of an open notebook, and the folder of its run: called by its one cell of set-up.
 
     The settings are the parameters in `values`, a notebook's `globals()`, checked, and what they leave open: in
     notebooks 01 and 02 the profile's values (`model`, `dataset`, …), in the others those that the run was made with.
@@ -193,7 +193,7 @@ def _hash(*parts: str) -> str:
 def main() -> None:
     """Run the command line."""
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # an older ipykernel warns at length of its debugger
-    parser = argparse.ArgumentParser(prog="python -m alpaca_helpers.series", description=__doc__)
+    parser = argparse.ArgumentParser("python -m alpaca_helpers.series", description="Run the notebooks in one batch.")
     parser.add_argument("--profile", default="auto", help="auto, pocket or gpt2-medium (auto)")
     parser.add_argument("--run", help="name of the run, or a path to its folder (the profile's name)")
     parser.add_argument("--further", action="store_true", help="the notebooks that go deeper, on a finished run")

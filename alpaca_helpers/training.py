@@ -34,7 +34,7 @@ from .run import Run
 
 
 class AnswerTrainer(Trainer):
-    """transformers' Trainer, which may stand in its place, with less waste and safer checkpoints.
+    """A drop-in replacement for transformers' Trainer, with less wasted work and safer checkpoints.
 
     Overridden: the order of rows (`LengthGroups`), the loss (logits at learned labels only, each label with the same
     weight), the losses on show (nats per label), checkpoints (whole, with checksums), and `train`.
