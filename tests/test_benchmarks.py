@@ -12,7 +12,7 @@ import torch
 from nbformat.v4 import new_code_cell, new_notebook
 from support import PROJECT
 from support.models import save
-from support.notebooks import ENGLISH, made_of
+from support.notebooks import ENGLISH, made_of, write_notebook
 
 from alpaca_helpers import AlpacaError
 from alpaca_helpers.batches import PadToLongest
@@ -119,12 +119,10 @@ def test_sweep_makes_each_run_of_the_grid(tmp_path, monkeypatch):
 
 
 def test_a_run_executes_the_notebooks_after_the_first_is_not_repeated_and_names_its_log(tmp_path, monkeypatch):
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     paths = [tmp_path / f"0{number}_x.ipynb" for number in (1, 2, 3)]
     for path in paths:
-        cells = [new_code_cell('run: str = ""\nseed: int = 0', metadata={"tags": ["parameters"]})]
-        cells.append(new_code_cell(f"print(open(run + '/seen', 'a').write('{path.stem} {{}};'.format(seed)))"))
-        nbformat.write(new_notebook(cells=cells, metadata=kernel), path)
+        source = f"print(open(run + '/seen', 'a').write('{path.stem} {{}};'.format(seed)))"
+        write_notebook(path, 'run: str = ""\nseed: int = 0', source)
     monkeypatch.setattr(recipes, "NOTEBOOKS", paths)
     monkeypatch.setattr(recipes, "SETTINGS", {"profile": "pocket"})
     for seed in (5, 5, 6):

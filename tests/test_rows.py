@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ import pytest
 from datasets import Dataset, load_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import refusal
 
 from alpaca_helpers import AlpacaError
 from alpaca_helpers.data import tokenize
@@ -208,6 +210,7 @@ def test_a_megabyte_in_one_field_is_cut_like_any_row(tmp_path, pocket_tokenizer)
         assert len(ids) == 128 and pocket_tokenizer.eos_token_id not in ids
 
 
+OK = '{"instruction": "a", "output": "b"}'
 TWICE = '{"instruction": "a", "output": "b", "output": "c"}'
 DATED = pyarrow.BufferOutputStream()
 pyarrow.parquet.write_table(pyarrow.table({"instruction": ["a"], "output": [datetime.date(2024, 2, 29)]}), DATED)
@@ -257,7 +260,7 @@ INVALID = b'{"instruction": "\xff", "output": "b"}'
         (".jsonl", LINES + "[1, 2]\n", "row 3: not an object"),
         (
             ".json",
-            '[{"instruction": "a", "output": "b"}, {"instruction": "a"}]',
+            f'[{OK}, {{"instruction": "a"}}]',
             "row 2: `output` is None, not text; its columns are instruction",
         ),
         (".json", f"[{json.dumps(ROW)}, {TWICE}]", "row 2: not an object whose names"),
@@ -272,18 +275,10 @@ INVALID = b'{"instruction": "\xff", "output": "b"}'
         (".json", '[{"instruction": "a", "input": {"b": 3}, "output": "c"}]', r"row 1: `input` is \{'b': 3\}"),
         (".json", '[{"instruction": "a", "output": true}]', "row 1: `output` is True"),
         (".jsonl", LINES + '{"instruction": "a \\ud83d", "output": "b"}', "row 3: it holds half a char"),
-        (
-            ".jsonl",
-            LINES + f'{{"instruction": "a", "output": "b", {HALF}}}',
-            "row 3: it holds half a char",
-        ),
+        (".jsonl", LINES + OK[:-1] + f", {HALF}}}", "row 3: it holds half a char"),
         (".json", f"[{{{HALF}, {HALF}}}]", "row 1: not an object whose names"),
         (".parquet", FAR.getvalue().to_pybytes(), "out of range"),
-        (
-            ".csv",
-            f'"A long question?\nYes","{"An answer. " * 99}"\na,b\n',
-            "columns are A long question. Yes, An answer",
-        ),
+        (".csv", f'"A long Q?\nYes","{"An answer. " * 99}"\na,b\n', "columns are A long Q. Yes, An answer"),
         (".parquet", DATED.getvalue().to_pybytes(), "row 1: `output` is datetime.date"),
         # other names of columns
         (".json", '[{"instruction": "a", "response": "b"}]', "`output` is None.* columns are instruction, response; "),
@@ -292,12 +287,9 @@ INVALID = b'{"instruction": "\xff", "output": "b"}'
 )
 def test_a_broken_file_is_one_sentence_with_file_and_row_and_names_the_mapping(suffix, content, place, tmp_path):
     path = written(tmp_path, suffix, content)
-    with pytest.raises(AlpacaError, match=place) as refused:
-        load_rows(path)
-    said = str(refused.value)
-    assert (
-        path in said and "\n" not in said and len(said) < len(path) + 500 and said.encode()
-    )  # half a character cannot be printed
+    said = refusal(load_rows, path)
+    assert re.search(place, said) and path in said and len(said) < len(path) + 500
+    assert said.encode()  # half a character cannot be printed
 
 
 def test_what_is_no_name_on_the_hub_is_never_looked_up_there(tmp_path, monkeypatch):
@@ -308,10 +300,7 @@ def test_what_is_no_name_on_the_hub_is_never_looked_up_there(tmp_path, monkeypat
     (tmp_path / "rows.json").mkdir()
     endings = [f"here/rows.{ending}" for ending in ("json", "tsv", "TXT", "xlsx", "parquet.gz", "jsonl.zst")]
     for name in (*endings, "./owner/name", "owner/name", "rows.json", "~nobody-here/x", "~nobody-here/x.csv", "a\0b"):
-        with pytest.raises(AlpacaError) as refused:
-            load_rows(name)
-        assert "is neither a file here" in str(refused.value) and name in str(refused.value)
+        said = refusal(load_rows, name)
+        assert "is neither a file here" in said and name in said
     for name in ("x" * 300 + ".json", "é" * 200, "owner/" + "x" * 300):
-        with pytest.raises(AlpacaError) as refused:
-            load_rows(name)
-        assert "is too long for a file's name" in str(refused.value) and "\n" not in str(refused.value)
+        assert "is too long for a file's name" in refusal(load_rows, name)

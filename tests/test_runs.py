@@ -9,42 +9,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
-from support import PROJECT
+from support import PROJECT, contents, refusal
 from support.runs import locked_elsewhere, prepare_run, record_adapter
 
-from alpaca_helpers import AlpacaError, pocket, training
-from alpaca_helpers.files import (
-    atomic_folder,
-    replace_file,
-    replace_recorded,
-    verify_checksums,
-    write_checksums,
-    write_json,
-)
+from alpaca_helpers import AlpacaError, files, pocket, training
+from alpaca_helpers.files import atomic_folder, replace_file, replace_recorded, write_json
 from alpaca_helpers.run import Run
-
-FOREIGN_MANIFESTS = (
-    "{}",
-    "[]",
-    "null",
-    "broken",
-    '{"name": "a web app"}',
-    '{"data": {"files": ["a.csv"]}}',
-    '{"data": ["a.csv"]}',
-    '{"data": {}, "adapter": {}}',
-)
-
-
-def refusal(call, *given) -> AlpacaError:
-    """Return the error, which is to be one line, of a call that is to fail."""
-    with pytest.raises(AlpacaError) as raised:
-        call(*given)
-    assert "\n" not in str(raised.value)
-    return raised.value
 
 
 def lock(folder):
@@ -56,12 +30,10 @@ def lock(folder):
 def test_a_second_process_is_refused_by_name_and_let_in_when_the_first_is_killed(tmp_path):
     (tmp_path / "checkpoints" / "checkpoint-3").mkdir(parents=True)
     settings = prepare_run(tmp_path, rows=8)
-    before = (tmp_path / "manifest.json").read_text()
     with locked_elsewhere(tmp_path) as other:
-        refused = refusal(lambda: training.finetune(tmp_path, resume=False, **settings))
-        assert "Another process is writing to the run" in str(refused) and str(tmp_path) in str(refused)
-        left = (tmp_path / "manifest.json").read_text()
-        assert (tmp_path / "checkpoints" / "checkpoint-3").is_dir() and left == before
+        before = contents(tmp_path)
+        refused = refusal(training.finetune, tmp_path, resume=False, **settings)
+        assert f"Another process is writing to the run {tmp_path}" in refused and contents(tmp_path) == before
         other.send_signal(signal.SIGKILL)
         other.wait()
         lock(tmp_path)
@@ -80,33 +52,26 @@ def test_what_a_process_starts_under_its_lock_may_write_too_until_it_lets_go(tmp
 
 
 def test_a_run_stays_locked_for_its_holder_through_another_runs_lock(tmp_path):
-    first, second = tmp_path / "one", tmp_path / "two"
-    for folder in (first, second):
-        folder.mkdir()
-    with Run(first).lock():
-        with Run(second).lock(), Run(first).lock(), Run(second).lock():
+    first, second = (Run.named(f"{tmp_path}/{name}") for name in ("one", "two"))
+    with first.lock():
+        with second.lock(), first.lock(), second.lock():
             pass
-        lock(first)
-        assert os.environ["ALPACA_LOCKED_RUN"].split() == [str(first)]
-    lock(second)
+        lock(first.folder)
+        assert os.environ["ALPACA_LOCKED_RUN"].split() == [str(first.folder)]
+    lock(second.folder)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no flock")
 @pytest.mark.filterwarnings("ignore:flock not supported")
 def test_where_a_disk_knows_no_locks_a_mark_of_another_machine_is_named_with_what_to_do(tmp_path, monkeypatch):
-    import fcntl
-
-    def flock(*_):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOSYS, "Function not implemented")))
     mark = tmp_path / ".lock"
     with Run(tmp_path).lock():
         written = mark.read_text()
         assert platform.node() in written
     mark.write_text(written.replace(platform.node(), "colab-1"))
     refused = refusal(lock, tmp_path)
-    assert "Another process is writing to the run" in str(refused) and f"delete {mark}" in str(refused)
+    assert "Another process is writing to the run" in refused and f"delete {mark}" in refused
     mark.unlink()
     lock(tmp_path)
 
@@ -131,11 +96,11 @@ def test_a_record_is_of_the_bytes_that_are_there(recorded):
     Run(recorded).write_record("training", {"lora_rank": 1})  # one that did not finish: the adapter is as it was
     assert Run(recorded).record("data")["seed"] == 0 and Run(recorded).record("adapter")["lora_rank"] == 8
     Run(recorded).write_record("data", data_record(fingerprint="b"))
-    assert "The adapter in" in str(refusal(Run(recorded).record, "adapter"))
+    assert "The adapter in" in refusal(Run(recorded).record, "adapter")
     Run(recorded).write_record("data", data_record())
     with atomic_folder(recorded / "adapter") as part:
         (part / "adapter_model.safetensors").write_text("of a later training")
-    assert "The adapter in" in str(refusal(Run(recorded).record, "adapter"))
+    assert "The adapter in" in refusal(Run(recorded).record, "adapter")
 
 
 def test_no_record_or_one_of_another_version_is_a_sentence(recorded):
@@ -144,7 +109,7 @@ def test_no_record_or_one_of_another_version_is_a_sentence(recorded):
     for record in (None, [], "x", 3, *changed, *lacking):
         Run(recorded).write_record("data", record)
         refused = refusal(Run(recorded).record, "data")
-        assert "run notebook" in str(refused) and "`data" in str(refused), record
+        assert "run notebook" in refused and "`data" in refused, record
         assert ("data" in Run(recorded).manifest()) == isinstance(record, dict)
 
 
@@ -153,7 +118,7 @@ def test_damaged_data_are_noticed_where_they_are_read(recorded):
     for damage in (lambda: rows.write_text("dat"), rows.unlink, checksums.unlink, lambda: shutil.rmtree(rows.parent)):
         damage()
         refused = refusal(Run(recorded).artifact, "data")
-        assert "run notebook" in str(refused) and "02_dataset_and_tokenizer" in str(refused)
+        assert "run notebook" in refused and "02_dataset_and_tokenizer" in refused
 
 
 def test_broken_metrics_and_manifests_are_a_sentence(tmp_path):
@@ -161,26 +126,22 @@ def test_broken_metrics_and_manifests_are_a_sentence(tmp_path):
         for name, read in {"metrics.json": Run.metrics, "manifest.json": Run.manifest}.items():
             (tmp_path / name).write_bytes(content)
             refused = refusal(read, Run(tmp_path))
-            assert "is broken" in str(refused) and str(tmp_path / name) in str(refused), content
+            assert "is broken" in refused and str(tmp_path / name) in refused, content
     for content in ("{}", '{"base": {}, "tuned": null}'):
         (tmp_path / "metrics.json").write_text(content)
-        assert "is of another version" in str(refusal(Run(tmp_path).metrics))
+        assert "is of another version" in refusal(Run(tmp_path).metrics)
 
 
 def test_a_run_is_a_name_or_a_path_to_a_new_folder_or_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    paths = {
-        f"{tmp_path}/elsewhere": "elsewhere",
-        "./here": "here",
-        "a/b": "a/b",
-        "./empty": "empty",
-    }
-    for run, path in {"mine": "runs/mine", **paths}.items():
+    paths = {"mine": "runs/mine", "./here": "here", "a/b": "a/b", "./empty": "empty"}
+    for run, path in (paths | {f"{tmp_path}/elsewhere": "elsewhere"}).items():
+        folder = tmp_path / path
         for _ in range(2):
-            assert Run.named(run).folder == tmp_path / path and (tmp_path / path / "pictures").is_dir(), run
-            (tmp_path / path / "manifest.json").write_text("broken")  # it stays a run's
-            (tmp_path / path / "notes.txt").write_text("mine")
+            assert Run.named(run).folder == folder and (folder / "pictures").is_dir(), run
+            (folder / "manifest.json").write_text("broken")  # it stays a run's
+            (folder / "notes.txt").write_text("mine")
 
 
 def test_a_new_run_that_is_cut_and_odd_names_are_a_run_or_a_sentence(tmp_path, monkeypatch):
@@ -194,20 +155,22 @@ def test_a_new_run_that_is_cut_and_odd_names_are_a_run_or_a_sentence(tmp_path, m
     (tmp_path / "loop").symlink_to("loop")
     for name in ("cut", "mac"):
         assert Run.named(f"{tmp_path}/{name}").folder == tmp_path / name
-    assert "cannot be written" in str(refusal(Run.named, f"{tmp_path}/loop"))
+    assert "cannot be written" in refusal(Run.named, f"{tmp_path}/loop")
     (tmp_path / "metrics.json").mkdir()
-    assert "cannot be written" in str(refusal(write_json, tmp_path / "metrics.json", {}))
+    assert "cannot be written" in refusal(write_json, tmp_path / "metrics.json", {})
 
 
 def test_a_folder_that_is_not_marked_or_lies_in_the_package_is_no_run_and_stays_as_it_is(tmp_path, monkeypatch):
     foreign = {
         "papers/thesis.txt": "mine",
-        **{f"site{n}/manifest.json": text for n, text in enumerate(FOREIGN_MANIFESTS)},
         "gallery/pictures/cat.png": "",
         "papermill/01_base_model.ipynb": '{"metadata": {"papermill": {}}, "cells": []}',
         "dataset/data/train.csv": "instruction,output",
-        "older/manifest.json": json.dumps({"data": data_record()}),  # of version 0.2: only a mark makes a run
     }
+    manifests = ["{}", "[]", "null", "broken", '{"name": "a web app"}', '{"data": {"files": ["a.csv"]}}']
+    manifests += ['{"data": ["a.csv"]}', '{"data": {}, "adapter": {}}']
+    manifests += [json.dumps({"data": data_record()})]  # of version 0.2: only a mark makes a run
+    foreign |= {f"site{number}/manifest.json": text for number, text in enumerate(manifests)}
     for path, content in foreign.items():
         (tmp_path / path).parent.mkdir(parents=True)
         (tmp_path / path).write_text(content)
@@ -218,7 +181,7 @@ def test_a_folder_that_is_not_marked_or_lies_in_the_package_is_no_run_and_stays_
     own = ("notebooks/", "./notebooks/fr", str(PROJECT / "alpaca_helpers"), ".", "runs/../tests", str(pocket.DOCUMENT))
     own += ("./alpaca_helpers/new", f"{copied}/new", f"{copied}/document")
     for run in (*(f"{tmp_path}/{path.partition('/')[0]}" for path in foreign), *own):
-        assert "take another `run`" in str(refusal(Run.named, run)), run
+        assert "take another `run`" in refusal(Run.named, run), run
     assert sorted(tmp_path.rglob("*")) == before and not (PROJECT / "alpaca_helpers" / "new").exists()
 
 
@@ -243,10 +206,10 @@ def test_a_file_that_is_not_recorded_stops_the_work_before_anything_is_removed(n
     }
     for strange, damage in damages.items():
         damage()
-        before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+        before = contents(tmp_path)
         refused = refusal(atomic_folder(folder).__enter__)
-        assert "is in the way" in str(refused) and f"/{strange}" in str(refused).split()[0]
-        assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+        assert "is in the way" in refused and f"/{strange}" in refused.split()[0]
+        assert contents(tmp_path) == before
         for path in (folder / "notes.txt", folder / "train" / "rows.json", folder / "link"):
             path.unlink(missing_ok=True)
 
@@ -262,33 +225,31 @@ def test_a_single_file_replaces_only_what_is_recorded_beside_it(tmp_path):
     (path.parent / "link.png").symlink_to(target)
     for name in ("mine.png", "link.png"):
         refused = refusal(replace_recorded, path.parent / name, b"four")
-        assert "is in the way" in str(refused) and name in str(refused)
+        assert "is in the way" in refused and name in refused
     assert (path.parent / "mine.png").read_bytes() == b"mine" and not target.exists()
 
 
-def test_a_file_put_into_a_folder_while_it_is_made_again_stays(tmp_path):
-    with atomic_folder(tmp_path / "data") as part:
-        (part / "rows").write_text("one")
-    with pytest.raises(AlpacaError, match="notes.txt"), atomic_folder(tmp_path / "data") as part:
-        (tmp_path / "data" / "notes.txt").write_text("mine")
-    assert {path.name for path in (tmp_path / "data").iterdir()} == {"rows", "checksums.json", "notes.txt"}
+def test_a_file_put_into_a_folder_while_it_is_made_again_stays(recorded):
+    with pytest.raises(AlpacaError, match="notes.txt"), atomic_folder(recorded / "data"):
+        (recorded / "data" / "notes.txt").write_text("mine")
+    assert {path.name for path in (recorded / "data").iterdir()} == {"rows.arrow", "checksums.json", "notes.txt"}
 
 
 def test_the_model_card_beside_an_adapter_is_ours(recorded):
-    for name, refused in {"adapter": False, "data": True}.items():
+    for name in ("adapter", "data"):
         replace_file(recorded / name / "README.md", b"written after the checksums")
-        with pytest.raises(AlpacaError, match="README.md") if refused else nullcontext():
-            with atomic_folder(recorded / name):
-                pass
+    with atomic_folder(recorded / "adapter"):
+        pass
+    assert "README.md" in refusal(atomic_folder(recorded / "data").__enter__)
 
 
 def test_checksums_of_nothing_or_of_somebody_are_not_whole(tmp_path):
     (tmp_path / "rows").write_text("rows")
     for content in ("{}", "[]", '{"rows": ""}', '{"rows": "a"}', '{"rows": 3}'):
         (tmp_path / "checksums.json").write_text(content)
-        assert verify_checksums(tmp_path) == "its writing was cut", content
-    write_checksums(tmp_path)
-    assert verify_checksums(tmp_path) == ""
+        assert files.verify_checksums(tmp_path) == "its writing was cut", content
+    files.write_checksums(tmp_path)
+    assert files.verify_checksums(tmp_path) == ""
 
 
 def test_a_folder_is_whole_or_the_earlier_one_also_after_a_cut_between_its_two_renames(tmp_path, monkeypatch):
@@ -319,7 +280,7 @@ def test_a_manifest_on_a_full_disk_stays_the_old_one(tmp_path):
     (tmp_path / "manifest.json.part").write_text("mine")
     (tmp_path / ".alpaca-manifest.json.part").symlink_to("/dev/full")
     refused = refusal(write_json, path, {"n": 2})
-    assert "cannot be written" in str(refused) and os.strerror(errno.ENOSPC) in str(refused)
+    assert "cannot be written" in refused and os.strerror(errno.ENOSPC) in refused
     assert Run(tmp_path).manifest() == {"n": {}} and (tmp_path / "manifest.json.part").read_text() == "mine"
 
 
@@ -342,14 +303,14 @@ def read_only():
 
 
 def test_a_run_folder_that_cannot_be_written_is_one_sentence(read_only):
-    for write in (
-        lambda: Run(read_only).write_record("training", {}),
-        lambda: atomic_folder(read_only / "adapter").__enter__(),
-        lambda: lock(read_only),
-        lambda: Run.named(str(read_only / "new")).folder,
+    for write, *given in (
+        (Run(read_only).write_record, "training", {}),
+        (atomic_folder(read_only / "adapter").__enter__,),
+        (lock, read_only),
+        (Run.named, str(read_only / "new")),
     ):
-        refused = refusal(write)
-        assert "cannot be written" in str(refused) and str(read_only) in str(refused)
+        refused = refusal(write, *given)
+        assert "cannot be written" in refused and str(read_only) in refused
     assert [path.name for path in read_only.iterdir()] == ["manifest.json"]
     assert Run(read_only).manifest() == {"data": {"recipe": "answers"}}
 

@@ -8,10 +8,11 @@ import json
 import pkgutil
 import shutil
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, get_peft_model
 from support.models import assert_same, gradients, with_lora
 from support.runs import NO_DROPOUT, byte_tokenizer, notebook_03, prepare_run, random_rows, tiny_gpt2
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -48,8 +49,16 @@ def arguments(folder, rows_at_once=4, accumulation=2, **changes):
 def trainer_on(rows, folder, model, recipe="answers", **changes):
     document = DataCollatorForLanguageModeling(byte_tokenizer(), mlm=False)
     collate = document if recipe == "document" else PadToLongest(256)
-    both, args = {"train_dataset": rows, "eval_dataset": rows}, arguments(folder, **changes)
+    args = arguments(folder, **changes)
+    both = {"train_dataset": rows, "eval_dataset": None if args.eval_strategy == "no" else rows}
     return training.AnswerTrainer(model=model, args=args, data_collator=collate, **both)
+
+
+def gradients_of(model, rows):
+    """The gradients of the model's own loss on all rows at once."""
+    found = gradients(model, model(**PadToLongest(256)(list(rows))).loss)
+    model.zero_grad()
+    return found
 
 
 class SumGradients(TrainerCallback):
@@ -68,8 +77,7 @@ def test_every_learned_label_counts_the_same_and_the_loss_on_show_is_theirs(tmp_
     """Whatever the length of its answer and the batch that it comes in; afterwards the model answers on both sides."""
     rows, model, seen = tokens(random_rows(32)), random_lora(), SumGradients()
     assert len({len(labels) for labels in rows["labels"]}) > 10
-    wanted = gradients(model, model(**PadToLongest(256)(list(rows))).loss)
-    model.zero_grad()
+    wanted = gradients_of(model, rows)
     # the weights stay, the gradients are not clipped
     trainer = trainer_on(rows, tmp_path, model, learning_rate=1e-12, logging_steps=2, max_grad_norm=0)
     trainer.add_callback(seen)
@@ -97,23 +105,19 @@ def test_the_loss_of_an_evaluation_is_the_mean_over_its_labels_whatever_the_batc
 
 
 def test_a_training_that_changes_more_than_lora_is_refused_before_it_begins_and_one_without_evaluation_is_not(tmp_path):
-    rows, options = tokens(random_rows(8)), {"args": arguments(tmp_path, eval_strategy="no")}
-    options |= {"data_collator": PadToLongest(256), "train_dataset": rows}
-    other = [{"bias": "lora_only"}, {"lora_bias": True}]
-    other = [LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True, **more) for more in other]
-    for model in (tiny_gpt2(), *(get_peft_model(tiny_gpt2(), config) for config in (IA3Config(), *other))):
-        with pytest.raises(AlpacaError) as refused:
-            training.AnswerTrainer(model=model, **options)
-        assert "changes more than LoRA's matrices" in str(refused.value)
-    assert training.AnswerTrainer(model=random_lora(), **options).train().global_step == 1
+    """All that is refused of a LoRA: tests/test_adapters.py."""
+    rows = tokens(random_rows(8))
+    for model in (tiny_gpt2(), get_peft_model(tiny_gpt2(), IA3Config())):
+        with pytest.raises(AlpacaError, match="changes more than LoRA's matrices"):
+            trainer_on(rows, tmp_path, model, eval_strategy="no")
+    assert trainer_on(rows, tmp_path, random_lora(), eval_strategy="no").train().global_step == 1
 
 
 def test_a_smoothed_loss_is_the_plain_trainers(tmp_path):
     rows, model = tokens(random_rows(8)), random_lora().eval()
-    args = arguments(tmp_path, eval_strategy="no", label_smoothing_factor=0.3)
-    given, batch = {"args": args, "train_dataset": rows}, PadToLongest(256)(list(rows))
-    wanted = Trainer(model=model, **given).compute_loss(model, dict(batch)).item()
-    ours = training.AnswerTrainer(model=model, data_collator=PadToLongest(256), **given)
+    ours = trainer_on(rows, tmp_path, model, label_smoothing_factor=0.3)
+    batch = PadToLongest(256)(list(rows))
+    wanted = Trainer(model=model, args=ours.args, eval_dataset=rows).compute_loss(model, dict(batch)).item()
     found = ours.compute_loss(model, ours.data_collator(list(rows))).item()
     assert found == pytest.approx(wanted, rel=2**-16) and abs(found - model(**batch).loss.item()) > 0.05
 
@@ -159,17 +163,16 @@ def test_a_step_asks_the_device_for_no_value_but_for_packed_rows(tmp_path, monke
     assert all(value.grad is not None for value in model.parameters() if value.requires_grad)
 
 
-def forwards(model):
-    """What is changed for the time of a training: which modules have a forward of their own."""
-    return {name for name, module in model.named_modules() if "forward" in vars(module)}
-
-
 def test_what_is_faster_is_undone_however_training_ends():
     model = with_lora(tiny_gpt2())
+
+    def changed():
+        return any("forward" in vars(module) for module in model.modules())
+
     with pytest.raises(KeyboardInterrupt), lora.lora_in_base_precision(model):
-        assert forwards(model)
+        assert changed()
         raise KeyboardInterrupt
-    assert not forwards(model)
+    assert not changed()
 
 
 def test_the_options_of_a_training_switch_off_the_bases_dropout_alone_and_suit_the_processor(tmp_path, monkeypatch):
@@ -219,8 +222,7 @@ def test_a_training_over_either_precision_learns_and_is_recorded(dtype, tmp_path
     monkeypatch.setattr(models, "base_dtype", lambda: dtype)
     settings = prepare_run(tmp_path, learning_rate=2e-2)
     training.finetune(tmp_path, **settings)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    made_by = manifest["adapter"]
+    made_by = Run(tmp_path).record("adapter")
     wanted = {"recipe": "answers", "dtype": str(dtype).removeprefix("torch."), "seed": 0}
     assert (wanted | settings).items() <= made_by.items() and {"lora_rank", "optim"} <= made_by.keys()
     assert made_by["result"]["steps"] == 24 and {"torch", "transformers", "peft"} <= made_by["versions"].keys()
@@ -286,42 +288,28 @@ def test_every_row_comes_once_an_epoch_in_batches_of_like_length_and_another_ord
     assert sorted(rows.count(row) for row in range(3)) == [2, 3, 3]
 
 
-class Gradients(TrainerCallback):
-    """Notes the gradients of the step."""
-
-    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-        self.seen = {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
-
-
 @pytest.mark.parametrize("micro, split", [(4, (3, 2)), (1024, (5, 1))])
 def test_a_batch_larger_than_the_data_is_the_data_once(micro, split, tmp_path):
     """Five rows: one step an epoch, with the gradient of these rows, none of them twice."""
-    rows = random_rows(5).map(tokenize, batched=True, fn_kwargs={"tokenizer": byte_tokenizer()})
-    model, seen = with_lora(tiny_gpt2(**NO_DROPOUT), 0.3, lora_dropout=0.0).train(), Gradients()
-    wanted = gradients(model, model(**PadToLongest(256)(list(rows))).loss)
-    model.zero_grad()
-    settings = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": 1 + 1024 // micro}
-    settings |= {"save_strategy": "no", "report_to": [], "num_train_epochs": 1, "max_grad_norm": 0}
-    args = Arguments(output_dir=str(tmp_path / "checkpoints"), **settings)
-    trainer = training.AnswerTrainer(args=args, model=model, train_dataset=rows, data_collator=PadToLongest(256))
+    rows, model, seen = tokens(random_rows(5)), random_lora(), SumGradients()
+    wanted = gradients_of(model, rows)
+    trainer = trainer_on(rows, tmp_path, model, rows_at_once=micro, accumulation=1 + 1024 // micro, max_grad_norm=0)
     trainer.add_callback(seen)
-    asked = [micro, settings["gradient_accumulation_steps"]]
-    assert (args.train_batch_size, args.gradient_accumulation_steps) == split != asked
+    assert (trainer.args.train_batch_size, trainer.args.gradient_accumulation_steps) == split
     assert sorted(trainer._get_train_sampler()) == list(range(5))
-    trainer.train()
-    assert trainer.state.global_step == 1
-    assert_same(seen.seen, wanted)
+    assert trainer.train().global_step == 1
+    assert_same(seen.sums, wanted)
     with pytest.raises(AlpacaError, match="learned labels only: take transformers' Trainer for `predict`"):
         trainer.predict(rows)
 
 
 def test_a_batch_is_split_evenly_or_refused(monkeypatch):
-    for processes, given, wanted in (
-        *((1, (16, 8), (8, 2)), (1, (16, 5), (4, 4)), (1, (6, 8), (6, 1))),
-        *((2, (16, 16), (8, 1)), (2, (12, 8), (6, 1))),
-    ):
-        monkeypatch.setenv("WORLD_SIZE", str(processes))
-        assert split_batch(*given) == wanted
+    for processes, splits in {
+        "1": {(16, 8): (8, 2), (16, 5): (4, 4), (6, 8): (6, 1)},
+        "2": {(16, 16): (8, 1), (12, 8): (6, 1)},
+    }.items():
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        assert {given: split_batch(*given) for given in splits} == splits
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(AlpacaError, match="16 rows cannot be shared by 3 processes: choose a `batch_size`"):
         split_batch(16, 16)
@@ -329,9 +317,9 @@ def test_a_batch_is_split_evenly_or_refused(monkeypatch):
 
 def test_the_base_is_held_in_bfloat16_where_the_device_multiplies_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for capability, wanted in (((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
-        assert models.base_dtype() == wanted
+    capabilities = Mock(side_effect=[(7, 5), (8, 0), (9, 0)])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities)
+    assert [models.base_dtype() for _ in range(3)] == [torch.float32, torch.bfloat16, torch.bfloat16]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     units = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     for here in (None, *units):
@@ -343,34 +331,23 @@ def test_the_base_is_held_in_bfloat16_where_the_device_multiplies_it(monkeypatch
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
-def test_out_of_memory_says_what_to_change(error, tmp_path, monkeypatch):
+def test_out_of_memory_says_what_to_change(error, tmp_path):
     trainer = trainer_on(tokens(random_rows(8)), tmp_path, random_lora())
-
-    def fail(*arguments, **kwargs):
-        raise error
-
-    monkeypatch.setattr(trainer, "compute_loss", fail)
+    trainer.compute_loss = Mock(side_effect=error)
     with pytest.raises(AlpacaError, match="Out of memory with 4 rows at once: take a smaller `micro_batch_size`"):
         trainer.train()
 
 
 @pytest.mark.parametrize("recipe", ["document", "answers"])
-def test_what_a_training_takes_is_measured_on_the_longest_rows_and_leaves_the_weights(
-    recipe, tmp_path, monkeypatch, capsys
-):
-    rows, model, seen = tokens(random_rows(12), recipe), with_lora(tiny_gpt2()), []  # columns of text, dropout
+def test_what_a_training_takes_is_measured_on_the_longest_rows_and_leaves_the_weights(recipe, tmp_path, capsys):
+    rows, model = tokens(random_rows(12), recipe), with_lora(tiny_gpt2())  # columns of text, dropout
     trainer = trainer_on(rows, tmp_path, model, recipe)
-    loss = trainer.compute_loss
-
-    def compute_loss(model, inputs, **kwargs):
-        seen.append(inputs["input_ids"].shape)
-        return loss(model, inputs, **kwargs)
-
-    monkeypatch.setattr(trainer, "compute_loss", compute_loss)
+    trainer.compute_loss = Mock(wraps=trainer.compute_loss)
     weights = [p.clone() for p in model.parameters()]
     trainer.announce()
     assert all(torch.equal(*pair) for pair in zip(weights, model.parameters()))
     assert all(p.grad is None for p in model.parameters())
+    seen = [call.args[1]["input_ids"].shape for call in trainer.compute_loss.call_args_list]
     assert seen == [(4, max(len(ids) for ids in rows["input_ids"]))] * 2
     said = capsys.readouterr().out
     assert "minutes: 2 steps of " in said and "at most 3." in said
@@ -380,8 +357,10 @@ def test_what_a_training_takes_is_measured_on_the_longest_rows_and_leaves_the_we
     "given, phrase",
     [
         ("", "run notebook"),
-        *(("lora_dropout 1", "The parameter `"), ("batch_size 9", "cannot be shared by")),
-        *(("max_words 9", "take no max_words"), ("run other", "is given twice")),
+        ("lora_dropout 1", "The parameter `"),
+        ("batch_size 9", "cannot be shared by"),
+        ("max_words 9", "take no max_words"),
+        ("run other", "is given twice"),
     ],
 )
 def test_the_command_names_the_missing_notebook_and_a_wrong_parameter(given, phrase, tmp_path, monkeypatch):
@@ -391,7 +370,6 @@ def test_the_command_names_the_missing_notebook_and_a_wrong_parameter(given, phr
     registered: list = []  # one process registers once
     monkeypatch.setattr(torch.serialization, "register_package", lambda *given: registered.append(given))
     monkeypatch.setattr(sys, "argv", ["training", str(tmp_path / "run"), *(f"-p {given}".split() if given else [])])
-    with pytest.raises(AlpacaError) as refused:
+    with pytest.raises(AlpacaError, match=phrase):
         training.main()
-    assert phrase in str(refused.value)
     assert registered[0][2]("storage", "cpu:0") == "storage"
