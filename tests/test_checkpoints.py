@@ -231,6 +231,7 @@ def test_another_revision_of_a_base_on_the_hub_is_not_gone_on_with(run, monkeypa
 
 EDITED = [{"lr_scheduler_kwargs": {"min_lr": 1e-4}}, {"neftune_noise_alpha": 5.0}, {"weight_decay": 0.1}]
 EDITED += [{"alpha_pattern": {"c_attn": 64}}, {"rank_pattern": {"c_attn": 2}}, {"layers_to_transform": [0]}]
+EDITED += [{"exclude_modules": ["c_proj"]}]
 
 
 @pytest.mark.parametrize("edited", EDITED, ids=str)
@@ -244,6 +245,12 @@ def test_what_changes_the_result_is_never_gone_on_with(edited, run):
     change_manifest(run, "training", **{name: None})  # as an earlier version left it
     setattr(lora if hasattr(lora, name) else trainer.args, name, None)
     assert checkpoints.resume_point(trainer.run, trainer)
+
+
+def test_a_pattern_of_layers_is_recorded_as_it_is(run):
+    trainer = notebook_03(run, "trainer", **settings_of(run))
+    trainer.model.active_peft_config.target_modules = r".*\.c_attn"
+    assert checkpoints.training_record(trainer.run, trainer)["target_modules"] == r".*\.c_attn"
 
 
 def test_a_training_by_hand_is_recorded_and_a_half_saved_adapter_replaces_nothing(run):

@@ -21,7 +21,13 @@ from alpaca_helpers.config import PROFILES
 README = PROJECT / "README.md"
 DOCS = sorted((PROJECT / "docs").glob("*.md"))
 TABLE = PROJECT / "tests" / "README.md"
-TEXTS = {page: page.read_text(encoding="utf-8") for page in [README, *DOCS, PROJECT / "CONTRIBUTING.md", TABLE]}
+PAGES = [
+    README,
+    *DOCS,
+    TABLE,
+    *(PROJECT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "dev/pocket/README.md")),
+]
+TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 TESTS = {path.stem: path.read_text(encoding="utf-8") for path in PROJECT.glob("tests/test_*.py")}
 NOTEBOOKS = sorted(PROJECT.glob("notebooks/**/*.ipynb"))
 CELLS = {path: json.loads(path.read_text(encoding="utf-8"))["cells"] for path in NOTEBOOKS}

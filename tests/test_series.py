@@ -91,6 +91,8 @@ with atomic_folder(folder / "merged") as part:
 (folder / "pictures").mkdir(exist_ok=True)
 (folder / "pictures" / "losses.png").write_text("picture")
 Run(folder).write_record("adapter", {"seed": 0})
+(folder / "r.gguf").write_text("whole")
+Run(folder).write_record("gguf", {"r.gguf": "its hash"})
 """
 MEASURES = """
 (folder / "adapter" / "README.md").write_text("a card with metrics")
@@ -147,6 +149,7 @@ def test_only_what_changed_or_is_not_as_a_notebook_left_it_is_executed_again(not
         "the pictures": (lambda: shutil.rmtree(pictures), "aa"),
         "a picture, emptied": (lambda: (pictures / "losses.png").write_text(""), "aa"),
         "the merged model, cut": (lambda: (merged / "model").write_text("w"), "aa"),
+        "the model for llama.cpp": ((folder / "r.gguf").unlink, "aa"),
         "a weight": (lambda: weights.write_text("rwos"), "aa"),
         "the weights": (weights.unlink, "aa"),
         "a folder of the adapter": (lambda: shutil.rmtree(weights.with_name("more")), "aa"),
