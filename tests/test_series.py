@@ -110,7 +110,13 @@ def edit(notebook, change):
 def test_only_what_changed_or_is_not_as_a_notebook_left_it_is_executed_again(notebooks, tmp_path, monkeypatch, capsys):
     """A changed artifact is made again by the notebook that wrote it last, and by those after it."""
     for notebook, source in zip(notebooks, (LEAVES, MEASURES)):
-        write_notebook(notebook, FIRST + '\nother_run: str = ""\ndataset_name: str = ""', SECOND, source, "1 + 1")
+        write_notebook(
+            notebook,
+            FIRST + '\nother_run: str = ""\ndataset_name: str = ""\ngguf: bool = False',
+            SECOND,
+            source,
+            "1 + 1",
+        )
     monkeypatch.setattr(series, "PRODUCERS", {"adapter": "01_one", "metrics.json": "02_two"})
     folder, other, rows = tmp_path / "r", tmp_path / "other", tmp_path / "rows.json"
     rows.write_text("[1]")
@@ -118,7 +124,7 @@ def test_only_what_changed_or_is_not_as_a_notebook_left_it_is_executed_again(not
     helper.parent.mkdir()
     helper.write_text("1")
     monkeypatch.setattr(series, "PACKAGE", helper.parent)
-    parameters = {"run": str(folder), "push_to": "o/a", "dataset_name": str(rows)}
+    parameters = {"run": str(folder), "push_to": "o/a", "dataset_name": str(rows), "gguf": True}
     executed, pictures, merged = folder / "01_one.ipynb", folder / "pictures", folder / "merged"
     weights, card = (folder / "adapter" / name for name in ("adapter_model.safetensors", "README.md"))
 
@@ -159,6 +165,8 @@ def test_only_what_changed_or_is_not_as_a_notebook_left_it_is_executed_again(not
         "a notebook with a cell less": (lambda: edit(executed, lambda cells: cells.__delitem__(slice(2))), "aa"),
         "a space in a cell": (lambda: edit(notebooks[0], lambda cells: cells[-1].update(source="1 + 1 ")), "aa"),
         "a cell's type": (lambda: edit(notebooks[0], lambda cells: cells[-1].update(cell_type="raw")), "aa"),
+        "the model for llama.cpp, no longer asked for": (lambda: parameters.update(gguf=False), "aa"),
+        "it, made again by a command": (lambda: (folder / "r.gguf").write_text("new"), ""),
         "a file of the reader's own": (lambda: (folder / "thesis.txt").write_text("mine"), ""),
         "a cell of the reader's own": (lambda: edit(executed, lambda cells: cells.append(new_markdown_cell("me"))), ""),
         "an early version's marks": (from_an_early_version, "aa"),
