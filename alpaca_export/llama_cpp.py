@@ -23,8 +23,7 @@ def save_gguf(folder: Path) -> None:
     try:
         from .gguf import write_gguf  # here, since the package gguf is an extra
     except ModuleNotFoundError as error:
-        what = "The package gguf is not installed: `pip install gguf==0.19.0`, and run this again."
-        raise AlpacaError(what) from error
+        raise AlpacaError("The package gguf is not installed: `pip install gguf==0.19.0`, and try again.") from error
     merged, path, modelfile = folder / "merged", folder / f"{folder.name}.gguf", folder / "Modelfile"
     parts = {place: place.with_name(f".alpaca-{place.name}.part") for place in (path, modelfile)}
     recorded = Run(folder).manifest().get("gguf", {})

@@ -15,9 +15,11 @@ def ignore_known_warnings() -> None:
     # peft 0.21 asks transformers 5.23 for it by its old name; Trainer's default, without a GPU
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*pin_memory", category=UserWarning)
-    # of each GPT-2, by the name of its class
-    models = logging.getLogger("transformers.modeling_utils")
-    models.addFilter(lambda record: not record.getMessage().startswith("`loss_type=None`"))
+    logging.getLogger("transformers.modeling_utils").addFilter(_is_news)  # once, however often it is called
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("`loss_type=None`")  # of each GPT-2, by the name of its class
 
 
 def run_command(main: Callable[[], None], interrupted: str = "Interrupted.") -> None:

@@ -1,6 +1,5 @@
 """Atomic writes that never replace files of others; checksums; a full disk in one sentence."""
 
-import errno
 import hashlib
 import json
 import os
@@ -8,6 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import EACCES, EDQUOT, EEXIST, EISDIR, ELOOP, ENAMETOOLONG, ENOSPC, ENOTDIR, EPERM, EROFS
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -18,9 +18,8 @@ CHECKSUMS = "checksums.json"  # in data, a checkpoint and an adapter: the SHA-25
 DIGEST = re.compile("[0-9a-f]{64}")
 WEIGHTS, CARD = "adapter_model.safetensors", "README.md"  # the card beside an adapter is written after its checksums
 LEFT_BEHIND = ("cache-*.arrow", ".DS_Store", "Thumbs.db", "desktop.ini")  # by datasets, by file browsers
-NO_SPACE = os.strerror(errno.ENOSPC)
-REASONS = "EACCES EPERM EROFS EDQUOT EEXIST ENOTDIR EISDIR ELOOP ENAMETOOLONG"  # of the system, not to write
-UNWRITABLE = {getattr(errno, name) for name in REASONS.split()}
+NO_SPACE = os.strerror(ENOSPC)
+UNWRITABLE = {EACCES, EPERM, EROFS, EDQUOT, EEXIST, ENOTDIR, EISDIR, ELOOP, ENAMETOOLONG}
 
 
 @contextmanager

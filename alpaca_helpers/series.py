@@ -126,7 +126,7 @@ def _execute_changed(notebooks: Sequence[Path], parameters: dict[str, object], r
         if other := chosen.get("other_run"):
             inputs = _hash(inputs, Run.named(str(other), make=False).artifact_hash("adapter"))
         executed = run.folder / notebook.name
-        unchanged = done.get(name) == _mark(inputs, notebook, run, chosen) and len(_code(executed)) >= len(cells)
+        unchanged = done.get(name) == _mark(inputs, name, cells, run, chosen) and len(_code(executed)) >= len(cells)
         print(f"[{number}/{len(notebooks)}] {name}{': unchanged' if unchanged else ''}", flush=True)
         if not unchanged:  # until it is through, this notebook and those after it are not done
             done = {each: mark for each, mark in done.items() if each != name and (each < name or notebook in FURTHER)}
@@ -134,7 +134,7 @@ def _execute_changed(notebooks: Sequence[Path], parameters: dict[str, object], r
             _keep_changed(executed, run)
             run.write_record("executed", run.manifest().get("executed", {}) | {name: _hash(*cells)})
             _execute(notebook, executed, chosen)
-            run.write_record("notebooks", done := done | {name: _mark(inputs, notebook, run, chosen)})
+            run.write_record("notebooks", done := done | {name: _mark(inputs, name, cells, run, chosen)})
 
 
 def _keep_changed(executed: Path, run: Run) -> None:
@@ -146,14 +146,17 @@ def _keep_changed(executed: Path, run: Run) -> None:
         print(f"Note: {executed} was changed since it was executed, and is kept as {kept.name}.", flush=True)
 
 
-def _mark(inputs: str, notebook: Path, run: Run, chosen: Mapping) -> str:
+def _mark(inputs: str, notebook: str, cells: Sequence[str], run: Run, chosen: Mapping) -> str:
     """Return the hash of what a notebook was made from, of what it left, and of the manifest's records of that."""
-    made = [part for part, by in PRODUCERS.items() if by == notebook.stem]
-    left = [*made, "adapter/README.md"] if "metrics.json" in made else [*made]
-    left += ["merged", *run.manifest().get("gguf", {})] if "adapter" in made and chosen.get("gguf") else []
-    left += ["merged"] if "adapter" in made and chosen.get("merged") else []
-    left += [f"pictures/{name}" for name in re.findall(r"\w+\.png", "".join(_code(notebook)))]
-    return _hash(inputs, *map(run.artifact_hash, left), json.dumps([run.manifest().get(part) for part in made]))
+    manifest, made = run.manifest(), [part for part, by in PRODUCERS.items() if by == notebook]
+    left = [*made, *(f"pictures/{name}" for name in re.findall(r"\w+\.png", "".join(cells)))]
+    if "metrics.json" in made:
+        left.append("adapter/README.md")  # the card, now with the metrics
+    if "adapter" in made and (chosen.get("merged") or chosen.get("gguf")):
+        left.append("merged")
+    if "adapter" in made and chosen.get("gguf"):
+        left += manifest.get("gguf", {})
+    return _hash(inputs, *map(run.artifact_hash, left), json.dumps([manifest.get(part) for part in made]))
 
 
 def _execute(notebook: Path, executed: Path, parameters: dict[str, object]) -> None:

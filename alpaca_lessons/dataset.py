@@ -35,13 +35,13 @@ def prepare_rows(folder: Path, dataset: str, revision: str | None = None, heldou
     files = {}
     with Run(folder).lock():
         for split, source in sources.items():
-            path, table = folder / "rows" / f"{split}.parquet", io.BytesIO()
-            rows = load_rows(*source)
+            path, table, rows = folder / "rows" / f"{split}.parquet", io.BytesIO(), load_rows(*source)
             rows.to_parquet(table)
+            content = table.getvalue()
             # not written twice: load_dataset would cache the same rows again
-            if not path.is_file() or path.read_bytes() != table.getvalue():
-                with check_disk_space(path, needed=len(table.getvalue()) + rows.data.nbytes):  # with that cache
-                    replace_recorded(path, table.getvalue())
+            if not path.is_file() or path.read_bytes() != content:
+                with check_disk_space(path, needed=len(content) + rows.data.nbytes):  # with that cache
+                    replace_recorded(path, content)
             files[split] = str(path)
     return files
 
@@ -68,16 +68,15 @@ def hold_out(rows: DatasetDict, settings: SimpleNamespace) -> tuple[DatasetDict,
     dropped = Counter(drop_reason(row, settings.max_words) for part in rows.values() for row in part)
     del dropped[""]
     kept = rows.filter(lambda row: not drop_reason(row, settings.max_words), desc="usable rows")
-    keys = [question_key(row) for row in kept["train"]]
-    bare = [question_key(row | {"input": ""}) for row in kept["train"]]
+    keys = [(question_key(row), question_key(row | {"input": ""})) for row in kept["train"]]
     if "heldout" in kept:
         asked = set(map(question_key, kept["heldout"]))
     else:
-        questions = sorted(set(keys))
+        questions = sorted({key for key, _ in keys})
         random.Random(settings.seed).shuffle(questions)
         asked = set(questions[: max(1, min(settings.heldout_rows, len(questions) // 5))])
-        kept["heldout"] = kept["train"].select([index for index, key in enumerate(keys) if key in asked])
-    train = [index for index, both in enumerate(zip(keys, bare)) if asked.isdisjoint(both)]
+        kept["heldout"] = kept["train"].select([index for index, (key, _) in enumerate(keys) if key in asked])
+    train = [index for index, either in enumerate(keys) if asked.isdisjoint(either)]
     dropped["question held out"] = len(keys) - len(train) - (0 if "heldout" in rows else len(kept["heldout"]))
     used = train[: settings.max_train_rows]
     dropped["after the first max_train_rows"] = len(train) - len(used)

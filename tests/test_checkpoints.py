@@ -15,7 +15,7 @@ import pytest
 import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
-from support import ENVIRONMENT, TRAIN_AND_DIE
+from support import ENVIRONMENT, TRAIN_AND_DIE, contents
 from support.models import with_lora
 from support.runs import byte_tokenizer, history, notebook_03, prepare_run, save_adapter, tiny_gpt2
 
@@ -301,10 +301,6 @@ def test_no_pickle_of_a_checkpoint_is_executed(run, tmp_path):
 
 
 # Full disks
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_disk_that_is_or_becomes_full_leaves_the_earlier_adapter_and_says_how_much_is_needed(tmp_path, monkeypatch):

@@ -48,8 +48,7 @@ def refresh() -> None:
         executed = run_series({"profile": "pocket", "run": f"{folder}/pocket"}, [*NOTEBOOKS, *FURTHER])
         for notebook, content in before.items():
             if notebook.read_bytes() != content:
-                what = f"{notebook} was changed while it was executed, and stays as it is: run this again."
-                raise AlpacaError(what)
+                raise AlpacaError(f"{notebook} was changed while it was executed, and stays as it is: try again.")
         for notebook in before:
             shutil.copy(executed / notebook.name, notebook)
     clean_all()
@@ -73,8 +72,9 @@ def _clean_pair(path: Path, french: Path) -> tuple[nbformat.NotebookNode, nbform
     notebook = clean(notebook)
     translated = copy.deepcopy(notebook)
     prose = {cell.id: cell.source for cell in other.cells if cell.source}
+    known = {cell.id for cell in notebook.cells}
     for cell in other.cells:
-        if cell.cell_type == "markdown" and cell.id not in {each.id for each in notebook.cells}:
+        if cell.cell_type == "markdown" and cell.id not in known:
             what = f"{french} has a cell of prose, {cell.id}, that {path.name} has not"
             raise AlpacaError(f"{what}: add it there too, or delete it.")
     for cell in translated.cells:

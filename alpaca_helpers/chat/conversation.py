@@ -113,8 +113,7 @@ class Conversation:
                 raise ValueError("it exists, or does not end in .md")
             replace_file(place, as_markdown(self.exchanges).encode())
         except (OSError, ValueError) as error:
-            why = f"{place} cannot be written ({error.args[-1]}): choose another name."
-            raise AlpacaError(why) from error
+            raise AlpacaError(f"{place} cannot be written ({error.args[-1]}): choose another name.") from error
         return place
 
 
